@@ -1,0 +1,25 @@
+"""Subnetwork Data Parallelism (arXiv 2507.09029) for Hugging Face models."""
+
+from .accelerator import SDPAccelerator
+from .canonical import consolidate
+from .config import SDPConfig
+from .errors import SDPConfigError, SDPStateError
+from .patch import patch_model
+from .plan import Plan, make_plan
+from .trainer import SDPCallback, enable
+from .verify import verify
+
+__all__ = [
+    "Plan",
+    "SDPAccelerator",
+    "SDPCallback",
+    "SDPConfig",
+    "SDPConfigError",
+    "SDPStateError",
+    "consolidate",
+    "enable",
+    "make_plan",
+    "patch_model",
+    "verify",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,145 @@
+"""The canonical layout: full parameters by their standard names. Moves weights between a plan and it.
+
+One primitive, :func:`exchange`, sends boxes of one full parameter from where they are to where they are wanted;
+consolidation, evaluation and loading are three choices of target. Tensor by tensor: no worker ever needs memory for
+more than one full parameter besides its own.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+from .errors import SDPConfigError, SDPStateError
+from .layout import Box, full_box, intersection, local_box, numel, owned_boxes, view
+from .state import get_state, local_tensor, reshard, unwrap
+
+
+def exchange(
+    sources: list[tuple[int, Box]],
+    targets: list[tuple[int, Box]],
+    mine: list[tuple[Box, torch.Tensor]],
+    wanted: list[tuple[Box, torch.Tensor]],
+    like: torch.Tensor,
+) -> None:
+    """Fill ``wanted`` with the values that the workers' ``mine`` have. Collective over the world (one all-to-all).
+
+    Args:
+        sources: every worker's boxes, ``(rank, box)``, the same on all workers; non-overlapping.
+        targets: the boxes wanted by every worker, the same on all workers.
+        mine: this worker's source boxes in the order of ``sources``, with the tensors that store them.
+        wanted: this worker's target boxes in the order of ``targets``, with tensors of these shapes to fill.
+        like: any tensor of the right dtype on the device the collective runs on.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    send, send_sizes = [], []
+    for target_rank in range(world_size):
+        boxes = [box for r, box in targets if r == target_rank]
+        pieces = [
+            view(tensor, box, part).reshape(-1)
+            for box, tensor in mine
+            for target in boxes
+            if numel(part := intersection(box, target))
+        ]
+        send += pieces
+        send_sizes.append(sum(p.numel() for p in pieces))
+    receive: list[tuple[torch.Tensor, Box, Box]] = []
+    receive_sizes = []
+    for source_rank in range(world_size):
+        size = 0
+        for box in (box for r, box in sources if r == source_rank):
+            for target, tensor in wanted:
+                if numel(part := intersection(box, target)):
+                    receive.append((tensor, target, part))
+                    size += numel(part)
+        receive_sizes.append(size)
+    output = like.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(output, torch.cat(send) if send else like.new_empty(0), receive_sizes, send_sizes)
+    offset = 0
+    for tensor, target, part in receive:
+        into = view(tensor, target, part)
+        into.copy_(output[offset : offset + numel(part)].view(into.shape))
+        offset += numel(part)
+    assert [box for r, box in sources if r == rank] == [box for box, _ in mine]
+
+
+def owned_tensors(model: nn.Module) -> dict[str, list[tuple[Box, torch.Tensor]]]:
+    """Full parameter name -> the boxes this worker owns, with the tensors that store them."""
+    state = get_state(model)
+    reshard(model)
+    stored: dict[tuple[str, Box], torch.Tensor] = {}
+    for local_name, parameter in unwrap(model).named_parameters():
+        held = state.held[local_name]
+        stored[held.name, local_box(state, held)] = local_tensor(parameter.detach())
+    return {
+        name: [(box, stored[name, box]) for rank, box in pieces if rank == state.rank]
+        for name, pieces in owned_boxes(state).items()
+    }
+
+
+@torch.no_grad()
+def consolidate(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The full model's state dict on the CPU of rank 0, None on the other workers. Collective.
+
+    Standard Hugging Face names, full shapes, the parameters' dtype; tied parameters share one tensor. Works tensor
+    by tensor. Raises SDPStateError before the model is sharded (``prepare``).
+    """
+    model = unwrap(model)
+    state = get_state(model)
+    if state.simulated:
+        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if not state.sharded:
+        raise SDPStateError("consolidate needs a prepared model: no other worker's slices are known yet.")
+    sources, owned = owned_boxes(state), owned_tensors(model)
+    like = local_tensor(next(model.parameters()).detach())
+    result = {}
+    for name, shape in state.plan.shapes.items():
+        box = full_box(shape)
+        wanted = [(box, like.new_empty(shape))] if state.rank == 0 else []
+        exchange(sources[name], [(0, box)], owned[name], wanted, like)
+        if wanted:
+            result[name] = wanted[0][1].cpu()
+    if state.rank != 0:
+        return None
+    result.update({alias: result[name] for alias, name in state.tied.items()})
+    persistent = {name: b.detach().cpu() for name, b in model.state_dict().items() if name not in state.held}
+    return {**result, **{name: b for name, b in persistent.items() if name not in result}}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str) -> None:
+    """Load the weights of a standard checkpoint folder (safetensors) into a prepared model: every worker reads
+    only what it stores. Not collective.
+
+    Raises SDPConfigError when a parameter is missing or has another shape, before anything is changed.
+    """
+    model = unwrap(model)
+    state = get_state(model)
+    files = _weight_files(Path(folder))
+    handles = {file: safe_open(file, "pt") for file in set(files.values())}
+    for name, shape in state.plan.shapes.items():
+        found = tuple(handles[files[name]].get_slice(name).get_shape()) if name in files else None
+        if found != tuple(shape):
+            raise SDPConfigError(f"{folder}: {name} has shape {found}, the model needs {tuple(shape)}.")
+    reshard(model)
+    for local_name, parameter in model.named_parameters():
+        held = state.held[local_name]
+        box = local_box(state, held) if state.sharded else full_box(state.plan.shapes[held.name])
+        if numel(box):
+            stored = handles[files[held.name]].get_slice(held.name)
+            local_tensor(parameter.detach()).copy_(stored[tuple(slice(a, b) for a, b in box)])
+    state.version += 1
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise SDPConfigError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+    with safe_open(single, "pt") as handle:
+        return dict.fromkeys(handle.keys(), single)

@@ -1,0 +1,149 @@
+"""Who holds what: deals the units of a stack of modules to N subnetworks. Pure functions of integers.
+
+The N subnetworks are parted into k groups of N/k (coverage C = m/k in lowest terms, so r = C·N holders per unit).
+A module's units are cut into k chunks; group i holds m cyclically adjacent chunks. Down the stack the window of a
+group advances by m chunks a module, so what a group has held after T modules is one run of m·T chunks, and every
+group has held the same number of units, give or take one. After ``cycle`` modules all have held exactly the same,
+and the next partition of a small family takes over, so that any two workers come to share something.
+
+Number of distinct holder sets, the shared one included: at most ``max(MAX_HOLDER_SETS, 2k + 1)``, whatever the
+depth. Each is one communicator; NVSwitch machines have 128 multicast slots and a communicator takes about ten
+(pytorch/pytorch#187155).
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cache
+
+import networkx as nx
+import numpy as np
+
+from .errors import SDPConfigError
+
+MAX_HOLDER_SETS = 10
+
+Partition = tuple[int, ...]
+"""Group of each subnetwork: ``partition[subnetwork]`` is in ``range(k)``, every group has N/k members."""
+
+
+def replication(coverage: float, num_subnetworks: int) -> int:
+    """Holders of each unit, ``r = C·N``. Raises SDPConfigError if that is no integer, naming the nearest that is."""
+    r = coverage * num_subnetworks
+    nearest = min(max(round(r), 1), num_subnetworks)
+    if abs(r - nearest) > 1e-6:
+        raise SDPConfigError(
+            f"coverage={coverage} of {num_subnetworks} subnetworks gives {r:g} holders per unit, not a whole number. "
+            f"Nearest coverage that can be met: {nearest / num_subnetworks:g} "
+            f"(multiples of 1/{num_subnetworks} can)."
+        )
+    return nearest
+
+
+def reduced(r: int, num_subnetworks: int) -> tuple[int, int]:
+    """Coverage as ``(m, k)`` in lowest terms."""
+    coverage = Fraction(r, num_subnetworks)
+    return coverage.numerator, coverage.denominator
+
+
+@cache
+def partition_family(num_subnetworks: int, m: int, k: int) -> tuple[Partition, ...]:
+    """A few partitions of the subnetworks into k groups, chosen so that pairs meet as equally often as possible.
+
+    With m = 1 the groups of one partition share nothing, so there are at least two; with m > 1 neighbouring groups
+    share chunks already. Never more than fit into ``MAX_HOLDER_SETS`` beyond that.
+    """
+    needed = 2 if m == 1 and 1 < k < num_subnetworks else 1
+    limit = max(needed, (MAX_HOLDER_SETS - 1) // k)
+    candidates = list(dict.fromkeys(_relabelled(c) for c in _candidates(num_subnetworks, k)))
+    chosen = [candidates.pop(0)]
+    while candidates and len(chosen) < limit:
+        best = min(candidates, key=lambda c: _unevenness([*chosen, c]))
+        candidates.remove(best)
+        chosen.append(best)
+    return tuple(chosen)
+
+
+def _candidates(n: int, k: int):
+    group_size = n // k
+    for stride in sorted((d for d in range(1, group_size + 1) if group_size % d == 0), reverse=True):
+        yield tuple((w // stride) % k for w in range(n))
+    # Neighbouring blocks moved by a part of a block: with the first candidate they join all workers in a ring.
+    for shift in range(1, min(group_size, 16)):
+        yield tuple((((w + shift) % n) // group_size) % k for w in range(n))
+    if k == 2 and n <= 64 and n & (n - 1) == 0:  # bit parities: all together, any two workers meet equally often
+        for mask in range(1, n):
+            yield tuple((w & mask).bit_count() % 2 for w in range(n))
+
+
+def _relabelled(partition: Partition) -> Partition:
+    """The same blocks, numbered in order of first appearance, so that equal partitions compare equal."""
+    labels = {group: i for i, group in enumerate(dict.fromkeys(partition))}
+    return tuple(labels[group] for group in partition)
+
+
+def _unevenness(partitions: Sequence[Partition]) -> tuple[int, int]:
+    """Lower is better: components of the worker graph, then the spread of how often two workers meet."""
+    blocks = [
+        [w for w, group in enumerate(partition) if group == g] for partition in partitions for g in set(partition)
+    ]
+    components = nx.number_connected_components(worker_graph(blocks))
+    n = len(partitions[0])
+    meetings = np.zeros((n, n), dtype=np.int64)
+    for partition in map(np.asarray, partitions):
+        meetings += partition[:, None] == partition[None, :]
+    pairs = meetings[np.triu_indices(n, 1)]
+    return components, int((pairs**2).sum() * len(pairs) - pairs.sum() ** 2)
+
+
+def window(position: int, m: int, k: int, num_units: int) -> list[tuple[int, int]]:
+    """Unit ranges ``[(start, stop), ...]`` of the m chunks from chunk ``position`` on (cyclic)."""
+    edges = [j * num_units // k for j in range(k + 1)]
+    chunks = [(edges[(position + j) % k], edges[(position + j) % k + 1]) for j in range(m)]
+    return [(a, b) for a, b in chunks if b > a]
+
+
+def deal(
+    *, num_units: int, depth: int, kind_index: int, num_subnetworks: int, r: int, seed: int
+) -> list[list[tuple[int, ...]]]:
+    """Holders of every unit of every module of one kind, in order of depth.
+
+    Args:
+        num_units: units of each of the modules (1 at block level).
+        depth: number of modules of this kind.
+        kind_index: position of the kind among the kinds (attention, MLP), which start at different places.
+    Returns: ``holders[module][unit]``, a sorted tuple of exactly r subnetworks.
+    """
+    m, k = reduced(r, num_subnetworks)
+    if k == 1:
+        everyone = tuple(range(num_subnetworks))
+        return [[everyone] * num_units for _ in range(depth)]
+    family = partition_family(num_subnetworks, m, k)
+    cycle = k // math.gcd(k, m * num_units)
+    # A stack shorter than two cycles sees one partition only: let the kinds use different ones, or workers that
+    # are never in one group would share nothing.
+    partition_offset = kind_index if math.ceil(depth / cycle) < 2 else 0
+    result = []
+    for index in range(depth):
+        turn, step = divmod(index, cycle)
+        partition = family[(turn + partition_offset) % len(family)]
+        # Kinds of one layer are dealt from different positions: at block level no worker skips both of them
+        # where that can be avoided. The same draw for all kinds keeps that so for every seed.
+        start = random.Random(f"{seed}/{turn}").randrange(k) + kind_index * m
+        holders: list[set[int]] = [set() for _ in range(num_units)]
+        for subnetwork in range(num_subnetworks):
+            for a, b in window(partition[subnetwork] + start + m * step, m, k, num_units):
+                for unit in range(a, b):
+                    holders[unit].add(subnetwork)
+        result.append([tuple(sorted(h)) for h in holders])
+    return result
+
+
+def worker_graph(holder_sets) -> nx.Graph:
+    """Subnetworks as nodes, joined when they share a unit."""
+    graph = nx.Graph()
+    for holders in holder_sets:
+        graph.add_nodes_from(holders)
+        nx.add_path(graph, holders)  # members of one holder set are connected; the path is enough to say so
+    return graph

@@ -1,0 +1,94 @@
+"""Evaluation of the full model while every worker trains a subnetwork of it (forward masking).
+
+No worker holds the full model. A shadow of it, plain FSDP2 over the world, is empty until a forward in eval mode; it
+then gets its shards from the canonical layout, if weights have changed since. Every such forward is a collective.
+"""
+
+import copy
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from .canonical import exchange, owned_tensors
+from .errors import SDPStateError
+from .families import family_of
+from .layout import full_box, numel, owned_boxes, shard_box
+from .state import SDPState, local_tensor
+from .units import decoder_layers
+
+
+class Shadow:
+    """The full model in evaluation. Memory: 1/world of the parameters, plus one gathered decoder layer and what is
+    outside of them; nothing between a weight update and the next evaluation."""
+
+    def __init__(self, model: nn.Module, state: SDPState, device: torch.device, policy: MixedPrecisionPolicy):
+        self.source, self.state, self.version = model, state, None
+        with torch.device("meta"):
+            full = state.model_class(copy.deepcopy(state.full_config))
+        full.eval().requires_grad_(False)
+        full.to(next(model.parameters()).dtype)
+        mesh = DeviceMesh(device.type, torch.arange(state.world_size))
+        _, layers = decoder_layers(full, family_of(full.config))
+        for module in (*layers, full):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        full.to_empty(device=device)
+        for name, buffer in model.named_buffers():
+            full.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+        self.full = full
+        self.release()
+
+    def __call__(self, *args, **kwargs):
+        """Forward of the full model. Collective."""
+        if self.version != self.state.version:
+            self._refresh()
+        with torch.no_grad():
+            return self.full(*args, **kwargs)
+
+    def release(self) -> None:
+        """Free the shards; the next evaluation gets them anew."""
+        self.full.reshard()
+        for parameter in self.full.parameters():
+            local_tensor(parameter.detach()).untyped_storage().resize_(0)
+        self.version = None
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        world_size = self.state.world_size
+        sources, owned = owned_boxes(self.state), owned_tensors(self.source)
+        for name, parameter in self.full.named_parameters():
+            parameter_shape = self.state.plan.shapes[name]
+            local = local_tensor(parameter.detach())
+            storage = local.untyped_storage()
+            padded_rows = -(-parameter_shape[0] // world_size)
+            storage.resize_(padded_rows * (parameter.numel() // parameter_shape[0]) * parameter.element_size())
+            targets = [(rank, shard_box(full_box(parameter_shape), rank, world_size)) for rank in range(world_size)]
+            targets = [(rank, box) for rank, box in targets if numel(box)]
+            wanted = [(box, local) for rank, box in targets if rank == self.state.rank]
+            exchange(sources[name], targets, owned[name], wanted, local)
+        self.version = self.state.version
+
+
+def guard_evaluation(model: nn.Module, state: SDPState) -> None:
+    """A forward in eval mode waits for all workers first, so that one called on some workers only is an error there
+    after ``evaluation_timeout_s`` instead of a hang or a wrong result."""
+
+    @torch.compiler.disable
+    def wait_for_all_workers(module, args):
+        if module.training or state.control_group is None:
+            return
+        if state.config.evaluate == "subnetwork" and not state.trains_full_forward:
+            return
+        try:
+            dist.monitored_barrier(state.control_group, timedelta(seconds=state.config.evaluation_timeout_s))
+        except RuntimeError as error:
+            raise SDPStateError(
+                f"Rank {state.rank}: a forward in eval mode is a collective, but not every worker called it within "
+                f"{state.config.evaluation_timeout_s:g} s ({error}). Call evaluate, predict or generate(synced_gpus=True) "
+                "on all workers, with the same number of batches, or train with SDPConfig(evaluate='subnetwork')."
+            ) from error
+
+    model.register_forward_pre_hook(wait_for_all_workers, prepend=True)

@@ -1,0 +1,22 @@
+"""Where a model family keeps its residual blocks. One file per family; everything else is derived from its
+tensor-parallel plan (``config.base_model_tp_plan``)."""
+
+from ..errors import SDPConfigError
+from .base import Block, Family
+from .llama import LLAMA
+
+FAMILIES: dict[str, Family] = {"llama": LLAMA}
+
+
+def family_of(model_config) -> Family:
+    """The family of a transformers config. Raises SDPConfigError for an unknown ``model_type``."""
+    model_type = getattr(model_config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise SDPConfigError(
+            f"Unknown model family: model_type={model_type!r} ({type(model_config).__name__}). "
+            f"Supported: {sorted(FAMILIES)}. A family is one small file in hf_sdp/families/."
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Block", "Family", "family_of"]

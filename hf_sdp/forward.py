@@ -1,0 +1,101 @@
+"""The methods of a patched model that differ from its class: forward, save_pretrained, gradient checkpointing.
+
+They are set on the instance and keep their signatures: the Trainer drops every dataset column that
+``inspect.signature(model.forward)`` does not name.
+"""
+
+import functools
+import inspect
+from types import MethodType
+
+import torch
+from torch import nn
+
+from .canonical import consolidate
+from .errors import SDPConfigError, SDPStateError
+from .state import SDPState, get_state
+
+
+def install(model: nn.Module) -> None:
+    """Set the methods on a model whose state is already set."""
+    state = get_state(model)
+    original_forward = model.forward.__func__
+    original_checkpointing = model.gradient_checkpointing_enable
+    signature = inspect.signature(model.forward)
+
+    @functools.wraps(original_forward)
+    def forward(self, *args, **kwargs):
+        if state.simulated and self.training:
+            if torch.is_grad_enabled():
+                state.cursor.subnetwork = state.next_micro_batch % state.plan.num_subnetworks
+                state.next_micro_batch += 1
+            return original_forward(self, *args, **_without_cache(signature, args, kwargs))
+        if state.simulated or state.trains_full_forward and (self.training or state.sharded):
+            return original_forward(self, *args, **kwargs)
+        if self.training or state.config.evaluate == "subnetwork":
+            return original_forward(self, *args, **_without_cache(signature, args, kwargs))
+        if not state.sharded:
+            raise SDPStateError(
+                "Evaluation of a patched model needs the slices of all workers: prepare the model first "
+                "(Trainer.train, Trainer.evaluate or SDPAccelerator.prepare)."
+            )
+        return state.shadow(*args, **kwargs)
+
+    @functools.wraps(original_checkpointing)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, *args, **kwargs):
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise SDPConfigError(_REENTRANT)
+        return original_checkpointing(
+            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, *args, **kwargs
+        )
+
+    model.forward = MethodType(forward, model)
+    model.gradient_checkpointing_enable = MethodType(gradient_checkpointing_enable, model)
+    if not state.simulated:
+        model.save_pretrained = MethodType(_save_pretrained(model.save_pretrained), model)
+    # FSDP2 renames the class; the Trainer looks up by this name whether labels are shifted (label smoothing).
+    model._get_name = lambda: state.model_name
+
+
+_REENTRANT = (
+    "Gradient checkpointing with use_reentrant=True bypasses FSDP2's backward hooks. "
+    "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+)
+
+
+def refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """Raises SDPConfigError when reentrant gradient checkpointing is already on."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise SDPConfigError(_REENTRANT)
+
+
+def _without_cache(signature: inspect.Signature, args, kwargs) -> dict:
+    """A subnetwork has no key/value cache: the parts of one attention would append to the same cache layer, and
+    blocks that are not held would miss theirs. transformers' default is to make one, training included."""
+    given = signature.bind_partial(*args, **kwargs).arguments
+    for name in ("use_cache", "past_key_values"):
+        if given.get(name) not in (None, False):
+            raise SDPConfigError(
+                f"{name}={type(given[name]).__name__}: a subnetwork cannot use a key/value cache. "
+                "Call model.eval() for the full model, or leave it out."
+            )
+    if "use_cache" in signature.parameters and "use_cache" not in given:
+        return {**kwargs, "use_cache": False}
+    return kwargs
+
+
+def _save_pretrained(original):
+    @functools.wraps(original.__func__)
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """Saves the full model. Collective when ``state_dict`` is None: call it on every worker, rank 0 writes."""
+        state: SDPState = get_state(self)
+        if state_dict is None:
+            state_dict = consolidate(self)
+            if state.rank != 0:
+                return
+        # The host empties the dict it is given.
+        original(save_directory, *args, state_dict=dict(state_dict), **kwargs)
+
+    return save_pretrained
