@@ -69,9 +69,8 @@ def exchange(
 def owned_tensors(model: nn.Module) -> dict[str, list[tuple[Box, torch.Tensor]]]:
     """Full parameter name -> the boxes this worker owns, with the tensors that store them."""
     state = get_state(model)
-    reshard(model)
     stored: dict[tuple[str, Box], torch.Tensor] = {}
-    for local_name, parameter in unwrap(model).named_parameters():
+    for local_name, parameter in state.parameters.items():
         held = state.held[local_name]
         stored[held.name, local_box(state, held)] = local_tensor(parameter.detach())
     return {
@@ -94,7 +93,7 @@ def consolidate(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if not state.sharded:
         raise SDPStateError("consolidate needs a prepared model: no other worker's slices are known yet.")
     sources, owned = owned_boxes(state), owned_tensors(model)
-    like = local_tensor(next(model.parameters()).detach())
+    like = local_tensor(next(iter(state.parameters.values())).detach())
     result = {}
     for name, shape in state.plan.shapes.items():
         box = full_box(shape)
@@ -114,10 +113,12 @@ def load_weights(model: nn.Module, folder: str) -> None:
     """Load the weights of a standard checkpoint folder (safetensors) into a prepared model: every worker reads
     only what it stores. Not collective.
 
-    Raises SDPConfigError when a parameter is missing or has another shape, before anything is changed.
+    Raises SDPStateError before the model is sharded, SDPConfigError when a parameter is missing or has another shape, before anything is changed.
     """
     model = unwrap(model)
     state = get_state(model)
+    if not state.sharded:
+        raise SDPStateError("load_weights needs a prepared model; before, load into the full model and patch it.")
     files = _weight_files(Path(folder))
     handles = {file: safe_open(file, "pt") for file in set(files.values())}
     for name, shape in state.plan.shapes.items():
@@ -125,9 +126,9 @@ def load_weights(model: nn.Module, folder: str) -> None:
         if found != tuple(shape):
             raise SDPConfigError(f"{folder}: {name} has shape {found}, the model needs {tuple(shape)}.")
     reshard(model)
-    for local_name, parameter in model.named_parameters():
+    for local_name, parameter in state.parameters.items():
         held = state.held[local_name]
-        box = local_box(state, held) if state.sharded else full_box(state.plan.shapes[held.name])
+        box = local_box(state, held)
         if numel(box):
             stored = handles[files[held.name]].get_slice(held.name)
             local_tensor(parameter.detach()).copy_(stored[tuple(slice(a, b) for a, b in box)])

@@ -4,9 +4,9 @@ Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
 from torch import nn
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
-__all__ = ["AllGather", "ReduceScatter", "reset_after_exception"]
+__all__ = ["DefaultAllGather", "DefaultReduceScatter", "reset_after_exception"]
 
 
 def reset_after_exception(model: nn.Module) -> None:

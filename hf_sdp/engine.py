@@ -60,6 +60,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
             module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
     state.traffic = Traffic(model)
     _remember_sharded(model, state, before)
+    state.parameters = dict(model.named_parameters())
     state.sharded = True
     model.no_sync = lambda: no_sync(model)
     if state.config.evaluate == "full" and not state.trains_full_forward:

@@ -36,9 +36,11 @@ class Shadow:
         for module in (*layers, full):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         full.to_empty(device=device)
+        full.tie_weights()  # to_empty makes a tensor for each name
         for name, buffer in model.named_buffers():
             full.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
         self.full = full
+        self.parameters = dict(full.named_parameters())  # the sharded ones, also while a forward has gathered them
         self.release()
 
     def __call__(self, *args, **kwargs):
@@ -50,8 +52,7 @@ class Shadow:
 
     def release(self) -> None:
         """Free the shards; the next evaluation gets them anew."""
-        self.full.reshard()
-        for parameter in self.full.parameters():
+        for parameter in self.parameters.values():
             local_tensor(parameter.detach()).untyped_storage().resize_(0)
         self.version = None
 
@@ -59,7 +60,7 @@ class Shadow:
     def _refresh(self) -> None:
         world_size = self.state.world_size
         sources, owned = owned_boxes(self.state), owned_tensors(self.source)
-        for name, parameter in self.full.named_parameters():
+        for name, parameter in self.parameters.items():
             parameter_shape = self.state.plan.shapes[name]
             local = local_tensor(parameter.detach())
             storage = local.untyped_storage()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .state import find_state, local_tensor, reshard
+from .state import find_state, local_tensor
 
 STATE_KINDS = ("parameters", "gradients", "optimizer")
 
@@ -17,9 +17,8 @@ STATE_KINDS = ("parameters", "gradients", "optimizer")
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Bytes this worker stores now, by kind: its shards of parameters and gradients, and all tensors of the
     optimizer's state that have the shape of a shard (step counters are left out). Works for any model."""
-    if find_state(model) is not None:
-        reshard(model)
-    parameters = list(model.parameters())
+    sdp = find_state(model)
+    parameters = list(sdp.parameters.values() if sdp is not None and sdp.sharded else model.parameters())
     states = [] if optimizer is None else list(optimizer.state.values())
     return {
         "parameters": sum(local_tensor(p.detach()).nbytes for p in parameters),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import SDPConfigError, SDPStateError
-from .state import find_state, get_state, local_tensor, reshard, unwrap
+from .state import find_state, get_state, local_tensor, unwrap
 
 ELEMENTWISE_OPTIMIZERS = {
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Lion",
@@ -44,8 +44,7 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     if getattr(optimizer, "_sdp_model", None) is model:
         return
     refuse_unless_elementwise(optimizer)
-    reshard(model)
-    current = dict(model.named_parameters())
+    current = state.parameters
     ours = {id(p) for p in current.values()}
     groups, seen = [], set()
     for group in optimizer.param_groups:

@@ -52,6 +52,8 @@ class SDPState:
         cursor: the subnetwork that trains now; moves only under simulation, with ``next_micro_batch``.
         version: counts changes of the weights; equal on all workers.
         sharded: whether the engine has sharded the model.
+        parameters: local name -> sharded parameter (after sharding). The model's own attributes are the gathered
+            ones between a forward and its backward.
         control_group: gloo group of all workers for small messages and barriers (after sharding).
         shadow: the full model for evaluation (after sharding, forward masking).
         traffic: counts the bytes this worker sends (after sharding).
@@ -74,6 +76,7 @@ class SDPState:
     next_micro_batch: int = 0
     version: int = 0
     sharded: bool = False
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     control_group: Any = None
     shadow: Any = None
     traffic: Any = None
@@ -134,7 +137,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered parameters, so that ``model.parameters()`` are the sharded ones."""
+    """Free gathered parameters, so that the next forward gathers new values. Not from within a forward."""
     for module in fsdp_modules(model):
         module.reshard()
 

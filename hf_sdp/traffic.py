@@ -6,10 +6,9 @@ evaluation are left out.
 """
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from .compat import AllGather, ReduceScatter
+from .compat import DefaultAllGather, DefaultReduceScatter
 from .state import fsdp_modules
 
 
@@ -37,23 +36,19 @@ class Traffic:
         return hook
 
 
-class _Allocates:
+class _CountedAllGather(DefaultAllGather):
     def __init__(self, traffic: Traffic):
         self.traffic = traffic
 
-    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _CountedAllGather(_Allocates, AllGather):
     def __call__(self, output_tensor, input_tensor, group, async_op=False):
         self.traffic.add((group.size() - 1) * input_tensor.nbytes)
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
-class _CountedReduceScatter(_Allocates, ReduceScatter):
+class _CountedReduceScatter(DefaultReduceScatter):
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
         self.traffic.add((group.size() - 1) * output_tensor.nbytes)
-        return dist.reduce_scatter_tensor(
-            output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
-        )
+        return super().__call__(output_tensor, input_tensor, group, op, async_op)

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from .errors import SDPStateError
 from .layout import full_box, local_box, numel, owned_boxes
-from .state import SDPState, get_state, local_tensor, reshard, unwrap
+from .state import SDPState, get_state, local_tensor, unwrap
 
 
 @torch.no_grad()
@@ -20,10 +20,9 @@ def verify(model: nn.Module) -> None:
     state = get_state(model)
     if not state.sharded:
         raise SDPStateError("verify needs a prepared model.")
-    reshard(model)
     _raise_first([_same_plan(state), None])
-    _raise_first([_everything_owned(state), _stores_what_it_should(model, state)])
-    _raise_first(_replicas_equal(model))
+    _raise_first([_everything_owned(state), _stores_what_it_should(state)])
+    _raise_first(_replicas_equal(state))
 
 
 def _raise_first(problems: list[str | None]) -> None:
@@ -53,8 +52,8 @@ def _everything_owned(state: SDPState) -> str | None:
     return None
 
 
-def _stores_what_it_should(model: nn.Module, state: SDPState) -> str | None:
-    for local_name, parameter in model.named_parameters():
+def _stores_what_it_should(state: SDPState) -> str | None:
+    for local_name, parameter in state.parameters.items():
         expected = tuple(stop - start for start, stop in local_box(state, state.held[local_name]))
         stored = tuple(local_tensor(parameter.detach()).shape)
         if stored != expected and numel(local_box(state, state.held[local_name])):
@@ -62,9 +61,9 @@ def _stores_what_it_should(model: nn.Module, state: SDPState) -> str | None:
     return None
 
 
-def _replicas_equal(model: nn.Module) -> list[str | None]:
+def _replicas_equal(state: SDPState) -> list[str | None]:
     problems = []
-    for local_name, parameter in model.named_parameters():
+    for local_name, parameter in state.parameters.items():
         if not isinstance(parameter, DTensor):
             continue
         for dim, placement in enumerate(parameter.placements):

@@ -1,0 +1,60 @@
+"""The default corpus: the source text of the running Python's standard library. No download, real text."""
+
+import sysconfig
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+_SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings"}
+
+
+def standard_library(max_bytes: int | None = None) -> Dataset:
+    """One row ``{"name", "text"}`` a source file, in sorted order, at most ``max_bytes`` of text in all."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names, texts, total = [], [], 0
+    for path in sorted(root.rglob("*.py")):
+        if _SKIPPED & set(path.relative_to(root).parts):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if max_bytes is not None and total + len(text) > max_bytes:
+            break
+        names.append(str(path.relative_to(root)))
+        texts.append(text)
+        total += len(text)
+    return Dataset.from_dict({"name": names, "text": texts})
+
+
+def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of ``vocab_size`` tokens trained on the corpus."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts["text"], vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def blocks(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int, valid_share: float = 0.05) -> DatasetDict:
+    """The corpus as token blocks ``{"input_ids", "labels"}`` of ``length``; every twentieth file or so is ``valid``."""
+
+    def tokenize(batch):
+        return {"ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(batch["text"])["input_ids"]]}
+
+    def chunk(batch):
+        ids = [token for row in batch["ids"] for token in row]
+        rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        return {"input_ids": rows, "labels": rows}
+
+    split = texts.train_test_split(test_size=valid_share, seed=0)
+    result = DatasetDict(train=split["train"], valid=split["test"])
+    result = result.map(tokenize, batched=True, remove_columns=texts.column_names, desc="tokenize")
+    return result.map(chunk, batched=True, batch_size=None, remove_columns=["ids"], desc="cut into blocks")
+
+
+def load(vocab_size: int, length: int, max_bytes: int | None = None) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+    """Token blocks of the standard library and the tokenizer trained on it."""
+    texts = standard_library(max_bytes)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    return blocks(texts, tokenizer, length), tokenizer
