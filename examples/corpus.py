@@ -1,9 +1,12 @@
 """The default corpus: the source text of the running Python's standard library. No download, real text."""
 
+import hashlib
+import os
+import platform
 import sysconfig
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -58,3 +61,32 @@ def load(vocab_size: int, length: int, max_bytes: int | None = None) -> tuple[Da
     texts = standard_library(max_bytes)
     tokenizer = train_tokenizer(texts, vocab_size)
     return blocks(texts, tokenizer, length), tokenizer
+
+
+def text_lines(text_file: str | Path, lines_per_row: int = 200) -> Dataset:
+    """A text file (UTF-8) as rows ``{"name", "text"}`` of ``lines_per_row`` lines, so that a share of them is ``valid``."""
+    lines = Path(text_file).read_text(encoding="utf-8").splitlines(keepends=True)
+    texts = ["".join(lines[i : i + lines_per_row]) for i in range(0, len(lines), lines_per_row)]
+    return Dataset.from_dict({"name": [f"row {i}" for i in range(len(texts))], "text": texts})
+
+
+def prepared(
+    folder: str | Path, vocab_size: int, length: int, max_bytes: int | None = None, text_file: str | Path | None = None
+) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+    """Like :func:`load`, of the standard library or ``text_file``, but made once and kept under ``folder``.
+
+    Several workers: call it under ``main_process_first()``, so that one of them makes it and the others read it.
+    """
+    if text_file is None:
+        source = f"python{platform.python_version()}-{max_bytes}"
+    else:
+        source = hashlib.sha256(Path(text_file).read_bytes()).hexdigest()[:12]
+    kept = Path(folder) / f"{source}-{vocab_size}-{length}"
+    if not kept.exists():
+        texts = standard_library(max_bytes) if text_file is None else text_lines(text_file)
+        tokenizer = train_tokenizer(texts, vocab_size)
+        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")  # an interrupted run must not leave half of it
+        blocks(texts, tokenizer, length).save_to_disk(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(kept)
+    return load_from_disk(kept), PreTrainedTokenizerFast.from_pretrained(kept)

@@ -28,14 +28,14 @@ class _HeldLinearFunction(torch.autograd.Function):
     """``x (..., in), weight (out, in) -> (..., out)``; rows or columns of ``grad_weight`` outside ``ranges`` are zero."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dim: int, ranges: Ranges, scale: float):
+    def forward(ctx, x, weight, bias, dim: int, ranges: Ranges, scale: float, copy_inputs: bool):
         ctx.dim, ctx.ranges, ctx.scale = dim, ranges, scale
         ctx.has_bias = bias is not None
         if dim == 0:
             ctx.save_for_backward(weight, x)
         else:
-            # Copies, so that the full input can be freed: only its held columns are needed.
-            ctx.save_for_backward(weight, *(x[..., a:b].contiguous() for a, b in ranges))
+            inputs = (x[..., a:b] for a, b in ranges)
+            ctx.save_for_backward(weight, *((i.contiguous() for i in inputs) if copy_inputs else inputs))
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -64,7 +64,7 @@ class _HeldLinearFunction(torch.autograd.Function):
                 for a, b in ctx.ranges:
                     held_bias[a:b] = grad_bias[a:b]
                 grad_bias = held_bias.mul_(ctx.scale)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -97,14 +97,18 @@ class HeldLinear(nn.Linear):
     Attributes:
         dim: 0 for column-wise layers (rows of ``weight``), 1 for row-wise ones.
         held: per subnetwork, the ranges along ``dim``; empty where nothing is held.
+        copy_inputs: row-wise layers save copies of the held columns, so that the full input can be freed. Not after
+            scaled_dot_product_attention: it saves its output anyway, views of it cost nothing.
     """
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, dim: int, held: list[Ranges], scale: float, cursor: Cursor) -> "HeldLinear":
+    def of(
+        cls, linear: nn.Linear, *, dim: int, held: list[Ranges], scale: float, cursor: Cursor, copy_inputs: bool
+    ) -> "HeldLinear":
         """Shares the parameters of ``linear`` by identity."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.dim, layer.held, layer.scale, layer.cursor = dim, held, scale, cursor
+        layer.dim, layer.held, layer.scale, layer.cursor, layer.copy_inputs = dim, held, scale, cursor, copy_inputs
         return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +117,7 @@ class HeldLinear(nn.Linear):
         ranges = self.held[self.cursor.subnetwork]
         x, weight, bias = _autocast(x, self.weight, self.bias)
         if ranges:
-            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.scale)
+            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.scale, self.copy_inputs)
         output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
         return _ZeroGradients.apply(output, *(p for p in (self.weight, self.bias) if p is not None))
 
@@ -161,7 +165,12 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
             weight = f"{owner}.weight"
             if isinstance(module, nn.Linear):
                 layer = HeldLinear.of(
-                    module, dim=module_plan.dims[weight], held=held[weight], scale=scale, cursor=cursor
+                    module,
+                    dim=module_plan.dims[weight],
+                    held=held[weight],
+                    scale=scale,
+                    cursor=cursor,
+                    copy_inputs=module_plan.kind != "attention",
                 )
                 parent, _, child = owner.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .errors import SDPStateError
-from .evaluate import Shadow, guard_evaluation
+from .evaluate import Shadow, guard_forward
 from .families import family_of
 from .layers import SharedBias
 from .layout import ranks_of
@@ -65,7 +65,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     model.no_sync = lambda: no_sync(model)
     if state.config.evaluate == "full" and not state.trains_full_forward:
         state.shadow = Shadow(model, state, device, policy)
-    guard_evaluation(model, state)
+    guard_forward(model, state)
     return model
 
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from .canonical import exchange, owned_tensors
 from .errors import SDPStateError
 from .families import family_of
+from .forward import refuse_reentrant_checkpointing
 from .layout import full_box, numel, owned_boxes, shard_box
 from .state import SDPState, local_tensor
 from .units import decoder_layers
@@ -73,13 +74,19 @@ class Shadow:
         self.version = self.state.version
 
 
-def guard_evaluation(model: nn.Module, state: SDPState) -> None:
-    """A forward in eval mode waits for all workers first, so that one called on some workers only is an error there
-    after ``evaluation_timeout_s`` instead of a hang or a wrong result."""
+def guard_forward(model: nn.Module, state: SDPState) -> None:
+    """Check every call of the model before FSDP2's first collective.
+
+    A forward in eval mode waits for all workers, so that one called on some workers only is an error there after
+    ``evaluation_timeout_s`` instead of a hang or a wrong result. Training refuses reentrant checkpointing.
+    """
 
     @torch.compiler.disable
-    def wait_for_all_workers(module, args):
-        if module.training or state.control_group is None:
+    def check(module, args):
+        if module.training:
+            refuse_reentrant_checkpointing(module)
+            return
+        if state.control_group is None:
             return
         if state.config.evaluate == "subnetwork" and not state.trains_full_forward:
             return
@@ -92,4 +99,4 @@ def guard_evaluation(model: nn.Module, state: SDPState) -> None:
                 "on all workers, with the same number of batches, or train with SDPConfig(evaluate='subnetwork')."
             ) from error
 
-    model.register_forward_pre_hook(wait_for_all_workers, prepend=True)
+    model.register_forward_pre_hook(check, prepend=True)

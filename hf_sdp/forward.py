@@ -1,4 +1,4 @@
-"""The methods of a patched model that differ from its class: forward, save_pretrained, gradient checkpointing.
+"""The methods of a patched model that differ from its class: forward and save_pretrained.
 
 They are set on the instance and keep their signatures: the Trainer drops every dataset column that
 ``inspect.signature(model.forward)`` does not name.
@@ -20,7 +20,6 @@ def install(model: nn.Module) -> None:
     """Set the methods on a model whose state is already set."""
     state = get_state(model)
     original_forward = model.forward.__func__
-    original_checkpointing = model.gradient_checkpointing_enable
     signature = inspect.signature(model.forward)
 
     @functools.wraps(original_forward)
@@ -41,34 +40,22 @@ def install(model: nn.Module) -> None:
             )
         return state.shadow(*args, **kwargs)
 
-    @functools.wraps(original_checkpointing)
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, *args, **kwargs):
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise SDPConfigError(_REENTRANT)
-        return original_checkpointing(
-            {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, *args, **kwargs
-        )
-
     model.forward = MethodType(forward, model)
-    model.gradient_checkpointing_enable = MethodType(gradient_checkpointing_enable, model)
     if not state.simulated:
         model.save_pretrained = MethodType(_save_pretrained(model.save_pretrained), model)
     # FSDP2 renames the class; the Trainer looks up by this name whether labels are shifted (label smoothing).
     model._get_name = lambda: state.model_name
 
 
-_REENTRANT = (
-    "Gradient checkpointing with use_reentrant=True bypasses FSDP2's backward hooks. "
-    "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
-)
-
-
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """Raises SDPConfigError when reentrant gradient checkpointing is already on."""
+    """Raises SDPConfigError when reentrant gradient checkpointing is on: it bypasses FSDP2's backward hooks."""
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
-            raise SDPConfigError(_REENTRANT)
+        function = getattr(module, "_gradient_checkpointing_func", None) if "gradient_checkpointing" in vars(module) else None
+        if function is not None and module.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise SDPConfigError(
+                "Gradient checkpointing with use_reentrant=True does not work with FSDP2. "
+                "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
 
 
 def _without_cache(signature: inspect.Signature, args, kwargs) -> dict:

@@ -1,6 +1,7 @@
 """``patch_model``: a full transformers model becomes one worker's subnetwork, in place."""
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ def patch_model(
     Collective when a process group is up: rank 0's full values are sent to all workers tensor by tensor, so that
         different seeds do not matter.
     """
+    if not isinstance(config, SDPConfig):
+        raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
     rank, world_size = _resolve_world(config, rank, world_size)
     num_subnetworks = _check(model, config, world_size)
     plan = make_plan(model, config, num_subnetworks)
@@ -111,8 +114,6 @@ def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) 
 
 def _check(model: nn.Module, config: SDPConfig, world_size: int) -> int:
     """All checks of the model. Returns the number of subnetworks."""
-    if not isinstance(config, SDPConfig):
-        raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
     if find_state(model) is not None:
         raise SDPConfigError("This model is already patched. Patch a newly made model.")
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
@@ -213,7 +214,7 @@ def _narrow(model: nn.Module, name: str, parts: list) -> list[nn.Module]:
 
 def _whole(plan: Plan, local_name: str, parameter: nn.Parameter) -> Held:
     """A local parameter that is a full parameter: shared, or (backward masking, simulation) not cut locally."""
-    name = local_name.replace(".shared_bias.", ".")
+    name = re.sub(r"\.parts\.\d+\.", ".", local_name).replace(".shared_bias.", ".")
     if plan.shapes[name] != tuple(parameter.shape):
         raise AssertionError(f"{local_name}: {tuple(parameter.shape)} is not the full shape {plan.shapes[name]}")
     return Held(name, 0, 0, parameter.shape[0], plan.everyone)

@@ -93,3 +93,58 @@ def test_evaluation_is_of_the_full_model_and_the_checkpoint_is_standard(tmp_path
         assert set(f.keys()) == {n for n, _ in tiny_model(tie_word_embeddings=True).named_parameters()}  # tied: once
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_full_coverage_equals_ddp(tmp_path):
+    arguments = dict(max_steps=20, learning_rate=3e-3)
+    ddp = run_workers(train, tmp_path, None, arguments)
+    for sharding in ("full", "none"):
+        sdp = run_workers(train, tmp_path, dict(coverage=1.0, sharding=sharding), arguments)
+        assert losses_of(sdp[0][2]) == pytest.approx(losses_of(ddp[0][2]), abs=1e-5)
+        assert norms_of(sdp[0][2]) == pytest.approx(norms_of(ddp[0][2]), rel=1e-4)
+        assert sdp[0][1] == pytest.approx(ddp[0][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_token_counts_that_differ_between_workers_weigh_as_in_ddp(tmp_path, average):
+    """The Trainer multiplies the loss by the number of processes when it averages tokens across devices."""
+    arguments = dict(max_steps=6, average_tokens_across_devices=average)
+    ddp = run_workers(train, tmp_path, None, arguments, None, True)
+    sdp = run_workers(train, tmp_path, dict(coverage=1.0), arguments, None, True)
+    assert losses_of(sdp[0][2]) == pytest.approx(losses_of(ddp[0][2]), abs=1e-5)
+    assert norms_of(sdp[0][2]) == pytest.approx(norms_of(ddp[0][2]), rel=1e-4)
+
+
+SUBNETWORKS = {
+    "neuron": dict(level="neuron"),
+    "block": dict(level="block"),
+    "parts": dict(level="neuron", coverage=0.75, reshard_after_forward=True),
+    "backward": dict(level="neuron", masking="backward"),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "subnetwork"),
+    [
+        *(("gradient_checkpointing", s) for s in SUBNETWORKS),
+        ("bf16", "parts"),
+        ("bf16", "backward"),
+        ("torch_compile", "neuron"),  # a minute: one is enough
+    ],
+)
+def test_training_variants_keep_the_losses(tmp_path, variant, subnetwork):
+    sdp = SUBNETWORKS[subnetwork]
+    options = {
+        "gradient_checkpointing": dict(gradient_checkpointing=True),
+        "bf16": dict(bf16=True),
+        "torch_compile": dict(torch_compile=True, torch_compile_backend="aot_eager"),
+    }[variant]
+    plain, varied = (
+        run_workers(train, tmp_path, sdp, arguments, timeout_s=280) for arguments in ({}, options)
+    )
+    tolerance = 2e-2 if variant == "bf16" else 1e-5
+    assert losses_of(varied[0][2]) == pytest.approx(losses_of(plain[0][2]), abs=tolerance)
+    assert norms_of(varied[0][2]) == pytest.approx(norms_of(plain[0][2]), rel=5e-2 if variant == "bf16" else 1e-4)
+    assert varied[0][1] == pytest.approx(plain[0][1], abs=tolerance)
+    if variant == "bf16":
+        assert varied[0][1] != plain[0][1]  # it was really on

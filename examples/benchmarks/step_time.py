@@ -5,7 +5,9 @@
 
 All engines exist at once and are stepped in turn, one step of each a round, starting with another one every round, so
 that a busy machine slows all of them alike. A step is forward, backward, clipping, and the fused AdamW of the Trainer's
-default; its time is that of the slowest worker. One thread a worker. Llama of 6.85 M parameters, fp32, random tokens.
+default. Its time is that of the slowest worker, median over the rounds; "CPU" is the processor time that all workers spent
+on it together, which other programs on the machine disturb least. One thread a worker. Llama of 6.85 M parameters, fp32,
+random tokens.
 
 Bytes are counted in one step after the timed ones: of an all-gather or reduce-scatter over n members each sends (n-1)/n of
 the gathered size, of an all-reduce twice that.
@@ -138,43 +140,57 @@ def worker(rank: int, folder: str, options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def _timed_rounds(engines: list[Engine], batch, num_rounds: int) -> dict[str, list[float]]:
-    """Seconds per engine and round of this worker."""
-    times: dict[str, list[float]] = {engine.name: [] for engine in engines}
+def _timed_rounds(engines: list[Engine], batch, num_rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Per engine and round: seconds passed, and seconds of processor time, of this worker."""
+    times: dict[str, list[tuple[float, float]]] = {engine.name: [] for engine in engines}
     for k in range(num_rounds):
         start = k % len(engines)
         for engine in engines[start:] + engines[:start]:
             ids = batch()
             dist.barrier()
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             engine.step(ids)
-            times[engine.name].append(time.perf_counter() - began)
+            times[engine.name].append((time.perf_counter() - began, time.process_time() - cpu_began))
     return times
 
 
 def _report(everyone: list, options: argparse.Namespace) -> None:
-    rows = {}
-    for name in everyone[0][0]:
-        rounds = [max(per_worker) for per_worker in zip(*(times[name] for times, _ in everyone), strict=True)]
-        low, _, high = statistics.quantiles(rounds, n=4)
-        rows[name] = {
-            "median_s": statistics.median(rounds), "quartiles_s": [low, high], "rounds_s": rounds,
-            "bytes_sent_max": max(sent[name] for _, sent in everyone),
-            "bytes_formula": expected_bytes(name, options.workers),
-        }  # fmt: skip
-    print("| engine | step, ms (quartiles) | / DDP | / FSDP2 | MiB sent | formula |\n" + "| --- " * 6 + "|")
-    for name, row in rows.items():
+    """Prints the table and writes ``options.output``. ``everyone``: (times, bytes sent) of every worker."""
+    rows = {name: _row(name, everyone, options.workers) for name in everyone[0][0]}
+    for row in rows.values():
         row["to_ddp"], row["to_fsdp2"] = (row["median_s"] / rows[other]["median_s"] for other in ("DDP", "FSDP2"))
+        row["cpu_to_ddp"] = row["cpu_s"] / rows["DDP"]["cpu_s"]
+    print(
+        "| engine | step, ms (quartiles) | / DDP | / FSDP2 | CPU, ms | CPU / DDP | MiB sent | formula |\n"
+        + "| --- " * 8 + "|"
+    )  # fmt: skip
+    for name, row in rows.items():
         low, high = row["quartiles_s"]
         print(
             f"| {name} | {1e3 * row['median_s']:.0f} ({1e3 * low:.0f}-{1e3 * high:.0f}) | {row['to_ddp']:.2f} | "
-            f"{row['to_fsdp2']:.2f} | {row['bytes_sent_max'] / 2**20:.2f} | {row['bytes_formula'] / 2**20:.2f} |"
+            f"{row['to_fsdp2']:.2f} | {1e3 * row['cpu_s']:.0f} | {row['cpu_to_ddp']:.2f} | "
+            f"{row['bytes_sent_max'] / 2**20:.2f} | {row['bytes_formula'] / 2**20:.2f} |"
         )
     for one, other in (("SDP C=1, reshard", "FSDP2"), ("SDP C=1", "FSDP2, no reshard")):
-        print(f"{one} / {other}: {rows[one]['median_s'] / rows[other]['median_s']:.3f}")
+        ratio, cpu_ratio = (rows[one][key] / rows[other][key] for key in ("median_s", "cpu_s"))
+        print(f"{one} / {other}: {ratio:.3f}, CPU {cpu_ratio:.3f}")
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "profile")}
     if options.output:
         options.output.write_text(json.dumps({"settings": settings, "engines": rows}, indent=1))
+
+
+def _row(name: str, everyone: list, num_workers: int) -> dict:
+    rounds = list(zip(*(times[name] for times, _ in everyone), strict=True))
+    steps_s = [max(seconds for seconds, _ in workers) for workers in rounds]
+    low, _, high = statistics.quantiles(steps_s, n=4)
+    return {
+        "median_s": statistics.median(steps_s),
+        "quartiles_s": [low, high],
+        "cpu_s": statistics.median(sum(cpu for _, cpu in workers) for workers in rounds),
+        "bytes_sent_max": max(sent[name] for _, sent in everyone),
+        "bytes_formula": expected_bytes(name, num_workers),
+        "steps_s": steps_s,
+    }
 
 
 def _profile(engine: Engine, batch, num_steps: int) -> None:

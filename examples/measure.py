@@ -1,0 +1,99 @@
+"""What a worker stores, sends and waits for under DDP and FSDP2, measured exactly as ``hf_sdp`` does it for SDP."""
+
+import statistics
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback
+
+from hf_sdp.metrics import STATE_KINDS, StepMeter
+from hf_sdp.traffic import Traffic
+
+
+class DDPTraffic:
+    """Counts the bytes a worker sends for gradients, bucket by bucket: a ring all-reduce sends each one twice,
+    but for the share that stays. ``buffer_bytes``: what the buckets occupy, for as long as the model lives."""
+
+    def __init__(self, model: DistributedDataParallel):
+        self.bytes_sent = 0
+        self._buffers: dict[int, int] = {}
+        model.register_comm_hook(None, self._all_reduce)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(self._buffers.values())
+
+    def _all_reduce(self, process_group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if bucket.index() == 0:
+            self._buffers.clear()  # DDP cuts its buckets anew after the first backward
+        size, num_workers = bucket.buffer().nbytes, dist.get_world_size()
+        self._buffers[bucket.index()] = size
+        self.bytes_sent += 2 * (num_workers - 1) * size // num_workers
+        return allreduce_hook(process_group, bucket)
+
+
+class _Meter(StepMeter):
+    def __init__(self, model, device, traffic: DDPTraffic | Traffic):
+        super().__init__(model, device)
+        self.traffic = traffic
+
+    def _bytes_sent(self) -> int:
+        return self.traffic.bytes_sent
+
+
+class MeterCallback(TrainerCallback):
+    """Logs under a DDP or FSDP2 Trainer what SDPCallback logs under SDP: ``add_callback(MeterCallback(trainer))``."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        wrapped = self.trainer.model_wrapped
+        traffic = DDPTraffic(wrapped) if isinstance(wrapped, DistributedDataParallel) else Traffic(wrapped)
+        self.meter = _Meter(model, args.device, traffic)
+
+    # The first step is left out: DDP cuts its buckets anew at the start of the second one, and the step whose memory
+    # is measured, the meter's second, must come after that.
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            self.meter.step_begin()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            self.meter.gradients_ready()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step > 0:
+            had_peak = self.meter.peak_bytes > 0
+            self.meter.step_end(optimizer)
+            if self.meter.peak_bytes and not had_peak:
+                # The peak is above what was there when the step began, and the buckets were.
+                self.meter.peak_bytes += getattr(self.meter.traffic, "buffer_bytes", 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            state.log_history[-1].update(self.meter.report(world=True))
+
+
+def measurements(trainer: Trainer) -> dict[str, float]:
+    """One number each from the log of a finished training: bytes of the worker that has most, seconds, loss.
+
+    Raises: ValueError after too few steps: the first two or three are not timed.
+    """
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    def values(name: str) -> list[float]:
+        found = [entry[f"sdp/{name}"] for entry in logged if f"sdp/{name}" in entry]
+        if not found:
+            raise ValueError(f"{name} was not measured in {trainer.state.global_step} steps: train longer.")
+        return found
+
+    return {
+        **{f"{kind}_bytes": max(values(f"state_bytes_{kind}_max")) for kind in STATE_KINDS},
+        "peak_bytes": max(values("peak_bytes")),
+        "bytes_sent_per_step": statistics.median(values("bytes_sent_per_step")),
+        "step_time_s": statistics.median(values("step_time_s")),
+        "train_loss": logged[-1]["loss"],
+    }

@@ -1,0 +1,102 @@
+"""Backward masking: exact gradients for what is held, compute and saved inputs only for that."""
+
+import pytest
+import torch
+from models import batch, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_sdp import SDPConfig, patch_model
+from hf_sdp.state import get_state
+
+
+def backward_model(rank: int, dtype=torch.float32, **config):
+    return patch_model(
+        tiny_model(attention_bias=True, mlp_bias=True).to(dtype), SDPConfig(masking="backward", **config), rank=rank, world_size=4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [dict(level="neuron"), dict(level="block"), dict(coverage=0.75), dict(coverage=0.25)], ids=str)
+def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
+    full = tiny_model(attention_bias=True, mlp_bias=True).to(dtype)
+    expected = full(**batch(0), use_cache=False)
+    expected.loss.backward()
+    for rank in range(4):
+        model = backward_model(rank, dtype, **config)
+        output = model(**batch(0), use_cache=False)
+        output.loss.backward()
+        assert torch.equal(output.logits, expected.logits)
+        plan = get_state(model).plan
+        scale = plan.num_subnetworks / plan.replication  # mean over the world -> mean over the holders
+        for name, slices in plan.slices.items():
+            got, want = model.get_parameter(name).grad, full.get_parameter(name).grad
+            for s in slices:
+                got_slice, want_slice = (g.narrow(s.dim, s.start, s.stop - s.start) for g in (got, want))
+                if rank not in s.holders:
+                    assert got_slice.abs().max() == 0
+                elif s.unit is None or scale in (1, 2, 4):  # powers of two scale without rounding
+                    assert torch.equal(got_slice, want_slice * (1 if s.unit is None else scale)), name
+                else:
+                    torch.testing.assert_close(got_slice, want_slice * scale, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+def saved_bytes(model) -> int:
+    """Bytes saved for backward, each storage once, parameters not counted."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            kept.append(t)
+        return t
+
+    kept: list = []  # alive, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(**batch(0, size=4, length=64), use_cache=False).loss
+    return sum(storages.values())
+
+
+def backward_flops(model) -> int:
+    loss = model(**batch(0, size=4, length=64), use_cache=False).loss
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_weight_gradient_compute_falls_to_the_coverage(level):
+    full = tiny_model()
+    tokens, layers, hidden, neurons = 4 * 64, 4, 32, 64
+    weight_gradients = 2 * tokens * layers * (4 * hidden * hidden + 3 * hidden * neurons)
+    for rank in range(4):
+        model = patch_model(tiny_model(), SDPConfig(level=level, masking="backward"), rank=rank, world_size=4)
+        held = sum(p.numel() for p in full.parameters())  # the same embeddings and head in both
+        saved = backward_flops(full) - backward_flops(model)
+        plan = get_state(model).plan
+        share = (plan.numel(rank) - plan.shared_numel) / (plan.full_numel - plan.shared_numel)
+        assert saved == pytest.approx((1 - share) * weight_gradients, rel=2e-3) and held
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_inputs_are_saved_for_held_slices_only(level):
+    full = saved_bytes(tiny_model())
+    for rank in range(4):
+        model = patch_model(tiny_model(), SDPConfig(level=level, masking="backward"), rank=rank, world_size=4)
+        tokens, layers = 4 * 64, 4
+        down_inputs = tokens * layers * 64 * 4  # bytes of the inputs of all down projections
+        # Neuron level: half of every down projection's and output projection's input. Block level: none of them in
+        # the blocks that are not held, half of the blocks.
+        assert full - saved_bytes(model) >= 0.5 * down_inputs
+
+
+def test_nothing_is_saved_for_a_linear_layer_that_holds_nothing():
+    model = patch_model(tiny_model(), SDPConfig(level="block", masking="backward"), rank=0, world_size=4)
+    layer = next(m.mlp for m in model.model.layers if not m.mlp.up_proj.held[0])
+    saved = []
+    x = torch.randn(8, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer.up_proj(x)
+    assert all(t.shape == layer.up_proj.weight.shape or t.shape == layer.up_proj.weight.t().shape for t in saved)
+    y.sum().backward()
+    assert x.grad is not None and layer.up_proj.weight.grad.abs().max() == 0

@@ -1,0 +1,162 @@
+"""Patching without processes: shapes, names, gradients against the dense model, errors before any change."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from models import batch, tiny_config, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, make_plan, patch_model
+from hf_sdp.state import get_state
+
+MODELS = {
+    "plain": {},
+    "grouped": dict(num_attention_heads=8, num_key_value_heads=4),
+    "biases": dict(attention_bias=True, mlp_bias=True),
+    "tied": dict(tie_word_embeddings=True),
+}
+SUBNETWORKS = {
+    "neuron": dict(level="neuron"),
+    "neuron 3/4": dict(level="neuron", coverage=0.75),
+    "neuron 1/4": dict(level="neuron", coverage=0.25),
+    "block": dict(level="block"),
+    "block 3/4": dict(level="block", coverage=0.75),
+    "layer": dict(level="block", block_granularity="layer"),
+    "everything": dict(coverage=1.0),
+}
+
+
+def masked_dense(model_options: dict, plan, subnetwork: int) -> LlamaForCausalLM:
+    """The full model with every slice that the subnetwork does not hold set to zero. Nothing of hf_sdp runs in it.
+
+    A zeroed attention or MLP adds nothing to the residual stream, which is what absence means."""
+    model = tiny_model(**model_options)
+    with torch.no_grad():
+        for name, slices in plan.slices.items():
+            for s in slices:
+                if subnetwork not in s.holders:
+                    model.get_parameter(name).narrow(s.dim, s.start, s.stop - s.start).zero_()
+    return model
+
+
+@pytest.mark.parametrize("subnetwork_options", SUBNETWORKS)
+@pytest.mark.parametrize("model_options", MODELS)
+def test_forward_masking_gradients_equal_those_of_the_masked_dense_model(model_options, subnetwork_options):
+    options, config = MODELS[model_options], SDPConfig(**SUBNETWORKS[subnetwork_options])
+    plan = make_plan(tiny_config(**options), config, 4)
+    for rank in range(4):
+        dense = masked_dense(options, plan, rank)
+        expected = dense(**batch(3), use_cache=False)
+        expected.loss.backward()
+        model = patch_model(tiny_model(**options), config, rank=rank, world_size=4)
+        got = model(**batch(3))
+        got.loss.backward()
+        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
+        state = get_state(model)
+        assert sum(p.numel() for p in model.parameters()) == plan.numel(rank)  # physically smaller
+        seen = 0
+        for local_name, p in model.named_parameters():
+            held = state.held[local_name]
+            full_gradient = dense.get_parameter(held.name).grad
+            torch.testing.assert_close(
+                p.grad, full_gradient.narrow(held.dim, held.start, held.stop - held.start), rtol=1e-4, atol=1e-6
+            )
+            seen += p.numel()
+        assert seen == plan.numel(rank)
+
+
+def test_names_stay_and_features_are_true():
+    model = tiny_model()
+    names = [n for n, _ in model.named_modules()]
+    signature = inspect.signature(model.forward)
+    mlp = model.model.layers[0].mlp
+    patch_model(model, SDPConfig(), rank=1, world_size=4)
+    assert [n for n, _ in model.named_modules()] == names
+    assert model.model.layers[0].mlp is mlp
+    assert (mlp.up_proj.in_features, mlp.up_proj.out_features) == (32, 32) == tuple(mlp.up_proj.weight.shape)
+    assert (mlp.down_proj.in_features, mlp.down_proj.out_features) == (32, 32)
+    attention = model.model.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.o_proj.in_features) == (16, 16)
+    assert inspect.signature(model.forward) == signature  # the Trainer picks dataset columns by it
+    assert mlp.up_proj.weight.untyped_storage().nbytes() == 32 * 32 * 4  # a tensor of its own, not a view of the full one
+
+
+def test_a_module_in_several_parts_has_parts_and_the_bias_once():
+    model = patch_model(tiny_model(mlp_bias=True), SDPConfig(coverage=0.75), rank=0, world_size=4)
+    parts = model.model.layers[0].mlp.parts
+    assert len(parts) == 3
+    assert [hasattr(p.down_proj, "shared_bias") for p in parts] == [True, False, False]
+
+
+def test_a_cache_is_refused_and_off_by_default():
+    """Two parts of one attention would append to the same cache layer."""
+    model = patch_model(tiny_model(), SDPConfig(coverage=0.75), rank=0, world_size=4)
+    assert model(**batch(0)).past_key_values is None
+    with pytest.raises(SDPConfigError, match="use_cache"):
+        model(**batch(0), use_cache=True)
+
+
+def test_evaluation_before_prepare_is_an_error_not_a_subnetwork():
+    model = patch_model(tiny_model(), SDPConfig(), rank=0, world_size=4).eval()
+    with pytest.raises(SDPStateError, match="prepare"):
+        model(**batch(0))
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(SDPConfigError, match="use_reentrant"):
+        patch_model(model, SDPConfig(), rank=0, world_size=2)
+
+
+def _meta_model():
+    with torch.device("meta"):
+        return LlamaForCausalLM(tiny_config())
+
+
+def _gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8))
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "world", "message"),
+    [
+        (tiny_model, SDPConfig(), dict(rank=0, world_size=1), "at least 2 workers"),
+        (tiny_model, SDPConfig(), dict(), "No process group"),
+        (tiny_model, SDPConfig(), dict(rank=4, world_size=4), "0 <= rank < world_size"),
+        (tiny_model, SDPConfig(num_subnetworks=3), dict(rank=0, world_size=4), "does not divide.*[1, 2, 4]"),
+        (tiny_model, SDPConfig(coverage=0.3), dict(rank=0, world_size=4), "Nearest coverage"),
+        (tiny_model, SDPConfig(simulate=4), dict(rank=0, world_size=4), "simulate=4"),
+        (tiny_model, {"level": "neuron"}, dict(rank=0, world_size=4), "must be an SDPConfig"),
+        (_gpt2, SDPConfig(), dict(rank=0, world_size=4), "Unknown model family"),
+        (_meta_model, SDPConfig(), dict(rank=0, world_size=4), "meta device"),
+        (lambda: torch.nn.Linear(2, 2), SDPConfig(), dict(rank=0, world_size=4), "transformers model"),
+    ],
+)
+def test_errors_come_before_any_change(make, config, world, message):
+    model = make()
+    before = {n: (p, p.shape, p._version) for n, p in model.named_parameters()}
+    forward = model.forward
+    with pytest.raises(SDPConfigError, match=message):
+        patch_model(model, config, **world)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[n] is p and p.shape == shape and p._version == v for n, (p, shape, v) in before.items())
+    assert model.forward == forward
+
+
+def test_a_second_patch_is_an_error():
+    model = patch_model(tiny_model(), SDPConfig(), rank=0, world_size=2)
+    numel = sum(math.prod(p.shape) for p in model.parameters())
+    with pytest.raises(SDPConfigError, match="already patched"):
+        patch_model(model, SDPConfig(), rank=0, world_size=2)
+    assert sum(math.prod(p.shape) for p in model.parameters()) == numel
+
+
+def test_peft_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(SDPConfigError, match="PEFT|transformers model"):
+        patch_model(model, SDPConfig(), rank=0, world_size=2)
