@@ -20,7 +20,7 @@ def main() -> None:
         cpu=not torch.cuda.is_available(),
     )
     with accelerator.main_process_first():
-        data, tokenizer = corpus.prepared("runs/cache", vocab_size=1024, length=64, max_bytes=500_000)
+        data, tokenizer = corpus.prepared("runs/cache", vocab_size=1024, length=64, max_bytes=2_000_000)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=128,

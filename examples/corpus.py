@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -70,23 +72,42 @@ def text_lines(text_file: str | Path, lines_per_row: int = 200) -> Dataset:
     return Dataset.from_dict({"name": [f"row {i}" for i in range(len(texts))], "text": texts})
 
 
+def make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Let ``make`` fill ``folder`` unless it is there. It is there whole or not at all, also when processes compete."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    make(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(unfinished)  # another process was quicker
+
+
 def prepared(
     folder: str | Path, vocab_size: int, length: int, max_bytes: int | None = None, text_file: str | Path | None = None
 ) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
     """Like :func:`load`, of the standard library or ``text_file``, but made once and kept under ``folder``.
 
     Several workers: call it under ``main_process_first()``, so that one of them makes it and the others read it.
+    Raises: ValueError when the text is too short for one block in ``train`` and one in ``valid``.
     """
     if text_file is None:
         source = f"python{platform.python_version()}-{max_bytes}"
     else:
         source = hashlib.sha256(Path(text_file).read_bytes()).hexdigest()[:12]
     kept = Path(folder) / f"{source}-{vocab_size}-{length}"
-    if not kept.exists():
+
+    def make(unfinished: Path) -> None:
         texts = standard_library(max_bytes) if text_file is None else text_lines(text_file)
         tokenizer = train_tokenizer(texts, vocab_size)
-        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")  # an interrupted run must not leave half of it
-        blocks(texts, tokenizer, length).save_to_disk(unfinished)
+        data = blocks(texts, tokenizer, length)
+        if not all(data.num_rows.values()):
+            raise ValueError(f"{data.num_rows} blocks of {length} tokens: the text is too short. Take more of it.")
+        data.save_to_disk(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(kept)
+
+    make_once(kept, make)
     return load_from_disk(kept), PreTrainedTokenizerFast.from_pretrained(kept)

@@ -9,7 +9,6 @@ Every engine starts from the same weights. Text: the source of Python's standard
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -68,7 +67,7 @@ class Arguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False  # there are none: DDP at its fastest
     max_steps: int = 50
     per_device_train_batch_size: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
     logging_steps: float = 10
@@ -81,11 +80,12 @@ def initial_model(config: LlamaConfig, seed: int, cache_dir: str) -> Path:
     """Folder with randomly initialized weights, made once: every engine and every worker starts from them."""
     key = hashlib.sha256(f"{config.to_json_string()}{seed}".encode()).hexdigest()[:12]
     folder = Path(cache_dir) / f"llama-{key}"
-    if not folder.exists():
+
+    def make(unfinished: Path) -> None:
         set_seed(seed)
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")  # an interrupted run must not leave half of it
         LlamaForCausalLM(config).save_pretrained(unfinished)
-        unfinished.rename(folder)
+
+    corpus.make_once(folder, make)
     return folder
 
 

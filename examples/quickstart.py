@@ -1,7 +1,7 @@
 """Train the same small Llama with DDP, FSDP2 and SDP, one after the other, and compare what a worker stores and sends.
 
 Same initial weights, same data, same tokens per step; all numbers are measured while it trains. Then the checkpoint
-that SDP saved is loaded with plain transformers and generates a text.
+that SDP saved is loaded with plain transformers and generates a text. Run it in the repository root.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "sdp": "SDP"}
 MIB = 2**20
 ROWS = {  # name in the results -> label, divisor, format
@@ -36,16 +35,20 @@ def parse() -> Namespace:
     parser.add_argument("--sharding", choices=["full", "none"], default="full", help="shard among the holders, or not")
     parser.add_argument("--workers", type=int, default=4, help="local worker processes on the CPU, at least 2")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each engine")
-    parser.add_argument("--folder", type=Path, default=HERE.parent / "runs" / "quickstart", help="results go here")
-    return parser.parse_args()
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="results go here")
+    arguments = parser.parse_args()
+    if arguments.workers < 2:
+        parser.error(f"--workers must be at least 2, got {arguments.workers}")
+    return arguments
 
 
 def train(engine: str, arguments: Namespace) -> dict:
     """Results of one engine, trained in its own worker processes."""
     folder = arguments.folder / engine
-    command = ["accelerate", "launch", "--config_file", str(HERE.parent / "configs" / "accelerate" / "cpu_4.yaml")]
-    command += ["--num_processes", str(arguments.workers), str(HERE / "pretrain_llama.py")]
-    command += ["--engine", engine, "--max_steps", str(arguments.steps), "--output_dir", str(folder)]
+    command = ["accelerate", "launch", "--config_file", "configs/accelerate/cpu_4.yaml"]
+    command += ["--num_processes", str(arguments.workers), "examples/pretrain_llama.py", "--engine", engine]
+    command += ["--max_steps", str(arguments.steps), "--logging_steps", str(max(5, arguments.steps // 6))]
+    command += ["--output_dir", str(folder)]
     command += ["--results_file", str(folder / "results.json"), "--cache_dir", str(arguments.folder / "cache")]
     if engine == "sdp":
         for name in ("level", "masking", "coverage", "sharding"):
@@ -62,7 +65,8 @@ def table(results: dict[str, dict]) -> Table:
     settings = "{level}, {masking}, coverage {coverage}, sharding {sharding}".format(**sdp["sdp"])
     grid = Table(
         title=f"{sdp['workers']} workers, {sdp['tokens_per_step']} tokens per step, {sdp['steps']} steps",
-        caption=f"SDP: {settings}. Bytes are of one worker. SDP's training loss is of the subnetworks.",
+        caption=f"SDP: {settings}. With forward masking its training loss is of the subnetworks. "
+        "So few steps compare costs, not quality.",
     )
     grid.add_column("per worker")
     for engine in results:
@@ -78,7 +82,7 @@ def main() -> None:
     console = Console()
     console.print(table(results))
     console.rule("SDP's checkpoint in plain transformers")
-    subprocess.run([sys.executable, str(HERE / "generate.py"), str(arguments.folder / "sdp")], check=True)
+    subprocess.run([sys.executable, "examples/generate.py", str(arguments.folder / "sdp")], check=True)
 
 
 if __name__ == "__main__":

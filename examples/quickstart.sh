@@ -8,6 +8,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/install.sh examples
-# The corpus and the model are made here: nothing is looked up on a hub. The profiler that measures memory is silent.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false KINETO_LOG_LEVEL=99
+# The corpus and the model are made here: nothing is looked up on a hub. The profiler that measures memory is kept quiet.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false KINETO_LOG_LEVEL=99 TORCH_CPP_LOG_LEVEL=ERROR
 exec python examples/quickstart.py "$@"

@@ -16,7 +16,7 @@ args = TrainingArguments(
     report_to="none",
 )
 with args.main_process_first():
-    data, tokenizer = corpus.prepared("runs/cache", vocab_size=1024, length=64, max_bytes=500_000)
+    data, tokenizer = corpus.prepared("runs/cache", vocab_size=1024, length=64, max_bytes=2_000_000)
 config = LlamaConfig(
     vocab_size=1024,
     hidden_size=128,

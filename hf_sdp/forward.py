@@ -50,8 +50,14 @@ def install(model: nn.Module) -> None:
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:
     """Raises SDPConfigError when reentrant gradient checkpointing is on: it bypasses FSDP2's backward hooks."""
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None) if "gradient_checkpointing" in vars(module) else None
-        if function is not None and module.gradient_checkpointing and getattr(function, "keywords", {}).get("use_reentrant"):
+        function = (
+            getattr(module, "_gradient_checkpointing_func", None) if "gradient_checkpointing" in vars(module) else None
+        )
+        if (
+            function is not None
+            and module.gradient_checkpointing
+            and getattr(function, "keywords", {}).get("use_reentrant")
+        ):
             raise SDPConfigError(
                 "Gradient checkpointing with use_reentrant=True does not work with FSDP2. "
                 "Use gradient_checkpointing_kwargs={'use_reentrant': False}."

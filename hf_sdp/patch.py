@@ -34,13 +34,8 @@ def patch_model(
     Collective when a process group is up: rank 0's full values are sent to all workers tensor by tensor, so that
         different seeds do not matter.
     """
-    if not isinstance(config, SDPConfig):
-        raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
-    rank, world_size = _resolve_world(config, rank, world_size)
-    num_subnetworks = _check(model, config, world_size)
-    plan = make_plan(model, config, num_subnetworks)
+    rank, world_size, plan = _agree(model, config, rank, world_size)
     if _process_group_is_up() and not config.simulate:
-        _check_same_everywhere(plan, config)
         _send_values_of_rank_0(model)
 
     named = dict(model.named_parameters())
@@ -69,6 +64,33 @@ def patch_model(
     set_state(model, state)
     install(model)
     return model
+
+
+def _agree(model: nn.Module, config: SDPConfig, rank: int | None, world_size: int | None) -> tuple[int, int, Plan]:
+    """Rank, world size and plan, after all checks. Collective when a process group is up: what is wrong on one
+    worker is an error on all, and every worker must have made the same plan from the same config."""
+    plan, error = None, None
+    try:
+        if not isinstance(config, SDPConfig):
+            raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
+        rank, world_size = _resolve_world(config, rank, world_size)
+        plan = make_plan(model, config, _check(model, config, world_size))
+    except SDPConfigError as raised:
+        error = raised
+    if _process_group_is_up() and dist.get_world_size() > 1:
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (plan and plan.hash, str(config), error and str(error)))
+        for other, (plan_hash, other_config, other_error) in enumerate(everyone):
+            if other_error and not error:
+                raise SDPConfigError(f"rank {other}: {other_error}")
+            if not error and (plan_hash, other_config) != everyone[0][:2]:
+                raise SDPConfigError(
+                    f"Workers disagree: rank 0 has plan {everyone[0][0][:12]} from {everyone[0][1]}, rank {other} has plan "
+                    f"{plan_hash[:12]} from {other_config}. Give every worker the same model config and SDPConfig."
+                )
+    if error:
+        raise error
+    return rank, world_size, plan
 
 
 def _process_group_is_up() -> bool:
@@ -146,19 +168,6 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int) -> int:
     return num_subnetworks
 
 
-def _check_same_everywhere(plan: Plan, config: SDPConfig) -> None:
-    """Collective: every worker must have made the same plan from the same config."""
-    mine = (plan.hash, str(config))
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            raise SDPConfigError(
-                f"Workers disagree: rank 0 has plan {everyone[0][0][:12]} from {everyone[0][1]}, rank {rank} has plan "
-                f"{theirs[0][:12]} from {theirs[1]}. Give every worker the same model config and SDPConfig."
-            )
-
-
 def _send_values_of_rank_0(model: nn.Module) -> None:
     backends = dist.get_backend_config() if hasattr(dist, "get_backend_config") else ""
     cpu_works = "cpu:" in str(backends) or dist.get_backend() in ("gloo", "fake", "mpi")
@@ -184,7 +193,9 @@ def _keep_held_parts(model: nn.Module, state: SDPState) -> None:
         parent, _, child = name.rpartition(".")
         if state.plan.level == "neuron":
             modules = _narrow(model, name, parts)
-            setattr(model.get_submodule(parent), child, modules[0] if len(modules) == 1 else PartSum(modules))
+            if len(modules) > 1:
+                biases = _shared_biases(state.plan, model.get_submodule(name), name)
+                setattr(model.get_submodule(parent), child, PartSum(modules, biases))
             for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
                 local_name = name if len(modules) == 1 else f"{name}.parts.{index}"
                 for full, cut in part.ranges.items():
@@ -205,16 +216,25 @@ def _keep_held_parts(model: nn.Module, state: SDPState) -> None:
 
 def _narrow(model: nn.Module, name: str, parts: list) -> list[nn.Module]:
     module = model.get_submodule(name)
-    narrowed = [narrow_module(module, part, adds_shared=index == 0) for index, part in enumerate(parts)]
+    narrowed = [narrow_module(module, part, adds_bias=len(parts) == 1) for part in parts]
     if len(narrowed) == 1:  # keep the module object itself: hooks and references of the host stay valid
         module._modules = narrowed[0]._modules
         return [module]
     return narrowed
 
 
+def _shared_biases(plan: Plan, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Child name -> bias, of the children whose weight is cut and whose bias is not (row-wise layers)."""
+    return {
+        child: linear.bias
+        for child, linear in module.named_children()
+        if getattr(linear, "bias", None) is not None and plan.slices[f"{name}.{child}.bias"][0].unit is None
+    }
+
+
 def _whole(plan: Plan, local_name: str, parameter: nn.Parameter) -> Held:
     """A local parameter that is a full parameter: shared, or (backward masking, simulation) not cut locally."""
-    name = re.sub(r"\.parts\.\d+\.", ".", local_name).replace(".shared_bias.", ".")
+    name = re.sub(r"\.shared_bias(es)?(?=\.)", "", local_name)
     if plan.shapes[name] != tuple(parameter.shape):
         raise AssertionError(f"{local_name}: {tuple(parameter.shape)} is not the full shape {plan.shapes[name]}")
     return Held(name, 0, 0, parameter.shape[0], plan.everyone)

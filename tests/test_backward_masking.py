@@ -11,12 +11,17 @@ from hf_sdp.state import get_state
 
 def backward_model(rank: int, dtype=torch.float32, **config):
     return patch_model(
-        tiny_model(attention_bias=True, mlp_bias=True).to(dtype), SDPConfig(masking="backward", **config), rank=rank, world_size=4
+        tiny_model(attention_bias=True, mlp_bias=True).to(dtype),
+        SDPConfig(masking="backward", **config),
+        rank=rank,
+        world_size=4,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [dict(level="neuron"), dict(level="block"), dict(coverage=0.75), dict(coverage=0.25)], ids=str)
+@pytest.mark.parametrize(
+    "config", [dict(level="neuron"), dict(level="block"), dict(coverage=0.75), dict(coverage=0.25)], ids=str
+)
 def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
     full = tiny_model(attention_bias=True, mlp_bias=True).to(dtype)
     expected = full(**batch(0), use_cache=False)
@@ -37,7 +42,9 @@ def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
                 elif s.unit is None or scale in (1, 2, 4):  # powers of two scale without rounding
                     assert torch.equal(got_slice, want_slice * (1 if s.unit is None else scale)), name
                 else:
-                    torch.testing.assert_close(got_slice, want_slice * scale, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+                    torch.testing.assert_close(
+                        got_slice, want_slice * scale, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
+                    )
 
 
 def saved_bytes(model) -> int:

@@ -15,7 +15,7 @@ from hf_sdp import SDPConfig, SDPConfigError
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_errors_that_name_the_value(options):
-    (name, value), = options.items()
+    ((name, value),) = options.items()
     with pytest.raises(SDPConfigError, match=name) as error:
         SDPConfig(**options)
     assert repr(value) in str(error.value)
@@ -35,10 +35,12 @@ def test_an_option_without_effect_is_an_error(options):
 
 
 def test_config_is_an_argument_dataclass_with_and_without_prefix():
-    parsed, = HfArgumentParser(SDPConfig).parse_args_into_dataclasses(["--level", "block", "--coverage", "0.25"])
+    (parsed,) = HfArgumentParser(SDPConfig).parse_args_into_dataclasses(["--level", "block", "--coverage", "0.25"])
     assert parsed == SDPConfig(level="block", coverage=0.25)
-    arguments, = HfArgumentParser(SDPConfig.arguments()).parse_args_into_dataclasses(
+    (arguments,) = HfArgumentParser(SDPConfig.arguments()).parse_args_into_dataclasses(
         ["--sdp_masking", "backward", "--sdp_num_subnetworks", "2", "--sdp_param_dtype", "bfloat16"]
     )
-    assert SDPConfig.from_arguments(arguments) == SDPConfig(masking="backward", num_subnetworks=2, param_dtype="bfloat16")
+    assert SDPConfig.from_arguments(arguments) == SDPConfig(
+        masking="backward", num_subnetworks=2, param_dtype="bfloat16"
+    )
     assert all(f.metadata["help"] for f in dataclasses.fields(SDPConfig))

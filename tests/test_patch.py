@@ -80,14 +80,18 @@ def test_names_stay_and_features_are_true():
     attention = model.model.layers[0].self_attn
     assert (attention.q_proj.out_features, attention.o_proj.in_features) == (16, 16)
     assert inspect.signature(model.forward) == signature  # the Trainer picks dataset columns by it
-    assert mlp.up_proj.weight.untyped_storage().nbytes() == 32 * 32 * 4  # a tensor of its own, not a view of the full one
+    assert (
+        mlp.up_proj.weight.untyped_storage().nbytes() == 32 * 32 * 4
+    )  # a tensor of its own, not a view of the full one
 
 
 def test_a_module_in_several_parts_has_parts_and_the_bias_once():
     model = patch_model(tiny_model(mlp_bias=True), SDPConfig(coverage=0.75), rank=0, world_size=4)
     parts = model.model.layers[0].mlp.parts
     assert len(parts) == 3
-    assert [hasattr(p.down_proj, "shared_bias") for p in parts] == [True, False, False]
+    assert [n for n, _ in model.model.layers[0].mlp.named_parameters() if "down_proj" in n and "bias" in n] == [
+        "shared_biases.down_proj.bias"
+    ]
 
 
 def test_a_cache_is_refused_and_off_by_default():
@@ -160,3 +164,12 @@ def test_peft_is_refused():
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(SDPConfigError, match="PEFT|transformers model"):
         patch_model(model, SDPConfig(), rank=0, world_size=2)
+
+
+def test_parts_of_a_module_have_hooks_of_their_own():
+    model = patch_model(tiny_model(), SDPConfig(coverage=0.75), rank=0, world_size=4)
+    parts, calls = model.model.layers[0].mlp.parts, []
+    parts[0].register_forward_hook(lambda *args: calls.append(0))
+    parts[1].register_forward_hook(lambda *args: calls.append(1))
+    model(**batch(0))
+    assert calls == [0, 1]

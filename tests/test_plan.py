@@ -90,7 +90,11 @@ def test_number_of_holder_sets_does_not_grow_with_depth():
 
 
 def test_config_and_model_give_the_same_plan():
-    for options in ({}, {"tie_word_embeddings": True}, {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}):
+    for options in (
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    ):
         config = SDPConfig()
         assert make_plan(tiny_config(**options), config, 4) == make_plan(tiny_model(**options), config, 4)
 
@@ -100,11 +104,24 @@ def test_shared_and_cut_parameters():
     assert "lm_head.weight" not in plan.slices  # tied: once
     shared = {name for name, slices in plan.slices.items() if slices[0].unit is None}
     layer = {n.removeprefix("model.layers.0.") for n in shared if n.startswith("model.layers.0.")}
-    assert layer == {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.o_proj.bias", "mlp.down_proj.bias"}
-    dims = {n.removeprefix("model.layers.0."): s[0].dim for n, s in plan.slices.items() if "layers.0" in n and n not in shared}
+    assert layer == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.o_proj.bias",
+        "mlp.down_proj.bias",
+    }
+    dims = {
+        n.removeprefix("model.layers.0."): s[0].dim
+        for n, s in plan.slices.items()
+        if "layers.0" in n and n not in shared
+    }
     assert {n for n, dim in dims.items() if dim == 1} == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
     block = make_plan(tiny_config(attention_bias=True), SDPConfig(level="block"), 4)
-    assert {n for n, s in block.slices.items() if s[0].unit is None} == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert {n for n, s in block.slices.items() if s[0].unit is None} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
     units = {n: s[0].unit for n, s in block.slices.items()}
     assert units["model.layers.1.input_layernorm.weight"] == units["model.layers.1.self_attn.q_proj.bias"]
     assert units["model.layers.1.input_layernorm.weight"] != units["model.layers.1.mlp.up_proj.weight"]

@@ -36,7 +36,9 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": self.labels[i]}
 
 
-def make_trainer(folder, sdp: dict | None, arguments: dict | None = None, model: dict | None = None, ragged=False, **kwargs):
+def make_trainer(
+    folder, sdp: dict | None, arguments: dict | None = None, model: dict | None = None, ragged=False, **kwargs
+):
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(output_dir=str(folder), **{**ARGUMENTS, **(arguments or {})})
@@ -76,14 +78,18 @@ def full_loss(folder) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = Rows(24, seed=1)
     with torch.no_grad():
-        losses = [model(input_ids=rows.ids[i : i + 1], labels=rows.ids[i : i + 1]).loss.item() for i in range(len(rows))]
+        losses = [
+            model(input_ids=rows.ids[i : i + 1], labels=rows.ids[i : i + 1]).loss.item() for i in range(len(rows))
+        ]
     return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 @pytest.mark.parametrize("level", ["neuron", "block"])
 def test_evaluation_is_of_the_full_model_and_the_checkpoint_is_standard(tmp_path, level, masking):
-    results = run_workers(train_and_save, tmp_path, dict(level=level, masking=masking, coverage=0.5), None, {"tie_word_embeddings": True})
+    results = run_workers(
+        train_and_save, tmp_path, dict(level=level, masking=masking, coverage=0.5), None, {"tie_word_embeddings": True}
+    )
     assert len({json.dumps(r) for r in results}) == 1  # loss and norms are the same on every rank
     assert results[0][0] == pytest.approx(full_loss(tmp_path / "out"), abs=1e-5)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
@@ -139,12 +145,231 @@ def test_training_variants_keep_the_losses(tmp_path, variant, subnetwork):
         "bf16": dict(bf16=True),
         "torch_compile": dict(torch_compile=True, torch_compile_backend="aot_eager"),
     }[variant]
-    plain, varied = (
-        run_workers(train, tmp_path, sdp, arguments, timeout_s=280) for arguments in ({}, options)
-    )
+    plain, varied = (run_workers(train, tmp_path, sdp, arguments, timeout_s=280) for arguments in ({}, options))
     tolerance = 2e-2 if variant == "bf16" else 1e-5
     assert losses_of(varied[0][2]) == pytest.approx(losses_of(plain[0][2]), abs=tolerance)
     assert norms_of(varied[0][2]) == pytest.approx(norms_of(plain[0][2]), rel=5e-2 if variant == "bf16" else 1e-4)
     assert varied[0][1] == pytest.approx(plain[0][1], abs=tolerance)
     if variant == "bf16":
         assert varied[0][1] != plain[0][1]  # it was really on
+
+
+def save_everywhere(folder):
+    """All the ways to save, and what they must leave behind."""
+    from safetensors.torch import load_file
+
+    from hf_sdp import consolidate
+
+    arguments = dict(
+        max_steps=6, gradient_accumulation_steps=1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1, learning_rate=3e-1,
+    )  # fmt: skip
+
+    class LateSave(SDPCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 5 or control.should_save
+
+    trainer = make_trainer(folder, dict(), arguments)
+    trainer.add_callback(LateSave())
+    trainer.train()
+    best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
+    weights = consolidate(trainer.model)
+    if trainer.is_world_process_zero():
+        assert all(torch.equal(best[n], weights[n]) for n in best)  # load_best took effect
+        before = dict(trainer.model._sdp_state.saved_weights)
+        trainer.save_model(f"{folder}/alone")  # rank 0 only, after training: must not hang
+        assert trainer.model._sdp_state.saved_weights.keys() == before.keys()  # the host empties what it is given
+    trainer.save_model(f"{folder}/all")
+    trainer.model.save_pretrained(f"{folder}/direct")
+    trainer.accelerator.save_model(trainer.model, f"{folder}/accelerator")
+    torch.distributed.barrier()
+    for name in ("alone", "all", "direct", "accelerator"):
+        saved = load_file(f"{folder}/{name}/model.safetensors")
+        assert saved.keys() == best.keys() and all(torch.equal(saved[n], best[n]) for n in best), name
+    checkpoints = sorted(p.name for p in Path(folder).glob("checkpoint-*"))
+    assert not any((Path(folder) / c / "optimizer.pt").exists() for c in checkpoints)
+    with pytest.raises(SDPStateError, match="Resuming.*not supported"):
+        make_trainer(folder, dict(), arguments).train(resume_from_checkpoint=f"{folder}/{checkpoints[-1]}")
+    with pytest.raises(SDPStateError, match="save_state"):
+        trainer.accelerator.save_state(f"{folder}/state")
+    return trainer.state.best_metric, full_loss(f"{folder}/all")
+
+
+def test_saving_by_steps_late_best_alone_and_refusing_to_resume(tmp_path):
+    for best_metric, loss in run_workers(save_everywhere, tmp_path):
+        assert best_metric == pytest.approx(loss, abs=1e-5)
+
+
+def evaluate_subnetworks(folder):
+    trainer = make_trainer(folder, dict(evaluate="subnetwork"), dict(max_steps=1))
+    trainer.train()
+    return trainer.evaluate()
+
+
+def test_the_metric_of_a_subnetwork_is_named_so(tmp_path):
+    metrics = run_workers(evaluate_subnetworks, tmp_path)[0]
+    assert "eval_subnetwork_loss" in metrics and "eval_loss" not in metrics
+
+
+def evaluate_first(folder):
+    """Evaluation before and after training, twice over: prepare and hooks must not be done twice."""
+    trainer = make_trainer(folder, dict(), dict(max_steps=2, gradient_accumulation_steps=1, eval_on_start=True))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    first = trainer.model._sdp_state.version
+    trainer.train()
+    return before, first, trainer.model._sdp_state.version, trainer.state.log_history[0]
+
+
+def test_evaluate_before_train_and_train_twice(tmp_path):
+    for before, first, second, start in run_workers(evaluate_first, tmp_path):
+        assert before == pytest.approx(untrained_loss(), abs=1e-5)
+        assert (first, second) == (2, 4)
+
+
+def untrained_loss() -> float:
+    rows, model = Rows(24, seed=1), tiny_model().eval()
+    with torch.no_grad():
+        return model(input_ids=rows.ids, labels=rows.ids).loss.item()
+
+
+def log_everything(folder, arguments):
+    trainer = make_trainer(folder, dict(), arguments)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def test_what_is_logged(tmp_path):
+    from models import tiny_config
+
+    from hf_sdp import make_plan
+
+    histories = run_workers(log_everything, tmp_path, dict(max_steps=4))
+    last = [entry for entry in histories[0] if "loss" in entry][-1]
+    full = make_plan(tiny_config(), SDPConfig(), 4).full_numel * 4
+    assert last["sdp/state_bytes_max"] == last["sdp/state_bytes_min"] == 4 * full // 4
+    assert last["sdp/state_bytes_parameters_max"] == full // 4
+    assert last["sdp/state_bytes_optimizer_min"] == 2 * full // 4
+    assert last["sdp/bytes_sent_per_step"] > 0 and last["sdp/step_time_s"] > 0
+    assert last["sdp/peak_bytes"] > 3 * full // 4 and math.isfinite(last["grad_norm"])
+    assert all(norms_of(h) == norms_of(histories[0]) for h in histories)
+
+
+def test_label_smoothing_shifts_labels_as_without_sdp(tmp_path):
+    """FSDP2 renames the class, and the Trainer decides by name whether labels are shifted."""
+    arguments = dict(label_smoothing_factor=0.1, max_steps=3)
+    ddp, sdp = (run_workers(train, tmp_path, s, arguments)[0] for s in (None, dict(coverage=1.0)))
+    assert losses_of(sdp[2]) == pytest.approx(losses_of(ddp[2]), abs=1e-5)
+
+
+def test_a_short_last_window_equals_ddp(tmp_path):
+    """64 rows on 4 workers in batches of 2, accumulated over 3: the last window of an epoch has 2 micro-batches."""
+    arguments = dict(gradient_accumulation_steps=3, max_steps=-1, num_train_epochs=2)
+    ddp, sdp = (run_workers(train, tmp_path, s, arguments)[0] for s in (None, dict(coverage=1.0)))
+    assert len(losses_of(sdp[2])) == 6
+    assert losses_of(sdp[2]) == pytest.approx(losses_of(ddp[2]), abs=1e-5)
+
+
+def run_out_of_memory(folder):
+    trainer = make_trainer(folder, dict(), dict(auto_find_batch_size=True, max_steps=3))
+    failed = []
+
+    def fail_once(module, args):
+        if module.training and len(failed) < 1:
+            failed.append(1)
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.model.layers[2].register_forward_pre_hook(fail_once)
+    trainer.train()
+    from hf_sdp import verify
+
+    verify(trainer.model)
+    return trainer.args.per_device_train_batch_size, losses_of(trainer.state.log_history)
+
+
+def test_a_step_that_runs_out_of_memory_is_tried_again(tmp_path):
+    results = run_workers(run_out_of_memory, tmp_path)
+    assert all(len(losses) == 3 and losses == results[0][1] for _, losses in results)
+
+
+def generate(folder, everywhere: bool):
+    trainer = make_trainer(folder, dict(evaluation_timeout_s=5), dict(max_steps=1))
+    trainer.train()
+    model = trainer.model.eval()
+    ids = Rows(1).ids[:, :4]
+    if everywhere:
+        from hf_sdp import consolidate
+
+        generated = model.generate(ids, max_new_tokens=5, do_sample=False, synced_gpus=True, pad_token_id=0)
+        weights = consolidate(model)
+        if weights is not None:
+            plain = tiny_model().eval()
+            plain.load_state_dict(weights)
+            assert torch.equal(plain.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
+        return generated.tolist()
+    if trainer.is_world_process_zero():
+        with pytest.raises(SDPStateError, match="a forward in eval mode is a collective"):
+            model.generate(ids, max_new_tokens=5, pad_token_id=0)
+    torch.distributed.barrier()
+
+
+def test_generation_on_all_workers_is_that_of_the_full_model_on_one_an_error(tmp_path):
+    results = run_workers(generate, tmp_path, True)
+    assert all(r == results[0] for r in results)
+    run_workers(generate, tmp_path, False)
+
+
+def misuse(folder):
+    import os
+
+    from hf_sdp import SDPAccelerator
+
+    messages = []
+
+    def expect(error, function):
+        with pytest.raises(error) as raised:
+            function()
+        messages.append(str(raised.value))
+
+    expect(SDPConfigError, lambda: SDPAccelerator().prepare(tiny_model()))
+    os.environ["WORLD_SIZE"] = "2"
+    expect(SDPConfigError, lambda: patch_model(tiny_model(), SDPConfig()))
+    os.environ["WORLD_SIZE"] = "4"
+    patched = patch_model(tiny_model(), SDPConfig())
+    expect(SDPConfigError, lambda: SDPAccelerator(sdp_config=SDPConfig(level="block")).prepare(patched))
+    accelerator = SDPAccelerator()
+    accelerator.state.distributed_type = __import__("accelerate").utils.DistributedType.FSDP
+    expect(SDPConfigError, lambda: accelerator.prepare(patched))
+    expect(SDPConfigError, lambda: patch_model(tiny_model(), SDPConfig(), rank=0, world_size=8))
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(output_dir=str(folder), **ARGUMENTS)
+    expect(SDPConfigError, lambda: Trainer(model=tiny_model(), args=args, callbacks=[SDPCallback()]))
+    assert not patched._sdp_state.sharded
+    return messages
+
+
+def test_misuse_is_a_clear_error_on_every_rank(tmp_path):
+    results = run_workers(misuse, tmp_path)
+    assert all(m == results[0] for m in results)
+    for message, expected in zip(
+        results[0], ["is not patched", "WORLD_SIZE=2", "was patched with", "FSDP is configured", "contradict", "is not patched"],
+        strict=True,
+    ):  # fmt: skip
+        assert expected in message
+
+
+def plain_after_enable(folder):
+    """enable() is for the whole process: a model that is not patched trains as ever."""
+    import hf_sdp
+
+    hf_sdp.enable()
+    trainer = make_trainer(folder, None)
+    trainer.train()
+    return type(trainer.model_wrapped).__name__, losses_of(trainer.state.log_history)
+
+
+def test_a_plain_model_after_enable_is_plain_ddp(tmp_path):
+    results = run_workers(plain_after_enable, tmp_path)
+    assert results[0][0] == "DistributedDataParallel"
+    assert losses_of(run_workers(train, tmp_path, None)[0][2]) == results[0][1]

@@ -5,7 +5,8 @@
 
 Eight virtual workers in one process (``SDPConfig(simulate=8)``) under the plain Trainer; micro-batch k of the eight of
 a step is worker k's. Data parallel is the same Trainer with the unpatched model. All methods see the same tokens a
-step, in the same order, with the same learning rate (chosen for data parallel), warm-up and cosine over their own length.
+step, in the same order, with the same learning rate (chosen for data parallel, in runs of 200 steps), and warm-up and
+cosine over their own length.
 
 A subnetwork of coverage 0.5 costs a little more than half of the full model, since embeddings and head are not cut. The
 FLOPs of a step are therefore counted (forward and backward, attention included), and SDP gets as many steps as cost
@@ -43,7 +44,7 @@ METHODS = {
 }
 MODEL = dict(
     vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=8, max_position_embeddings=LENGTH, tie_word_embeddings=False,
+    num_key_value_heads=8, max_position_embeddings=LENGTH, tie_word_embeddings=False, initializer_range=0.08,
 )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def table(found: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600, help="steps of data parallel: the FLOP budget")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
@@ -176,9 +177,7 @@ def main():
         plot(found, options.results.with_suffix(".png"))
         print(table(found))
     else:
-        train_missing(
-            options.results, options.seeds, options.methods, options.steps, options.lr, options.processes
-        )
+        train_missing(options.results, options.seeds, options.methods, options.steps, options.lr, options.processes)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ large as the gradients. Its reducer cannot wait for fake collectives, hence the 
 """
 
 import argparse
+import gc
 import itertools
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -63,11 +62,9 @@ def cases(coverages: list[float]) -> dict[str, SDPConfig | None]:
 
 def parallelize(name: str, config: SDPConfig | None, model: LlamaForCausalLM, device: torch.device):
     """The model as rank 0 of the fake world has it, and its optimizer."""
-    if config is not None:  # without a group: it would wait for real values from the other workers
-        patch_model(model, config, rank=0, world_size=WORLD_SIZE)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
     if config is not None:
-        shard(model, device)
+        shard(patch_model(model, config), device)
     elif name == "DDP":
         model = DistributedDataParallel(model.to(device))
         model.register_comm_hook(None, _finished)
@@ -89,7 +86,7 @@ def _finished(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
 
 def measure(name: str, config: SDPConfig | None, model_name: str, device_name: str) -> dict[str, dict[str, int]]:
     """``{"4 x 512": {"parameters": bytes, "moments": bytes, "buckets": bytes, "step": bytes}, ...}``"""
-    torch.set_num_threads(1)
+    gc.collect()  # nothing of the last case may be freed while this one is measured
     device = torch.device(device_name)
     model_config = LlamaConfig(**MODELS[model_name], tie_word_embeddings=False, use_cache=False)
     model, optimizer = parallelize(name, config, LlamaForCausalLM(model_config), device)
@@ -115,6 +112,7 @@ def measure(name: str, config: SDPConfig | None, model_name: str, device_name: s
             "buckets": stored["parameters"] if name == "DDP" else 0,
             "step": peak[0],
         }
+    dist.destroy_process_group()
     return result
 
 
@@ -139,13 +137,12 @@ def main():
     results: dict[str, dict] = {}
     for model_name in options.models or (["97M"] if options.device == "cpu" else ["134M", "1.1B"]):
         rows = results[model_name] = {}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            for name, config in cases(options.coverages).items():
-                rows[name] = pool.submit(measure, name, config, model_name, options.device).result()
+        for name, config in cases(options.coverages).items():
+            rows[name] = measure(name, config, model_name, options.device)
+            if options.output:
+                options.output.write_text(json.dumps(results, indent=1))
         for batch in next(iter(rows.values())):
             print(f"\nLlama {model_name}, batch {batch}, {options.device}\n\n{table(rows, batch)}", flush=True)
-        if options.output:
-            options.output.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
