@@ -57,6 +57,9 @@ class SDPAccelerator(Accelerator):
         # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
         for model in models:
             self._shard(model)
+            for optimizer in optimizers:
+                if find_state(model).sharded:
+                    repoint(_inner(optimizer), model)
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):

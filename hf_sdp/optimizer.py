@@ -16,9 +16,10 @@ from .errors import SDPConfigError, SDPStateError
 from .state import find_state, get_state, local_tensor, unwrap
 
 ELEMENTWISE_OPTIMIZERS = {
-    "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Lion",
+    "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "RMSprop", "Rprop", "ASGD", "Lion",
 }  # fmt: skip
-"""Class names of optimizers whose update of an element depends on that element alone. Add the name of one of your own."""
+"""Class names of optimizers whose update of an element depends on that element alone, and that make their state in the
+first step (Adagrad makes it when it is made, for tensors that sharding replaces). Add the name of one of your own."""
 
 
 def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:

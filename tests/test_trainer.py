@@ -222,7 +222,7 @@ def evaluate_first(folder):
 
 
 def test_evaluate_before_train_and_train_twice(tmp_path):
-    for before, first, second, start in run_workers(evaluate_first, tmp_path):
+    for before, first, second, _ in run_workers(evaluate_first, tmp_path):
         assert before == pytest.approx(untrained_loss(), abs=1e-5)
         assert (first, second) == (2, 4)
 

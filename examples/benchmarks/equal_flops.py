@@ -112,16 +112,21 @@ def _key(method: str, seed: int, steps: int, lr: float) -> str:
 
 
 def curves(path: Path, seeds: list[int], steps: int, lr: float) -> dict[str, tuple[list, list[list[float]]]]:
-    """Per method: training FLOPs relative to data parallel's whole run, and losses[seed][point]."""
+    """Per method: training FLOPs relative to data parallel's whole run, and losses[seed][point].
+
+    Only seeds with which every method is done. Raises: SystemExit when there is none.
+    """
     results = json.loads(path.read_text())
+    seeds = [s for s in seeds if all(_key(method, s, steps, lr) in results for method in METHODS)]
+    if not seeds:
+        raise SystemExit(f"{path.name} has no seed with which all of {list(METHODS)} are done.")
     whole = results[_key("data parallel", seeds[0], steps, lr)]
     budget = whole["steps"] * whole["step_flops"]
     found = {}
     for method in METHODS:
-        runs = [results[key] for s in seeds if (key := _key(method, s, steps, lr)) in results]
-        if runs:
-            flops = [step * runs[0]["step_flops"] / budget for step, _ in runs[0]["curve"]]
-            found[method] = flops, [[loss for _, loss in run["curve"]] for run in runs]
+        runs = [results[_key(method, seed, steps, lr)] for seed in seeds]
+        flops = [step * runs[0]["step_flops"] / budget for step, _ in runs[0]["curve"]]
+        found[method] = flops, [[loss for _, loss in run["curve"]] for run in runs]
     return found
 
 
@@ -132,7 +137,7 @@ def plot(found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 4.5), dpi=150)
-    for (method, (flops, losses)), color in zip(found.items(), ("#444444", "#0072b2", "#d55e00"), strict=False):
+    for (method, (flops, losses)), color in zip(found.items(), ("#444444", "#0072b2", "#d55e00"), strict=True):
         points = list(zip(*losses, strict=True))
         final = statistics.mean(points[-1])
         axes.plot(
@@ -155,7 +160,7 @@ def table(found: dict) -> str:
     reference = [losses[-1] for losses in found["data parallel"][1]]
     for method, (_, losses) in found.items():
         final = [run[-1] for run in losses]
-        minus = ", ".join(f"{a - b:+.3f}" for a, b in zip(final, reference, strict=False))
+        minus = ", ".join(f"{a - b:+.3f}" for a, b in zip(final, reference, strict=True))
         lines.append(
             f"| {method} | {', '.join(f'{loss:.3f}' for loss in final)} | {statistics.mean(final):.3f} | {minus} |"
         )
@@ -170,7 +175,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=HERE / "equal_flops.json")
-    parser.add_argument("--plot", action="store_true", help="draw finished runs instead of training")
+    parser.add_argument("--plot", action="store_true", help="draw finished seeds instead of training")
     options = parser.parse_args()
     if options.plot:
         found = curves(options.results, options.seeds, options.steps, options.lr)

@@ -116,15 +116,21 @@ def measure(name: str, config: SDPConfig | None, model_name: str, device_name: s
     return result
 
 
-def table(results: dict[str, dict], batch: str) -> str:
-    """Markdown, MiB, with the total relative to FSDP2's."""
-    lines = ["| engine | parameters | moments | buckets | step | total, MiB | / FSDP2 |", "| --- " * 7 + "|"]
-    reference = sum(results["FSDP2"][batch].values())
-    for name, batches in results.items():
-        kinds = [f"{batches[batch][kind] / 2**20:.0f}" for kind in ("parameters", "moments", "buckets", "step")]
-        total = sum(batches[batch].values())
-        lines.append(f"| {name} | {' | '.join(kinds)} | {total / 2**20:.0f} | {total / reference:.2f} |")
+def table(rows: dict[str, dict]) -> str:
+    """Markdown, MiB; for every batch the peak of the step, the sum, and the sum relative to FSDP2's."""
+    batches = list(rows["FSDP2"])
+    columns = ["engine", *_STORED, *(f"{b}: step | sum | / FSDP2" for b in batches)]
+    lines = [f"| {' | '.join(columns)} |", "| --- " * (1 + len(_STORED) + 3 * len(batches)) + "|"]
+    for name, row in rows.items():
+        cells = [name, *(f"{row[batches[0]][kind] / 2**20:.0f}" for kind in _STORED)]
+        for batch in batches:
+            total, reference = (sum(r[batch].values()) for r in (row, rows["FSDP2"]))
+            cells += [f"{row[batch]['step'] / 2**20:.0f}", f"{total / 2**20:.0f}", f"{total / reference:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+_STORED = ("parameters", "moments", "buckets")
 
 
 def main():
@@ -141,8 +147,7 @@ def main():
             rows[name] = measure(name, config, model_name, options.device)
             if options.output:
                 options.output.write_text(json.dumps(results, indent=1))
-        for batch in next(iter(rows.values())):
-            print(f"\nLlama {model_name}, batch {batch}, {options.device}\n\n{table(rows, batch)}", flush=True)
+        print(f"\nLlama {model_name}, {options.device}, MiB\n\n{table(rows)}", flush=True)
 
 
 if __name__ == "__main__":
