@@ -18,7 +18,7 @@ def tiny_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(tiny_config(**overrides))
     with torch.no_grad():  # norms and biases that are not all alike, so that a mix-up shows
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() == 1:
                 p.add_(0.1 * torch.randn(p.shape))
     return model
