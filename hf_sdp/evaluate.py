@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from .canonical import exchange, owned_tensors
 from .errors import SDPStateError
 from .families import family_of
-from .forward import refuse_reentrant_checkpointing
+from .forward import refuse_unsafe_checkpointing
 from .layout import full_box, numel, owned_boxes, shard_box
 from .state import SDPState, local_tensor
 from .units import decoder_layers
@@ -78,13 +78,13 @@ def guard_forward(model: nn.Module, state: SDPState) -> None:
     """Check every call of the model before FSDP2's first collective.
 
     A forward in eval mode waits for all workers, so that one called on some workers only is an error there after
-    ``evaluation_timeout_s`` instead of a hang or a wrong result. Training refuses reentrant checkpointing.
+    ``evaluation_timeout_s`` instead of a hang or a wrong result. Training refuses gradient checkpointing that would break or hang.
     """
 
     @torch.compiler.disable
     def check(module, args):
         if module.training:
-            refuse_reentrant_checkpointing(module)
+            refuse_unsafe_checkpointing(module, state)
             return
         if state.control_group is None:
             return

@@ -13,6 +13,7 @@ from torch import nn
 
 from .canonical import consolidate
 from .errors import SDPConfigError, SDPStateError
+from .layers import PartSum
 from .state import SDPState, get_state
 
 
@@ -45,6 +46,19 @@ def install(model: nn.Module) -> None:
         model.save_pretrained = MethodType(_save_pretrained(model.save_pretrained), model)
     # FSDP2 renames the class; the Trainer looks up by this name whether labels are shifted (label smoothing).
     model._get_name = lambda: state.model_name
+
+
+def refuse_unsafe_checkpointing(model: nn.Module, state: SDPState) -> None:
+    """As :func:`refuse_reentrant_checkpointing`, and also where recomputation would break the order of collectives:
+    with modules in several parts it gathers, in forward order, parts that backward gathers in reverse."""
+    refuse_reentrant_checkpointing(model)
+    if not state.config.reshard_after_forward or not any(isinstance(m, PartSum) for m in model.modules()):
+        return
+    if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
+        raise SDPConfigError(
+            f"Gradient checkpointing with reshard_after_forward=True and coverage={state.config.coverage:g} would hang: a "
+            "module is held in several parts. Use reshard_after_forward=False, or a coverage of 1/k."
+        )
 
 
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:

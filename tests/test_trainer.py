@@ -124,7 +124,7 @@ def test_token_counts_that_differ_between_workers_weigh_as_in_ddp(tmp_path, aver
 SUBNETWORKS = {
     "neuron": dict(level="neuron"),
     "block": dict(level="block"),
-    "parts": dict(level="neuron", coverage=0.75, reshard_after_forward=True),
+    "parts": dict(level="neuron", coverage=0.75),
     "backward": dict(level="neuron", masking="backward"),
 }
 
@@ -148,10 +148,20 @@ def test_training_variants_keep_the_losses(tmp_path, variant, subnetwork):
     plain, varied = (run_workers(train, tmp_path, sdp, arguments, timeout_s=280) for arguments in ({}, options))
     tolerance = 2e-2 if variant == "bf16" else 1e-5
     assert losses_of(varied[0][2]) == pytest.approx(losses_of(plain[0][2]), abs=tolerance)
-    assert norms_of(varied[0][2]) == pytest.approx(norms_of(plain[0][2]), rel=5e-2 if variant == "bf16" else 1e-4)
+    assert norms_of(varied[0][2]) == pytest.approx(norms_of(plain[0][2]), rel=0.1 if variant == "bf16" else 1e-4)
     assert varied[0][1] == pytest.approx(plain[0][1], abs=tolerance)
     if variant == "bf16":
         assert varied[0][1] != plain[0][1]  # it was really on
+
+
+def checkpoint_parts(folder):
+    trainer = make_trainer(folder, dict(coverage=0.75, reshard_after_forward=True), dict(gradient_checkpointing=True))
+    with pytest.raises(SDPConfigError, match="would hang"):
+        trainer.train()
+
+
+def test_recomputing_parts_that_are_gathered_twice_is_an_error_not_a_hang(tmp_path):
+    run_workers(checkpoint_parts, tmp_path)
 
 
 def save_everywhere(folder):
