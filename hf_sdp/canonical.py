@@ -104,8 +104,12 @@ def consolidate(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if state.rank != 0:
         return None
     result.update({alias: result[name] for alias, name in state.tied.items()})
-    persistent = {name: b.detach().cpu() for name, b in model.state_dict().items() if name not in state.held}
-    return {**result, **{name: b for name, b in persistent.items() if name not in result}}
+    # Not through model.state_dict(): FSDP2 frees gathered parameters there, and this is one worker only.
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                result[f"{prefix}.{name}" if prefix else name] = buffer.detach().cpu()
+    return result
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .errors import SDPStateError
 from .families import family_of
 from .forward import refuse_unsafe_checkpointing
 from .layout import full_box, numel, owned_boxes, shard_box
-from .state import SDPState, local_tensor
+from .state import SDPState, local_tensor, reshard
 from .units import decoder_layers
 
 
@@ -99,4 +99,12 @@ def guard_forward(model: nn.Module, state: SDPState) -> None:
                 "on all workers, with the same number of batches, or train with SDPConfig(evaluate='subnetwork')."
             ) from error
 
+    @torch.compiler.disable
+    def free_gathered(module, args, output):
+        # After a forward without backward FSDP2 keeps parts gathered. A state_dict() on one worker would free them
+        # there only, and the next forward would gather on that worker alone.
+        if not torch.is_grad_enabled():
+            reshard(module)
+
     model.register_forward_pre_hook(check, prepend=True)
+    model.register_forward_hook(free_gathered)
