@@ -121,15 +121,16 @@ def deal(
         return [[everyone] * num_units for _ in range(depth)]
     family = partition_family(num_subnetworks, m, k)
     cycle = k // math.gcd(k, m * num_units)
-    # A stack shorter than two cycles sees one partition only: let the kinds use different ones, or workers that
-    # are never in one group would share nothing.
-    partition_offset = kind_index if math.ceil(depth / cycle) < 2 else 0
+    # Turns first, steps second: what one partition keeps apart (attention blocks that no worker holds together) lies far
+    # apart in depth. The set of (turn, step) is that of whole cycles, and so is the balance.
+    places = sorted((divmod(index, cycle) for index in range(depth)), key=lambda place: (place[1], place[0]))
+    # Kinds use different partitions where one alone would separate workers (a single turn) or, at block level, the two
+    # blocks of a layer: the full model is evaluated with both, so some workers must train them together.
+    # Backwards, so that an MLP and the attention after it differ as well.
+    partition_offset = -kind_index if num_units == 1 or math.ceil(depth / cycle) < 2 else 0
     result = []
-    for index in range(depth):
-        turn, step = divmod(index, cycle)
+    for turn, step in places:
         partition = family[(turn + partition_offset) % len(family)]
-        # Kinds of one layer are dealt from different positions: at block level no worker skips both of them
-        # where that can be avoided. The same draw for all kinds keeps that so for every seed.
         start = random.Random(f"{seed}/{turn}").randrange(k) + kind_index * m
         holders: list[set[int]] = [set() for _ in range(num_units)]
         for subnetwork in range(num_subnetworks):

@@ -148,7 +148,7 @@ def plot(found: dict, path: Path) -> None:
     axes.set_ylabel("evaluation loss of the full model (nats per token)")
     axes.set_xlim(0, 1.02)
     num_seeds = len(next(iter(found.values()))[1])
-    axes.legend(title=f"final loss, mean of {num_seeds} seeds (band: min to max)", frameon=False)
+    axes.legend(title=f"final loss, mean of {num_seeds} seed(s), band: min to max", frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
