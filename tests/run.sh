@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/install.sh test
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 ruff check .
-exec python -m pytest tests "$@"
+exec python -m pytest "$@"  # without a path: testpaths of pyproject.toml

@@ -94,17 +94,20 @@ def train(method: str, seed: int, baseline_steps: int, lr: float) -> dict:
 
 def train_missing(path: Path, seeds: list[int], methods: list[str], steps: int, lr: float, processes: int) -> None:
     """Train every run that ``path`` does not have yet and add it there as soon as it is done."""
-    results = json.loads(path.read_text()) if path.exists() else {}
     jobs = [(m, s, steps, lr) for s in seeds for m in methods]
-    jobs = [job for job in jobs if _key(*job) not in results]
+    jobs = [job for job in jobs if _key(*job) not in _finished(path)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, *job): job for job in jobs}
         for future in as_completed(futures):
-            results[_key(*futures[future])] = future.result()
+            results = {**_finished(path), _key(*futures[future]): future.result()}
             unfinished = path.with_suffix(".part")
             unfinished.write_text(json.dumps(results, indent=1, sort_keys=True))
             os.replace(unfinished, path)
             print(_key(*futures[future]), "->", future.result()["curve"][-1], flush=True)
+
+
+def _finished(path: Path) -> dict[str, dict]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _key(method: str, seed: int, steps: int, lr: float) -> str:
@@ -116,7 +119,7 @@ def curves(path: Path, seeds: list[int], steps: int, lr: float) -> dict[str, tup
 
     Only seeds with which every method is done. Raises: SystemExit when there is none.
     """
-    results = json.loads(path.read_text())
+    results = _finished(path)
     seeds = [s for s in seeds if all(_key(method, s, steps, lr) in results for method in METHODS)]
     if not seeds:
         raise SystemExit(f"{path.name} has no seed with which all of {list(METHODS)} are done.")
