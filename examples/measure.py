@@ -34,15 +34,6 @@ class DDPTraffic:
         return allreduce_hook(process_group, bucket)
 
 
-class _Meter(StepMeter):
-    def __init__(self, model, device, traffic: DDPTraffic | Traffic):
-        super().__init__(model, device)
-        self.traffic = traffic
-
-    def _bytes_sent(self) -> int:
-        return self.traffic.bytes_sent
-
-
 class MeterCallback(TrainerCallback):
     """Logs under a DDP or FSDP2 Trainer what SDPCallback logs under SDP: ``add_callback(MeterCallback(trainer))``."""
 
@@ -52,7 +43,7 @@ class MeterCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         wrapped = self.trainer.model_wrapped
         traffic = DDPTraffic(wrapped) if isinstance(wrapped, DistributedDataParallel) else Traffic(wrapped)
-        self.meter = _Meter(model, args.device, traffic)
+        self.meter = StepMeter(model, args.device, traffic)
 
     # The first step is left out: DDP cuts its buckets anew at the start of the second one, and the step whose memory
     # is measured, the meter's second, must come after that.

@@ -4,8 +4,11 @@ from .accelerator import SDPAccelerator
 from .canonical import consolidate
 from .config import SDPConfig
 from .errors import SDPConfigError, SDPStateError
+from .export import export_subnetwork
+from .loading import from_config, from_pretrained
 from .patch import patch_model
 from .plan import Plan, make_plan
+from .saving import save_pretrained
 from .trainer import SDPCallback, enable
 from .verify import verify
 
@@ -18,8 +21,12 @@ __all__ = [
     "SDPStateError",
     "consolidate",
     "enable",
+    "export_subnetwork",
+    "from_config",
+    "from_pretrained",
     "make_plan",
     "patch_model",
+    "save_pretrained",
     "verify",
 ]
 __version__ = "0.1.0"

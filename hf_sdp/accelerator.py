@@ -1,12 +1,16 @@
 """``SDPAccelerator``: an Accelerator that shards patched models by their plan instead of wrapping them in DDP."""
 
+import contextlib
 import os
+import shutil
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from . import checkpoint
 from .canonical import consolidate
 from .compat import reset_after_exception
 from .config import SDPConfig
@@ -14,8 +18,12 @@ from .engine import shard
 from .errors import SDPConfigError, SDPStateError
 from .gradients import GlobalGradScaler, clip_grad_norm
 from .optimizer import refuse_unless_elementwise, repoint
+from .optimizer_state import save_optimizer
 from .patch import patch_model
+from .resume import load_optimizer_state, load_weights, tell_changes
+from .saving import save_pretrained
 from .state import find_state, unwrap
+from .together import together
 
 _OTHER_ENGINES = {
     DistributedType.FSDP: "FSDP",
@@ -102,26 +110,80 @@ class SDPAccelerator(Accelerator):
             return super().get_state_dict(model, unwrap)
         return consolidate(model)
 
-    def save_state(self, *args, **kwargs):
-        self._refuse_state("save_state")
-        return super().save_state(*args, **kwargs)
+    def save_state(self, output_dir=None, safe_serialization: bool = True, **save_model_func_kwargs):
+        """As ``Accelerator.save_state``, into a folder that is whole or not there (see ``checkpoint.py``): the full
+        model as a standard checkpoint, optimizer state in the canonical layout, and what Accelerate saves. Collective.
 
-    def load_state(self, *args, **kwargs):
-        self._refuse_state("load_state")
-        return super().load_state(*args, **kwargs)
+        Raises: SDPStateError on every worker when any of them cannot write; earlier checkpoints stay.
+        """
+        if not self._has_sharded_model():
+            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+        model = self._only_model()
+        automatic = self.project_configuration.automatic_checkpoint_naming
+        if automatic:
+            output_dir = os.path.join(self.project_dir, "checkpoints", f"checkpoint_{self.save_iteration}")
+            if os.path.exists(output_dir):
+                raise ValueError(
+                    f"{output_dir} already exists. Set project_configuration.iteration to the next number."
+                )
+        with checkpoint.writing(output_dir, model) as unfinished:
+            save_pretrained(model, unfinished)
+            for index, optimizer in enumerate(self._optimizers):
+                folder = unfinished / _numbered(checkpoint.OPTIMIZER, index)
+                with together(find_state(model).control_group):
+                    folder.mkdir(exist_ok=True)
+                save_optimizer(optimizer, model, folder)
+            with self._without_model(), _explicit_folder(self.project_configuration):
+                super().save_state(str(unfinished), safe_serialization)
+        if automatic and self.project_configuration.total_limit is not None and self.is_main_process:
+            folders = sorted(Path(output_dir).parent.glob("checkpoint_*"), key=_iteration)
+            for old in folders[: -self.project_configuration.total_limit]:
+                shutil.rmtree(old)
+        return output_dir
+
+    def load_state(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs):
+        """As ``Accelerator.load_state``, from a folder that :meth:`save_state` or a plain Accelerator wrote, in whatever
+        world and plan. Collective.
+
+        Raises: on every worker, before anything is changed: SDPStateError when the folder is incomplete or damaged or of
+            another optimizer, SDPConfigError when it is of another model.
+        """
+        if not self._has_sharded_model():
+            return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+        model = self._only_model()
+        if input_dir is None and self.project_configuration.automatic_checkpoint_naming:
+            folders = sorted(Path(self.project_dir, "checkpoints").glob("checkpoint_*"), key=_iteration)
+            input_dir = folders[-1] if folders else None
+        if input_dir is None:
+            raise ValueError("No input_dir was given, and there is no automatically named checkpoint.")
+        load_weights(model, input_dir)
+        for index, optimizer in enumerate(self._optimizers):
+            load_optimizer_state(optimizer, model, input_dir, index)
+        tell_changes(model, input_dir, self.num_processes, self.process_index)
+        with self._without_model():
+            return super().load_state(str(input_dir), load_kwargs, **load_model_func_kwargs)
+
+    @contextlib.contextmanager
+    def _without_model(self):
+        """Schedulers, dataloaders, scaler, random numbers and registered objects only."""
+        kept = self._models, self._optimizers
+        self._models, self._optimizers = [], []
+        try:
+            yield
+        finally:
+            self._models, self._optimizers = kept
+
+    def _only_model(self) -> nn.Module:
+        if len(self._models) > 1:
+            names = [type(unwrap(m)).__name__ for m in self._models]
+            raise SDPStateError(f"save_state and load_state handle one SDP model, this accelerator has {names}.")
+        return self._models[0]
 
     def free_memory(self, *objects):
         for model in self._models:
             if find_state(model) is not None:
                 reset_after_exception(unwrap(model))  # a step that ran out of memory is tried again
         return super().free_memory(*objects)
-
-    def _refuse_state(self, what: str) -> None:
-        if self._has_sharded_model():
-            raise SDPStateError(
-                f"{what} is not supported for SDP models yet: optimizer state would be one worker's only. "
-                "Save the weights with save_model, a standard checkpoint of the full model."
-            )
 
     def _has_sharded_model(self) -> bool:
         return any((s := find_state(m)) is not None and s.sharded for m in self._models)
@@ -162,3 +224,20 @@ class SDPAccelerator(Accelerator):
 
 def _inner(optimizer):
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{name}_{index}" if index else name
+
+
+def _iteration(folder: Path) -> int:
+    return int(folder.name.rpartition("_")[2])
+
+
+@contextlib.contextmanager
+def _explicit_folder(configuration):
+    automatic, configuration.automatic_checkpoint_naming = configuration.automatic_checkpoint_naming, False
+    try:
+        yield
+    finally:
+        configuration.automatic_checkpoint_naming = automatic

@@ -5,17 +5,15 @@ consolidation, evaluation and loading are three choices of target. Tensor by ten
 more than one full parameter besides its own.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import nn
 
-from .errors import SDPConfigError, SDPStateError
+from .errors import SDPStateError
 from .layout import Box, full_box, intersection, local_box, numel, owned_boxes, view
-from .state import get_state, local_tensor, reshard, unwrap
+from .state import get_state, local_tensor, unwrap
 
 
 def exchange(
@@ -80,71 +78,50 @@ def owned_tensors(model: nn.Module) -> dict[str, list[tuple[Box, torch.Tensor]]]
 
 
 @torch.no_grad()
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """``(name, value)`` of every full parameter, in the order of the plan, tied ones once: on the CPU of rank 0, None on
+    the others. Collective: every worker takes them all. No worker ever has more than one of them.
+
+    Raises: SDPStateError before the model is sharded, or when another worker does something else.
+    """
+    model = unwrap(model)
+    state = get_state(model)
+    if not state.sharded:
+        raise SDPStateError("consolidate and save need a prepared model: no other worker's slices are known yet.")
+    if state.roll_call is not None:
+        state.roll_call.wait("putting together the full model")
+    sources, owned = owned_boxes(state), owned_tensors(model)
+    device = local_tensor(next(iter(state.parameters.values())).detach()).device
+    for name, shape in state.plan.shapes.items():
+        box, like = full_box(shape), torch.empty(0, dtype=state.dtypes[name], device=device)
+        wanted = [(box, like.new_empty(shape))] if state.rank == 0 else []
+        exchange(sources[name], [(0, box)], owned[name], wanted, like)
+        yield name, wanted[0][1].cpu() if wanted else None
+
+
 def consolidate(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The full model's state dict on the CPU of rank 0, None on the other workers. Collective.
 
     Standard Hugging Face names, full shapes, the parameters' dtype; tied parameters share one tensor. Works tensor
-    by tensor. Raises SDPStateError before the model is sharded (``prepare``).
+    by tensor. Raises as :func:`full_tensors`, which does not keep them all.
     """
     model = unwrap(model)
     state = get_state(model)
     if state.simulated:
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    if not state.sharded:
-        raise SDPStateError("consolidate needs a prepared model: no other worker's slices are known yet.")
-    sources, owned = owned_boxes(state), owned_tensors(model)
-    like = local_tensor(next(iter(state.parameters.values())).detach())
-    result = {}
-    for name, shape in state.plan.shapes.items():
-        box = full_box(shape)
-        wanted = [(box, like.new_empty(shape))] if state.rank == 0 else []
-        exchange(sources[name], [(0, box)], owned[name], wanted, like)
-        if wanted:
-            result[name] = wanted[0][1].cpu()
+    result = dict(full_tensors(model))
     if state.rank != 0:
         return None
     result.update({alias: result[name] for alias, name in state.tied.items()})
+    return {**result, **persistent_buffers(model)}
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that belong into a checkpoint, on the CPU; equal on all workers."""
     # Not through model.state_dict(): FSDP2 frees gathered parameters there, and this is one worker only.
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                result[f"{prefix}.{name}" if prefix else name] = buffer.detach().cpu()
-    return result
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: str) -> None:
-    """Load the weights of a standard checkpoint folder (safetensors) into a prepared model: every worker reads
-    only what it stores. Not collective.
-
-    Raises SDPStateError before the model is sharded, SDPConfigError when a parameter is missing or has another shape, before anything is changed.
-    """
-    model = unwrap(model)
-    state = get_state(model)
-    if not state.sharded:
-        raise SDPStateError("load_weights needs a prepared model; before, load into the full model and patch it.")
-    files = _weight_files(Path(folder))
-    handles = {file: safe_open(file, "pt") for file in set(files.values())}
-    for name, shape in state.plan.shapes.items():
-        found = tuple(handles[files[name]].get_slice(name).get_shape()) if name in files else None
-        if found != tuple(shape):
-            raise SDPConfigError(f"{folder}: {name} has shape {found}, the model needs {tuple(shape)}.")
-    reshard(model)
-    for local_name, parameter in state.parameters.items():
-        held = state.held[local_name]
-        box = local_box(state, held)
-        if numel(box):
-            stored = handles[files[held.name]].get_slice(held.name)
-            local_tensor(parameter.detach()).copy_(stored[tuple(slice(a, b) for a, b in box)])
-    state.version += 1
-
-
-def _weight_files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise SDPConfigError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
-    with safe_open(single, "pt") as handle:
-        return dict.fromkeys(handle.keys(), single)
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }

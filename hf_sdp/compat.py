@@ -4,12 +4,26 @@ Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
 from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from transformers.conversion_mapping import get_model_conversion_mapping
 
-__all__ = ["DefaultAllGather", "DefaultReduceScatter", "reset_after_exception"]
+__all__ = [
+    "DefaultAllGather",
+    "DefaultReduceScatter",
+    "converts_checkpoints",
+    "default_store",
+    "reset_after_exception",
+]
 
 
 def reset_after_exception(model: nn.Module) -> None:
     """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
     if hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
+
+
+def converts_checkpoints(model: nn.Module) -> bool:
+    """Whether tensors of the model's checkpoints have other names or shapes than its parameters (transformers >= 5
+    converts them while loading and back while saving)."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False))

@@ -47,7 +47,8 @@ class SDPConfig:
         "full", "Evaluate the full model (a collective in every forward), or each worker's own subnetwork."
     )
     evaluation_timeout_s: float = _option(
-        600.0, "Seconds an evaluation forward waits for the other workers before it raises an error."
+        600.0,
+        "Seconds that evaluation and saving wait for a worker that does nothing; one that does something else is an error at once.",
     )
     seed: int = _option(0, "Deals the subnetworks: another seed, another plan with the same balance.")
     simulate: int | None = _option(

@@ -23,6 +23,7 @@ from .families import family_of
 from .layers import SharedBias
 from .layout import ranks_of
 from .plan import Holders
+from .rollcall import RollCall
 from .state import SDPState, fsdp_modules, get_state, unwrap
 from .traffic import Traffic
 from .units import decoder_layers
@@ -31,7 +32,8 @@ from .units import decoder_layers
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Shard a patched model over the meshes of its plan, in place. Collective; a second call does nothing.
 
-    Parameters become DTensors; :func:`hf_sdp.optimizer.repoint` moves an optimizer made before over to them.
+    Parameters become DTensors; :func:`hf_sdp.optimizer.repoint` moves an optimizer made before over to them. Those on
+    the meta device become uninitialized shards on ``device``.
     """
     model = unwrap(model)
     state = get_state(model)
@@ -42,10 +44,15 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
             f"The model was patched for rank {state.rank} of {state.world_size} workers, but the process group has "
             f"{dist.get_world_size() if dist.is_initialized() else 'not been made'}."
         )
-    model.to(device)
+    on_meta = any(p.is_meta for p in model.parameters())
+    if not on_meta:
+        model.to(device)
     before = dict(model.named_parameters())
     meshes = _make_meshes(state, device.type)
-    state.control_group = dist.new_group(backend="gloo") if dist.get_backend() != "fake" else None
+    if dist.get_backend() != "fake":
+        state.control_group = dist.new_group(backend="gloo")
+        state.roll_call = RollCall(state.rank, state.world_size, state.config.evaluation_timeout_s)
+    state.dtypes = _dtypes(state, before)
     groups = _sharding_groups(model, state)
     policy = mixed_precision_policy(state)
     for modules, holders in groups:
@@ -58,6 +65,9 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     for module in fsdp_modules(model):
         if module is not model:
             module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
+    if on_meta:
+        model.to_empty(device=device)
+        model.tie_weights()  # to_empty makes a tensor for each name
     state.traffic = Traffic(model)
     _remember_sharded(model, state, before)
     state.parameters = dict(model.named_parameters())
@@ -124,6 +134,16 @@ def _sharding_groups(model: nn.Module, state: SDPState) -> list[tuple[list[nn.Mo
         if head is not None:
             groups.append(([head], everyone))
     return [*groups, ([model], everyone)]
+
+
+def _dtypes(state: SDPState, parameters: dict[str, nn.Parameter]) -> dict[str, torch.dtype]:
+    """Full parameter name -> dtype, also of parameters of which this worker holds nothing. Collective."""
+    mine = {state.held[name].name: p.dtype for name, p in parameters.items()}
+    if state.control_group is None:
+        return dict.fromkeys(state.plan.shapes, next(iter(mine.values()))) | mine
+    everyone: list = [None] * state.world_size
+    dist.all_gather_object(everyone, mine, group=state.control_group)
+    return {name: dtype for theirs in everyone for name, dtype in theirs.items()}
 
 
 def _remember_sharded(model: nn.Module, state: SDPState, before: dict[str, nn.Parameter]) -> None:

@@ -5,16 +5,13 @@ then gets its shards from the canonical layout, if weights have changed since. E
 """
 
 import copy
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .canonical import exchange, owned_tensors
-from .errors import SDPStateError
 from .families import family_of
 from .forward import refuse_unsafe_checkpointing
 from .layout import full_box, numel, owned_boxes, shard_box
@@ -77,27 +74,20 @@ class Shadow:
 def guard_forward(model: nn.Module, state: SDPState) -> None:
     """Check every call of the model before FSDP2's first collective.
 
-    A forward in eval mode waits for all workers, so that one called on some workers only is an error there after
-    ``evaluation_timeout_s`` instead of a hang or a wrong result. Training refuses gradient checkpointing that would break or hang.
+    A forward in eval mode waits for all workers, so that one called on some workers only is an error there instead of
+    a hang or a wrong result. Training refuses gradient checkpointing that would break or hang.
     """
 
     @torch.compiler.disable
     def check(module, args):
         if module.training:
             refuse_unsafe_checkpointing(module, state)
+        if state.roll_call is None:
             return
-        if state.control_group is None:
-            return
-        if state.config.evaluate == "subnetwork" and not state.trains_full_forward:
-            return
-        try:
-            dist.monitored_barrier(state.control_group, timedelta(seconds=state.config.evaluation_timeout_s))
-        except RuntimeError as error:
-            raise SDPStateError(
-                f"Rank {state.rank}: a forward in eval mode is a collective, but not every worker called it within "
-                f"{state.config.evaluation_timeout_s:g} s ({error}). Call evaluate, predict or generate(synced_gpus=True) "
-                "on all workers, with the same number of batches, or train with SDPConfig(evaluate='subnetwork')."
-            ) from error
+        if module.training or state.config.evaluate == "subnetwork" and not state.trains_full_forward:
+            state.roll_call.announce("a forward in training mode" if module.training else "a forward of its subnetwork")
+        else:
+            state.roll_call.wait("a forward in eval mode")
 
     @torch.compiler.disable
     def free_gathered(module, args, output):

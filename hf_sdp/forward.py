@@ -14,7 +14,9 @@ from torch import nn
 from .canonical import consolidate
 from .errors import SDPConfigError, SDPStateError
 from .layers import PartSum
+from .saving import save_pretrained
 from .state import SDPState, get_state
+from .together import together
 
 
 def install(model: nn.Module) -> None:
@@ -95,14 +97,16 @@ def _without_cache(signature: inspect.Signature, args, kwargs) -> dict:
 
 def _save_pretrained(original):
     @functools.wraps(original.__func__)
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+    def _save(self, save_directory, *args, state_dict=None, **kwargs):
         """Saves the full model. Collective when ``state_dict`` is None: call it on every worker, rank 0 writes."""
-        state: SDPState = get_state(self)
-        if state_dict is None:
-            state_dict = consolidate(self)
-            if state.rank != 0:
-                return
-        # The host empties the dict it is given.
-        original(save_directory, *args, state_dict=dict(state_dict), **kwargs)
+        if state_dict is not None:
+            return original(save_directory, *args, state_dict=dict(state_dict), **kwargs)  # the host empties its dict
+        if not args and kwargs.keys() <= {"max_shard_size", "is_main_process"}:
+            kwargs.pop("is_main_process", None)
+            return save_pretrained(self, save_directory, **kwargs)
+        weights = consolidate(self)  # push_to_hub, variant, ...: the host's way
+        with together(get_state(self).control_group):
+            if weights is not None:
+                original(save_directory, *args, state_dict=weights, **kwargs)
 
-    return save_pretrained
+    return _save

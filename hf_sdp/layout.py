@@ -67,10 +67,10 @@ def _stored(state: SDPState, name: str) -> list[Held]:
 
 
 def local_box(state: SDPState, held: Held) -> Box:
-    """The box that this worker stores of one of its local parameters (owner or replica)."""
+    """The box that this worker stores of one of its local parameters (owner or replica), before or after sharding."""
     ranks = ranks_of(state, held.holders)
     box = held_box(held, state.plan.shapes[held.name])
-    if state.config.sharding == "none":
+    if state.config.sharding == "none" or not state.sharded:
         return box
     row = ranks.flatten() if held.holders == state.plan.everyone else ranks[state.rank // state.plan.num_subnetworks]
     return shard_box(box, row.tolist().index(state.rank), len(row))

@@ -72,10 +72,14 @@ class StepMeter:
 
     The second step is measured for memory, and not for time. Between steps nothing is counted, so evaluation, logging
     and saving are left out.
+
+    Args:
+        traffic: counts bytes in ``bytes_sent``.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.model, self.device = model, device
+    def __init__(self, model: nn.Module, device: torch.device, traffic):
+        self.model, self.device, self.traffic = model, device, traffic
+        self._reported_state = False
         self.num_steps = 0
         self.step_times_s: list[float] = []
         self.bytes_sent: list[int] = []
@@ -88,7 +92,7 @@ class StepMeter:
             self._resident = sum(self.state.values()) - self.state["gradients"]
             self._memory = PeakMemory(self.device)
             self._memory.start()
-        self._traffic_before = self._bytes_sent()
+        self._traffic_before = self.traffic.bytes_sent
         self._synchronize()
         self._began = time.perf_counter()
 
@@ -108,19 +112,21 @@ class StepMeter:
         if self.num_steps == 0:
             measured = state_bytes(self.model, optimizer)
             self.state.update(parameters=measured["parameters"], optimizer=measured["optimizer"])
-        self.bytes_sent.append(self._bytes_sent() - self._traffic_before)
+        self.bytes_sent.append(self.traffic.bytes_sent - self._traffic_before)
         self.num_steps += 1
 
     def report(self, *, world: bool) -> dict[str, float]:
         """What was measured since the last report, under the names the Trainer logs. Collective if ``world``:
-        state is the minimum and maximum over workers, all else the maximum."""
+        state is the minimum and maximum over workers and comes once, all else is the maximum."""
         values = {
             "bytes_sent_per_step": statistics.median(self.bytes_sent) if self.bytes_sent else 0,
             "peak_bytes": self.peak_bytes,
             "step_time_s": statistics.median(self.step_times_s) if self.step_times_s else 0.0,
-            "state_bytes": sum(self.state.values()),
-            **{f"state_bytes_{kind}": self.state[kind] for kind in STATE_KINDS},
         }
+        if not self._reported_state and self.num_steps:
+            values["state_bytes"] = sum(self.state.values())
+            values.update({f"state_bytes_{kind}": self.state[kind] for kind in STATE_KINDS})
+            self._reported_state = True
         self.bytes_sent, self.step_times_s = [], []
         everyone = [values]
         if world:
@@ -135,10 +141,6 @@ class StepMeter:
                 report[f"sdp/{name}"] = max(v[name] for v in everyone)
         # Not measured yet (the first steps warm up): leave it out rather than report a zero.
         return {name: v for name, v in report.items() if v or "bytes_sent" in name}
-
-    def _bytes_sent(self) -> int:
-        state = find_state(self.model)
-        return state.traffic.bytes_sent if state is not None and state.traffic is not None else 0
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

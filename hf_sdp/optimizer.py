@@ -89,13 +89,14 @@ def local_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         _leave(optimizer, stepped=False)
 
 
+@torch.no_grad()  # with gradients, every local shard would be made through autograd: 3 ms a step in a small model
 def _enter(optimizer: torch.optim.Optimizer) -> None:
     _leave(optimizer, stepped=False)  # a step that raised left its shards in place
     optimizer._sdp_shards = []
     for group in optimizer.param_groups:
         shards = []
         for p in group["params"]:
-            shard = nn.Parameter(local_tensor(p.detach()), requires_grad=p.requires_grad)
+            shard = nn.Parameter(local_tensor(p).detach(), requires_grad=p.requires_grad)
             if p.grad is not None:
                 shard.grad = local_tensor(p.grad)
             if p in optimizer.state:

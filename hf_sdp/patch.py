@@ -16,6 +16,7 @@ from .layers import SKIPPED, PartSum, narrow_module
 from .plan import Plan, make_plan
 from .simulate import simulate
 from .state import Held, LocalPart, SDPState, find_state, set_state
+from .together import process_group_is_up, raise_together
 
 
 def patch_model(
@@ -34,10 +35,18 @@ def patch_model(
     Collective when a process group is up: rank 0's full values are sent to all workers tensor by tensor, so that
         different seeds do not matter.
     """
-    rank, world_size, plan = _agree(model, config, rank, world_size)
-    if _process_group_is_up() and not config.simulate:
+    rank, world_size, plan = _agree(model, config, rank, world_size, meta=False)
+    if process_group_is_up() and not config.simulate:
         _send_values_of_rank_0(model)
+    return _patch(model, config, rank, world_size, plan)
 
+
+def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
+    """As :func:`patch_model`, for a model whose values come later (``loading.py``)."""
+    return _patch(model, config, *_agree(model, config, rank, world_size, meta=True))
+
+
+def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> nn.Module:
     named = dict(model.named_parameters())
     names = {id(p): name for name, p in named.items()}
     state = SDPState(
@@ -66,7 +75,9 @@ def patch_model(
     return model
 
 
-def _agree(model: nn.Module, config: SDPConfig, rank: int | None, world_size: int | None) -> tuple[int, int, Plan]:
+def _agree(
+    model: nn.Module, config: SDPConfig, rank: int | None, world_size: int | None, *, meta: bool
+) -> tuple[int, int, Plan]:
     """Rank, world size and plan, after all checks. Collective when a process group is up: what is wrong on one
     worker is an error on all, and every worker must have made the same plan from the same config."""
     plan, error = None, None
@@ -74,32 +85,25 @@ def _agree(model: nn.Module, config: SDPConfig, rank: int | None, world_size: in
         if not isinstance(config, SDPConfig):
             raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
         rank, world_size = _resolve_world(config, rank, world_size)
-        plan = make_plan(model, config, _check(model, config, world_size))
+        plan = make_plan(model, config, _check(model, config, world_size, meta))
     except SDPConfigError as raised:
         error = raised
-    if _process_group_is_up() and dist.get_world_size() > 1:
+    raise_together(error)
+    if process_group_is_up():
         everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (plan and plan.hash, str(config), error and str(error)))
-        for other, (plan_hash, other_config, other_error) in enumerate(everyone):
-            if other_error and not error:
-                raise SDPConfigError(f"rank {other}: {other_error}")
-            if not error and (plan_hash, other_config) != everyone[0][:2]:
+        dist.all_gather_object(everyone, (plan.hash, str(config)))
+        for other, (plan_hash, other_config) in enumerate(everyone):
+            if (plan_hash, other_config) != everyone[0]:
                 raise SDPConfigError(
                     f"Workers disagree: rank 0 has plan {everyone[0][0][:12]} from {everyone[0][1]}, rank {other} has plan "
                     f"{plan_hash[:12]} from {other_config}. Give every worker the same model config and SDPConfig."
                 )
-    if error:
-        raise error
     return rank, world_size, plan
-
-
-def _process_group_is_up() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) -> tuple[int, int]:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if _process_group_is_up():
+    if process_group_is_up():
         actual = (dist.get_rank(), dist.get_world_size())
         if (rank, world_size) not in ((None, None), actual):
             raise SDPConfigError(
@@ -119,7 +123,7 @@ def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) 
         raise SDPConfigError(
             f"rank and world_size must be given together with 0 <= rank < world_size, got {rank}, {world_size}."
         )
-    if _process_group_is_up() and launched not in (1, world_size):
+    if process_group_is_up() and launched not in (1, world_size):
         raise SDPConfigError(f"WORLD_SIZE={launched} was launched but the process group has {world_size} workers.")
     if config.simulate and world_size > 1:
         raise SDPConfigError(
@@ -134,7 +138,7 @@ def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) 
     return rank, world_size
 
 
-def _check(model: nn.Module, config: SDPConfig, world_size: int) -> int:
+def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> int:
     """All checks of the model. Returns the number of subnetworks."""
     if find_state(model) is not None:
         raise SDPConfigError("This model is already patched. Patch a newly made model.")
@@ -152,9 +156,10 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int) -> int:
             "Quantized models and device_map are not supported. Load the model in full, on one device."
         )
     for name, p in model.named_parameters():
-        if p.is_meta:
+        if p.is_meta and not meta:
             raise SDPConfigError(
-                f"{name} is on the meta device: there are no values to keep. Load or initialize the model."
+                f"{name} is on the meta device: there are no values to keep. Use hf_sdp.from_pretrained or from_config, "
+                "or load or initialize the model."
             )
         if type(p) is not nn.Parameter:
             raise SDPConfigError(f"{name} is a {type(p).__name__}: the model is already sharded. Patch it before.")

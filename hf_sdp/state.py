@@ -54,7 +54,9 @@ class SDPState:
         sharded: whether the engine has sharded the model.
         parameters: local name -> sharded parameter (after sharding). The model's own attributes are the gathered
             ones between a forward and its backward.
-        control_group: gloo group of all workers for small messages and barriers (after sharding).
+        dtypes: full parameter name -> dtype (after sharding).
+        control_group: gloo group of all workers for small messages (after sharding).
+        roll_call: makes sure that all workers come to the same collective (after sharding).
         shadow: the full model for evaluation (after sharding, forward masking).
         traffic: counts the bytes this worker sends (after sharding).
         meter: measures the steps of a Trainer.
@@ -77,7 +79,9 @@ class SDPState:
     version: int = 0
     sharded: bool = False
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     control_group: Any = None
+    roll_call: Any = None
     shadow: Any = None
     traffic: Any = None
     meter: Any = None

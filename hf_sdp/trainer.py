@@ -12,12 +12,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .accelerator import SDPAccelerator
-from .canonical import consolidate, load_weights
 from .config import SDPConfig
 from .errors import SDPConfigError, SDPStateError
 from .metrics import StepMeter
 from .patch import patch_model
 from .state import SDPState, find_state
+from .trainer_checkpoint import WRAPS, get_last_checkpoint, keep_weights, sharded
 
 
 class _TrainerAccelerator(SDPAccelerator):
@@ -38,8 +38,8 @@ class SDPCallback(TrainerCallback):
     """Trains a patched model under the Trainer, and logs what a worker stores, sends and waits for.
 
     Makes sure before training that SDP is really on. Logged with the loss: ``sdp/bytes_sent_per_step``,
-    ``sdp/state_bytes*_min`` and ``*_max`` over the workers (parameters, gradients, optimizer), ``sdp/peak_bytes`` of a
-    step, ``sdp/step_time_s``; ``grad_norm`` is the global one.
+    ``sdp/peak_bytes`` of a step, ``sdp/step_time_s``, and once, as they stay the same, ``sdp/state_bytes*_min`` and
+    ``*_max`` over the workers (parameters, gradients, optimizer); ``grad_norm`` is the global one.
 
     Args:
         config: patch the Trainer's model with it, instead of a call of ``patch_model`` in the script.
@@ -66,7 +66,7 @@ class SDPCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         sdp = _check_training(args, model)
         if not sdp.simulated:
-            sdp.meter = StepMeter(model, args.device)
+            sdp.meter = StepMeter(model, args.device, sdp.traffic)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         sdp = find_state(model)
@@ -85,7 +85,7 @@ class SDPCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         sdp = find_state(model)
         if not sdp.simulated:
-            _weights_for_saving(model, sdp)  # afterwards rank 0 may save alone
+            keep_weights(model, sdp)  # afterwards rank 0 may save alone
 
 
 def _check_training(args, model) -> SDPState:
@@ -112,14 +112,7 @@ def enable() -> None:
     """
     if host.Accelerator is _TrainerAccelerator:
         return
-    wraps = {
-        "_save": _save,
-        "_save_optimizer_and_scheduler": _skip_optimizer_state,
-        "_load_from_checkpoint": _refuse_resume,
-        "_load_best_model": _load_best_model,
-        "evaluate": _evaluate,
-        "log": _log,
-    }
+    wraps = {**WRAPS, "evaluate": _evaluate, "log": _log}
     if hasattr(host.Trainer, "_has_mixed_mesh_grads"):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
@@ -133,68 +126,13 @@ def enable() -> None:
     for name, wrap in wraps.items():
         original = getattr(host.Trainer, name)
         setattr(host.Trainer, name, functools.wraps(original)(wrap(original)))
+    host.get_last_checkpoint = get_last_checkpoint
     host.Accelerator = _TrainerAccelerator
-
-
-def _sharded(trainer) -> SDPState | None:
-    state = find_state(trainer.model)
-    return state if state is not None and not state.simulated else None
-
-
-def _weights_for_saving(model, state: SDPState):
-    """The full state dict on rank 0. Collective when weights have changed since the last call, else local: versions
-    are equal on all workers, so all of them take the same way."""
-    if state.saved_version != state.version:
-        state.saved_weights, state.saved_version = consolidate(model), state.version
-    return state.saved_weights
-
-
-def _save(original):
-    def _save(self, output_dir=None, state_dict=None):
-        state = _sharded(self)
-        if state is None or state_dict is not None:
-            return original(self, output_dir, state_dict)
-        weights = _weights_for_saving(self.model, state)
-        # A copy: the host empties the dict it is given.
-        return original(self, output_dir, dict(weights) if weights is not None else {})
-
-    return _save
-
-
-def _skip_optimizer_state(original):
-    def _save_optimizer_and_scheduler(self, output_dir):
-        if _sharded(self) is None:
-            return original(self, output_dir)
-        # optimizer.pt of rank 0 would look like the whole state and be 1/N of it.
-        host.logger.warning_once("hf_sdp saves weights in checkpoints, not optimizer state: they cannot be resumed.")
-
-    return _save_optimizer_and_scheduler
-
-
-def _refuse_resume(original):
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if _sharded(self) is None:
-            return original(self, resume_from_checkpoint, model)
-        raise SDPStateError(
-            f"Resuming from {resume_from_checkpoint} is not supported for SDP models yet: checkpoints have no optimizer "
-            "state. To continue from its weights, load them with from_pretrained before patch_model."
-        )
-
-    return _load_from_checkpoint
-
-
-def _load_best_model(original):
-    def _load_best_model(self):
-        if _sharded(self) is None:
-            return original(self)
-        load_weights(self.model, self.state.best_model_checkpoint)
-
-    return _load_best_model
 
 
 def _evaluate(original):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        state = _sharded(self)
+        state = sharded(self)
         if state is not None and state.config.evaluate == "subnetwork":
             metric_key_prefix += "_subnetwork"
         return original(self, eval_dataset, ignore_keys, metric_key_prefix)
@@ -204,7 +142,7 @@ def _evaluate(original):
 
 def _log(original):
     def log(self, logs, start_time=None):
-        state = _sharded(self)
+        state = sharded(self)
         if state is not None and "loss" in logs and state.meter is not None:
             logs.update(state.meter.report(world=True))
         return original(self, logs, start_time)
@@ -215,6 +153,6 @@ def _log(original):
 def _use_the_accelerators_norm(original):
     def _has_mixed_mesh_grads(self, model):
         # The host's norm per mesh sees this worker's meshes only; SDPAccelerator.clip_grad_norm_ sees them all.
-        return False if _sharded(self) is not None else original(self, model)
+        return False if sharded(self) is not None else original(self, model)
 
     return _has_mixed_mesh_grads

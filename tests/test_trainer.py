@@ -256,7 +256,9 @@ def test_what_is_logged(tmp_path):
     from hf_sdp import make_plan
 
     histories = run_workers(log_everything, tmp_path, dict(max_steps=4))
-    last = [entry for entry in histories[0] if "loss" in entry][-1]
+    logged = [entry for entry in histories[0] if "loss" in entry]
+    assert sum("sdp/state_bytes_max" in entry for entry in logged) == 1
+    last = {key: value for entry in logged for key, value in entry.items()}
     full = make_plan(tiny_config(), SDPConfig(), 4).full_numel * 4
     assert last["sdp/state_bytes_max"] == last["sdp/state_bytes_min"] == 4 * full // 4
     assert last["sdp/state_bytes_parameters_max"] == full // 4

@@ -117,7 +117,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe) -> None:
 
 
 def _fresh() -> None:
-    """No state of a test before: Accelerate keeps singletons."""
+    """No state of a test before: Accelerate keeps singletons. (Process groups stay: torch caches meshes by value.)"""
     import torch
     from accelerate.state import AcceleratorState, GradientState
 

@@ -1,0 +1,157 @@
+"""The weights of a standard Hugging Face folder: read by ranges, written tensor by tensor.
+
+``safetensors`` writes a file from tensors that are all in memory; a full model need not fit there, so the file is
+written here, in the order of its tensors. Format: 8 bytes length of the header (little endian), the header as JSON
+(name -> dtype, shape, range of bytes), the tensors' bytes. Source: huggingface/safetensors, README, "Format".
+"""
+
+import json
+import os
+import re
+import struct
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+
+from .errors import SDPConfigError
+from .layout import Box
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Weights:
+    """Tensors of a folder's ``model.safetensors``, or of its shards and their index; opened lazily, read by range.
+
+    Raises: SDPConfigError that names the file: none there, cut short, or missing from the index.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._handles: dict[Path, safe_open] = {}
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            self.files = {name: self.folder / file for name, file in weight_map.items()}
+        elif (self.folder / SINGLE).is_file():
+            self.files = dict.fromkeys(self._open(self.folder / SINGLE).keys(), self.folder / SINGLE)
+        else:
+            raise SDPConfigError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+
+    def _open(self, file: Path):
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise SDPConfigError(f"{file} is missing, cut short or not a safetensors file: {error}") from error
+        return self._handles[file]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None when there is no such tensor."""
+        if name not in self.files:
+            return None
+        return tuple(self._open(self.files[name]).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._open(self.files[name]).get_slice(name).get_dtype()
+        return next(dtype for dtype, known in _DTYPES.items() if known == stored)
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises SDPConfigError that names the file, unless every one of ``shapes`` is there with this shape."""
+        for name, shape in shapes.items():
+            found = self.shape(name)
+            if found != tuple(shape):
+                what = "is missing" if found is None else f"has shape {found}"
+                raise SDPConfigError(
+                    f"{self.files.get(name, self.folder)}: {name} {what}, the model needs {tuple(shape)}. "
+                    "These are the weights of another model."
+                )
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of ``box``; only they are read."""
+        stored = self._open(self.files[name]).get_slice(name)
+        return stored[tuple(slice(start, stop) for start, stop in box)]
+
+
+class WeightsWriter:
+    """Writes a folder's weights tensor by tensor; what is there stays valid until :meth:`finish`.
+
+    An error while writing is kept and raised by :meth:`finish`, so that a caller goes on taking part in the
+    collectives that bring the tensors.
+
+    Args:
+        specs: name -> ``(shape, dtype)``, in the order in which :meth:`write` gets them.
+        max_shard_size: as in ``save_pretrained``, e.g. "5GB": above it, several files and an index.
+    """
+
+    def __init__(self, folder: str | os.PathLike, specs: dict[str, tuple], max_shard_size: int | str = "50GB"):
+        self.folder, self.specs, self.error = Path(folder), specs, None
+        meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
+        self.split = split_torch_state_dict_into_shards(
+            meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        self._file, self._file_name = None, None
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """``tensor``: on the CPU, of the shape and dtype announced."""
+        if self.error is not None:
+            return
+        try:
+            file_name = self.split.tensor_to_filename[name]
+            if file_name != self._file_name:
+                self._close()
+                self._begin(file_name)
+            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        except OSError as error:
+            self.error = error
+
+    def finish(self) -> None:
+        """Put the files in place of what was there. Raises the first error of writing; nothing is changed then."""
+        try:
+            if self.error is not None:
+                raise self.error
+            self._close()
+        except OSError:
+            for name in self.split.filename_to_tensors:
+                self._unfinished(name).unlink(missing_ok=True)
+            raise
+        for name in self.split.filename_to_tensors:
+            os.replace(self._unfinished(name), self.folder / name)
+        if self.split.is_sharded:
+            index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
+            unfinished = self._unfinished(INDEX)
+            unfinished.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            os.replace(unfinished, self.folder / INDEX)
+        else:
+            (self.folder / INDEX).unlink(missing_ok=True)
+        for old in self.folder.iterdir():  # files of an earlier save that no index names any more
+            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
+                if old.name not in self.split.filename_to_tensors:
+                    old.unlink()
+
+    def _unfinished(self, file_name: str) -> Path:
+        return self.folder / f".{file_name}.unfinished"
+
+    def _begin(self, file_name: str) -> None:
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name in self.split.filename_to_tensors[file_name]:
+            shape, dtype = self.specs[name]
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
+        self._file_name, self._file = file_name, open(self._unfinished(file_name), "wb")
+        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
