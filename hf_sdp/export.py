@@ -88,6 +88,12 @@ def _small_model(state: SDPState, subnetwork: int):
             "Single sub-blocks are held (level='block'): no config says that a layer has an attention and no MLP. "
             "block_granularity='layer' and level='neuron' can be exported."
         )
+    try:
+        config.validate()
+    except Exception as error:  # the host's validators raise what they like
+        raise SDPConfigError(
+            f"{type(config).__name__} refuses the sizes of subnetwork {subnetwork}: {error.__cause__ or error}"
+        ) from error
     small = meta_model(config)
     expected = {name: tuple(p.shape) for name, p in small.named_parameters()}
     found = {names[name]: shape for name, shape in shapes.items()}

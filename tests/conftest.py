@@ -1,5 +1,9 @@
-import pytest
-import workers
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the workers' server
+
+import pytest  # noqa: E402
+import workers  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

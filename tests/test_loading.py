@@ -68,7 +68,7 @@ def test_every_worker_reads_only_what_it_stores(tmp_path, config):
         patched = hf_sdp.patch_model(tiny_model(seed=3, **EVERYTHING), SDPConfig(**config), rank=rank, world_size=4)
         assert patched(**batch(rank)).loss.item() == pytest.approx(loss, abs=1e-5)
         if config.get("sharding") != "none":
-            assert stored <= full.num_parameters() / 4 * 1.1
+            assert stored <= full.num_parameters() / 4 * 1.2
 
 
 def test_without_a_process_group_a_worker_gets_the_slices_that_patching_gives(tmp_path):
@@ -149,7 +149,7 @@ def export(folder, config, options):
     ("config", "options"),
     [
         (dict(coverage=0.5), EVERYTHING),
-        (dict(coverage=0.75, sharding="none"), dict(EVERYTHING, tie_word_embeddings=False)),
+        (dict(coverage=0.75, sharding="none"), dict(EVERYTHING, hidden_size=48, tie_word_embeddings=False)),
         (dict(level="block", block_granularity="layer"), EVERYTHING),
     ],
     ids=str,
@@ -174,6 +174,7 @@ def test_what_no_config_can_say_is_not_exported(tmp_path):
     for config, message in (
         (dict(level="block"), "no config says"),
         (dict(masking="backward"), "computes with the full model"),
+        (dict(coverage=0.75), "not a multiple of the number of attention heads (3)"),
     ):
         assert all(message in e for e in run_workers(refuse_export, tmp_path, config))
     assert not (tmp_path / "out").exists()

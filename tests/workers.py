@@ -1,6 +1,6 @@
 """Real worker processes for tests: a pool per world size that runs function after function.
 
-A worker imports torch and transformers once; a test costs only what it does. Workers talk over gloo, started from a
+Workers are forked from a server that has imported torch and transformers; a test costs only what it does. They talk over gloo, started from a
 rendezvous file. A worker that raises sends its traceback; one that does not answer in time ends its pool.
 """
 
@@ -35,7 +35,8 @@ def stop_all() -> None:
 
 class Pool:
     def __init__(self, world_size: int):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["hf_sdp", "transformers.trainer", "transformers.models.llama.modeling_llama"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
