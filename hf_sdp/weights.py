@@ -26,39 +26,41 @@ _DTYPES = {
 
 
 class Weights:
-    """Tensors of a folder's ``model.safetensors``, or of its shards and their index; opened lazily, read by range.
+    """Tensors of a folder's ``model.safetensors``, or of its shards and their index; read by range.
 
     Raises: SDPConfigError that names the file: none there, cut short, or missing from the index.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self._handles: dict[Path, safe_open] = {}
+        self._headers: dict[Path, dict[str, tuple[tuple[int, ...], str]]] = {}
         index = self.folder / INDEX
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
             self.files = {name: self.folder / file for name, file in weight_map.items()}
         elif (self.folder / SINGLE).is_file():
-            self.files = dict.fromkeys(self._open(self.folder / SINGLE).keys(), self.folder / SINGLE)
+            self.files = dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
         else:
             raise SDPConfigError(f"{folder} has neither {SINGLE} nor {INDEX}.")
 
-    def _open(self, file: Path):
-        if file not in self._handles:
+    def _header(self, file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> shape and dtype of the tensors of one file."""
+        if file not in self._headers:
             try:
-                self._handles[file] = safe_open(file, "pt")
+                with safe_open(file, "pt") as opened:
+                    slices = {name: opened.get_slice(name) for name in opened.keys()}
+                    self._headers[file] = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
             except (SafetensorError, OSError) as error:
                 raise SDPConfigError(f"{file} is missing, cut short or not a safetensors file: {error}") from error
-        return self._handles[file]
+        return self._headers[file]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None when there is no such tensor."""
-        if name not in self.files:
-            return None
-        return tuple(self._open(self.files[name]).get_slice(name).get_shape())
+        header = self._header(self.files[name]) if name in self.files else {}
+        return header[name][0] if name in header else None
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._open(self.files[name]).get_slice(name).get_dtype()
+        stored = self._header(self.files[name])[name][1]
         return next(dtype for dtype, known in _DTYPES.items() if known == stored)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -73,9 +75,10 @@ class Weights:
                 )
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        """The elements of ``box``; only they are read."""
-        stored = self._open(self.files[name]).get_slice(name)
-        return stored[tuple(slice(start, stop) for start, stop in box)]
+        """The elements of ``box``; only they are read. The file is mapped for this call only: pages that have been read
+        would count as this process's memory for as long as it is open."""
+        with safe_open(self.files[name], "pt") as opened:
+            return opened.get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
 
 
 class WeightsWriter:

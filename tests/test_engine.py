@@ -11,9 +11,9 @@ from test_oracle import compare
 from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, make_plan, patch_model, verify
-from hf_sdp.canonical import load_weights
 from hf_sdp.layout import numel, owned_boxes
 from hf_sdp.metrics import state_bytes
+from hf_sdp.resume import load_weights
 from hf_sdp.state import get_state, local_tensor
 
 EVERYTHING = dict(

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -197,16 +199,10 @@ def save_everywhere(folder):
     for name in ("alone", "all", "direct", "accelerator"):
         saved = load_file(f"{folder}/{name}/model.safetensors")
         assert saved.keys() == best.keys() and all(torch.equal(saved[n], best[n]) for n in best), name
-    checkpoints = sorted(p.name for p in Path(folder).glob("checkpoint-*"))
-    assert not any((Path(folder) / c / "optimizer.pt").exists() for c in checkpoints)
-    with pytest.raises(SDPStateError, match="Resuming.*not supported"):
-        make_trainer(folder, dict(), arguments).train(resume_from_checkpoint=f"{folder}/{checkpoints[-1]}")
-    with pytest.raises(SDPStateError, match="save_state"):
-        trainer.accelerator.save_state(f"{folder}/state")
     return trainer.state.best_metric, full_loss(f"{folder}/all")
 
 
-def test_saving_by_steps_late_best_alone_and_refusing_to_resume(tmp_path):
+def test_saving_by_steps_late_best_and_alone(tmp_path):
     for best_metric, loss in run_workers(save_everywhere, tmp_path):
         assert best_metric == pytest.approx(loss, abs=1e-5)
 
@@ -305,31 +301,113 @@ def test_a_step_that_runs_out_of_memory_is_tried_again(tmp_path):
     assert all(len(losses) == 3 and losses == results[0][1] for _, losses in results)
 
 
-def generate(folder, everywhere: bool):
-    trainer = make_trainer(folder, dict(evaluation_timeout_s=5), dict(max_steps=1))
+def generate(folder):
+    from hf_sdp import consolidate
+
+    trainer = make_trainer(folder, dict(), dict(max_steps=1))
     trainer.train()
-    model = trainer.model.eval()
-    ids = Rows(1).ids[:, :4]
-    if everywhere:
-        from hf_sdp import consolidate
-
-        generated = model.generate(ids, max_new_tokens=5, do_sample=False, synced_gpus=True, pad_token_id=0)
-        weights = consolidate(model)
-        if weights is not None:
-            plain = tiny_model().eval()
-            plain.load_state_dict(weights)
-            assert torch.equal(plain.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
-        return generated.tolist()
-    if trainer.is_world_process_zero():
-        with pytest.raises(SDPStateError, match="a forward in eval mode is a collective"):
-            model.generate(ids, max_new_tokens=5, pad_token_id=0)
-    torch.distributed.barrier()
+    model, ids = trainer.model.eval(), Rows(1).ids[:, :4]
+    generated = model.generate(ids, max_new_tokens=5, do_sample=False, synced_gpus=True, pad_token_id=0)
+    weights = consolidate(model)
+    if weights is not None:
+        plain = tiny_model().eval()
+        plain.load_state_dict(weights)
+        assert torch.equal(plain.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
+    return generated.tolist()
 
 
-def test_generation_on_all_workers_is_that_of_the_full_model_on_one_an_error(tmp_path):
-    results = run_workers(generate, tmp_path, True)
+def test_generation_on_all_workers_is_that_of_the_full_model(tmp_path):
+    results = run_workers(generate, tmp_path)
     assert all(r == results[0] for r in results)
-    run_workers(generate, tmp_path, False)
+
+
+def forward_on_rank_0_only(folder, others: str):
+    trainer = make_trainer(folder, dict(evaluation_timeout_s=20 if others == "train" else 3), dict(max_steps=1))
+    trainer.train()
+    batch = trainer._prepare_inputs({"input_ids": Rows(1).ids, "labels": Rows(1).labels})
+    began = time.monotonic()
+    if trainer.is_world_process_zero():
+        trainer.model.eval()
+        with pytest.raises(SDPStateError, match="a forward in eval mode is a collective") as raised:
+            trainer.model(**batch)
+        trainer.model.train()
+        message, seconds = str(raised.value), time.monotonic() - began
+        if others == "train":
+            trainer.model(**batch)  # the others wait here
+        return message, seconds
+    if others == "train":
+        trainer.model.train()
+        trainer.model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ("train", "has gone on to a forward in training mode"),
+        ("nothing", r"ranks \[1, 2, 3\] have not come to it within 3 s"),
+    ],
+)
+def test_a_forward_on_one_worker_only_is_an_error_there_within_seconds(tmp_path, others, message):
+    said, seconds = run_workers(forward_on_rank_0_only, tmp_path, others)[0]
+    assert re.search(message, said) and seconds < 10
+
+
+def uneven_evaluation(folder):
+    """Rank 0 has one batch more than the others, which go on to training."""
+    trainer = make_trainer(folder, dict(), dict(max_steps=1))
+    trainer.train()
+    model, batch = trainer.model, trainer._prepare_inputs({"input_ids": Rows(1).ids, "labels": Rows(1).labels})
+    model.eval()
+    model(**batch)
+    if trainer.is_world_process_zero():
+        with pytest.raises(SDPStateError, match="has gone on to a forward in training mode"):
+            model(**batch)
+    model.train()
+    return model(**batch).loss.item()
+
+
+def test_uneven_evaluation_is_an_error_and_nobody_is_left_waiting(tmp_path):
+    assert all(math.isfinite(loss) for loss in run_workers(uneven_evaluation, tmp_path))
+
+
+def metrics_of_the_evaluate_library(folder):
+    import datasets
+    import evaluate
+
+    class TokenAccuracy(evaluate.Metric):
+        """Defined here: the library's own are downloaded."""
+
+        def _info(self):
+            features = datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            )
+            return evaluate.MetricInfo(description="", citation="", features=features)
+
+        def _compute(self, predictions, references):
+            return {"accuracy": sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)}
+
+    metric = TokenAccuracy(experiment_id=f"{Path(folder).name}-{torch.distributed.get_rank()}", cache_dir=str(folder))
+
+    def compute(prediction):
+        guesses = prediction.predictions[:, :-1].argmax(-1)
+        return metric.compute(predictions=guesses.flatten(), references=prediction.label_ids[:, 1:].flatten())
+
+    trainer = make_trainer(folder, dict(), dict(max_steps=2), compute_metrics=compute)
+    trainer.train()
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    trainer.save_model(f"{folder}/out")
+    return accuracy
+
+
+def test_compute_metrics_sees_the_full_model(tmp_path):
+    pytest.importorskip("evaluate")
+    from transformers import AutoModelForCausalLM
+
+    results = run_workers(metrics_of_the_evaluate_library, tmp_path)
+    rows = Rows(24, seed=1).ids
+    with torch.no_grad():
+        guesses = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=rows).logits[:, :-1].argmax(-1)
+    assert results == [pytest.approx((guesses == rows[:, 1:]).float().mean().item(), abs=1e-6)] * 4
 
 
 def misuse(folder):

@@ -1,0 +1,322 @@
+"""Checkpoints: moved between worlds and plans, against DDP's in seconds and bytes, and the memory of loading.
+
+    OMP_NUM_THREADS=1 python examples/benchmarks/checkpoints.py --output examples/benchmarks/checkpoints.json
+
+Three tables (``--only moves``, ``cost`` or ``memory`` for one of them):
+
+* moves: train 10 steps in one world, save, load in another, and compare every element of parameters and optimizer state
+  with what was saved; then 20 more steps, and the evaluation loss of the full model beside that of the run that went on
+  where it was. 16 sequences a step in every world.
+* cost: seconds (of the slowest worker, median over rounds) and bytes to save and to load, SDP and DDP in turn.
+* memory: what ``hf_sdp.from_pretrained`` and loading in full take per process, for a checkpoint of 325 MB.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from local_workers import launch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+SEQUENCES, BEFORE, AFTER = 16, 10, 20
+NEURON, BLOCK = dict(level="neuron", coverage=0.5), dict(level="block", coverage=0.5)
+MOVES = [  # (world, SDPConfig or None for DDP) that writes -> that reads
+    ((4, NEURON), (4, NEURON)),
+    ((4, BLOCK), (4, BLOCK)),
+    ((4, NEURON), (2, NEURON)),
+    ((4, NEURON), (8, NEURON)),
+    ((8, dict(level="neuron", coverage=0.25)), (4, dict(level="neuron", coverage=0.25))),
+    ((4, NEURON), (4, dict(level="neuron", coverage=0.25))),
+    ((4, NEURON), (4, dict(coverage=1.0))),
+    ((4, NEURON), (4, BLOCK)),
+    ((4, BLOCK), (8, dict(level="neuron", coverage=0.5, masking="backward"))),
+    ((4, dict(coverage=1.0)), (2, dict(coverage=0.5, sharding="none"))),
+    ((4, NEURON), (1, None)),
+    ((4, BLOCK), (4, None)),
+    ((1, None), (4, NEURON)),
+    ((4, None), (8, BLOCK)),
+]
+
+
+def small_llama(seed: int = 0) -> LlamaForCausalLM:
+    set_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )  # fmt: skip
+    )
+
+
+def prepared(model, sdp: dict | None, **options):
+    """Accelerator, model and optimizer of this worker."""
+    from accelerate import Accelerator
+
+    from hf_sdp import SDPAccelerator, SDPConfig, patch_model
+
+    if sdp is None:
+        accelerator = Accelerator(cpu=True, **options)
+    else:
+        accelerator = SDPAccelerator(cpu=True, **options)
+        model = patch_model(model, SDPConfig(**sdp))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def learn(accelerator, model, optimizer, steps: range) -> None:
+    """Every step sees the same sequences in every world: a line of text over and over, with noise."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model.train()
+    for step in steps:
+        ids = _sequences(step)[rank::world_size]
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _sequences(step: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(step)
+    start = torch.randint(0, 256, (SEQUENCES, 1), generator=g)
+    noise = torch.randint(0, 4, (SEQUENCES, 32), generator=g)
+    return (start + 7 * torch.arange(32) + noise) % 256
+
+
+@torch.no_grad()
+def evaluate(model) -> float:
+    ids = _sequences(-1)
+    return model.eval()(input_ids=ids, labels=ids).loss.item()
+
+
+def write_and_go_on(folder: str, sdp: dict | None) -> float:
+    accelerator, model, optimizer = prepared(small_llama(), sdp)
+    learn(accelerator, model, optimizer, range(BEFORE))
+    accelerator.save_state(folder)
+    learn(accelerator, model, optimizer, range(BEFORE, BEFORE + AFTER))
+    return evaluate(model)
+
+
+def read_and_go_on(folder: str, copy: str, sdp: dict | None) -> float:
+    from hf_sdp.resume import load_optimizer_state
+
+    if sdp is None:  # plain training reads SDP's optimizer state through hf_sdp, and nothing else
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        accelerator, model, optimizer = prepared(model, None)
+        load_optimizer_state(optimizer, model, folder)
+    else:
+        accelerator, model, optimizer = prepared(small_llama(seed=1), sdp)
+        accelerator.load_state(folder)
+    accelerator.save_state(copy)
+    learn(accelerator, model, optimizer, range(BEFORE, BEFORE + AFTER))
+    return evaluate(model)
+
+
+def read_full(folder: Path) -> tuple[dict, dict]:
+    """All parameters and all optimizer state of a folder that SDP or plain Accelerate wrote."""
+    from safetensors.torch import load_file
+
+    from hf_sdp import boxes
+
+    weights, state = load_file(folder / "model.safetensors"), {}
+    if (folder / "optimizer.bin").is_file():
+        names = [name for name, _ in small_llama().named_parameters()]
+        for number, values in torch.load(folder / "optimizer.bin", weights_only=True)["state"].items():
+            state.update({f"{names[number]}/{key}": value for key, value in values.items() if value.dim()})
+        return weights, state
+    tensors = folder / "sdp_optimizer" / "tensors"
+    wanted = {}
+    for name, (shape, dtype) in boxes.stored(tensors).items():
+        state[name], wanted[name] = torch.empty(shape, dtype=dtype), boxes.Boxes(shape, dtype)
+        wanted[name].add(tuple((0, size) for size in shape), state[name])
+    boxes.read(tensors, wanted, None)
+    return weights, state
+
+
+def difference(a: dict, b: dict) -> float:
+    if a.keys() != b.keys() or not a:
+        raise AssertionError(f"other tensors: {sorted(a.keys() ^ b.keys())}")
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def moves() -> list[dict]:
+    rows, written = [], {}
+    with tempfile.TemporaryDirectory() as parent:
+        for number, ((world, sdp), (new_world, new_sdp)) in enumerate(MOVES):
+            key = json.dumps([world, sdp])
+            if key not in written:
+                folder = Path(parent, f"written-{len(written)}")
+                written[key] = folder, launch(write_and_go_on, world, str(folder), sdp)[0]
+            folder, stayed = written[key]
+            copy = Path(parent, f"read-{number}")
+            if sdp is None and not (folder / "config.json").is_file():
+                small_llama().config.save_pretrained(folder)
+            moved = launch(read_and_go_on, new_world, str(folder), str(copy), new_sdp)[0]
+            (weights, state), (new_weights, new_state) = read_full(folder), read_full(copy)
+            rows.append(
+                {
+                    "written": f"{world}: {describe(sdp)}",
+                    "read": f"{new_world}: {describe(new_sdp)}",
+                    "parameters": difference(weights, new_weights),
+                    "optimizer": difference(state, new_state),
+                    "loss_stayed": stayed,
+                    "loss_moved": moved,
+                }  # fmt: skip
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def describe(sdp: dict | None) -> str:
+    if sdp is None:
+        return "DDP"
+    words = [sdp.get("level", "neuron"), f"C={sdp['coverage']:g}"]
+    return " ".join(words + [sdp[k] for k in ("masking", "sharding") if k in sdp])
+
+
+def time_rounds(folder: str, rounds: int) -> dict[str, dict]:
+    """DDP and SDP in the same processes, in turn."""
+    engines = {"DDP": None, "SDP neuron C=0.5": NEURON, "SDP block C=0.5": BLOCK}
+    ready = {}
+    for name, sdp in engines.items():
+        set_seed(0)
+        config = LlamaConfig(
+            vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=8, tie_word_embeddings=False, use_cache=False,
+        )  # fmt: skip
+        accelerator, model, optimizer = ready[name] = prepared(LlamaForCausalLM(config), sdp)
+        ids = torch.zeros(1, 16, dtype=torch.long)
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if name == "DDP":
+            num_parameters = sum(p.numel() for p in model.parameters())
+    result = {name: {"save_s": [], "load_s": []} for name in engines}
+    for number in range(rounds):
+        for name, (accelerator, model, _) in ready.items():
+            target = f"{folder}/{name.replace(' ', '-')}-{number}"
+            model.eval()  # nothing of the last step is gathered
+            for what, call in (("save_s", accelerator.save_state), ("load_s", accelerator.load_state)):
+                dist.barrier()
+                began = time.perf_counter()
+                call(target)
+                dist.barrier()
+                result[name][what].append(time.perf_counter() - began)
+            if dist.get_rank() == 0:
+                files = [p for p in Path(target).rglob("*") if p.is_file()]
+                result[name]["bytes"] = sum(p.stat().st_size for p in files)
+                shutil.rmtree(target)
+    return {"num_parameters": num_parameters, **result}
+
+
+def cost(rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        result = launch(time_rounds, 4, folder, rounds)[0]
+    for name, values in result.items():
+        if name != "num_parameters":
+            medians = {k: round(statistics.median(v), 3) for k, v in values.items() if k.endswith("_s")}
+            print(name, medians, values["bytes"], flush=True)
+    return result
+
+
+class PeakMemory(threading.Thread):
+    """Largest resident memory of this process while it runs: all of it, and what is not mapped from files, in bytes."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.done, self.all, self.anonymous = threading.Event(), 0, 0
+
+    def run(self):
+        while not self.done.is_set():
+            self.all, self.anonymous = (max(a, b) for a, b in zip((self.all, self.anonymous), resident(), strict=True))
+            self.done.wait(0.002)
+
+    def stop(self) -> tuple[int, int]:
+        self.done.set()
+        self.join()
+        return self.all, self.anonymous
+
+
+def resident() -> tuple[int, int]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+
+
+def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
+    import hf_sdp
+    from hf_sdp import SDPAccelerator, SDPConfig
+    from hf_sdp.state import get_state, local_tensor
+
+    accelerator = SDPAccelerator(cpu=True)
+    before, watch = resident(), PeakMemory()
+    watch.start()
+    if sliced:
+        model = hf_sdp.from_pretrained(folder, SDPConfig(**sdp))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = accelerator.prepare(hf_sdp.patch_model(model, SDPConfig(**sdp)))
+    peak = watch.stop()
+    stored = sum(local_tensor(p.detach()).nbytes for p in get_state(model).parameters.values())
+    return {"resident": peak[0] - before[0], "anonymous": peak[1] - before[1], "stored": stored}
+
+
+def big_checkpoint(folder: Path) -> int:
+    """Makes a checkpoint of 325 MB; returns the bytes of its largest tensor."""
+    config = LlamaConfig(
+        vocab_size=16000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
+        num_key_value_heads=12, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return max(p.nbytes for p in model.parameters())
+
+
+def memory() -> list[dict]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        largest = big_checkpoint(Path(folder))
+        size = os.path.getsize(f"{folder}/model.safetensors")
+        for sdp in (NEURON, BLOCK, dict(coverage=0.5, masking="backward"), dict(coverage=0.5, sharding="none")):
+            for sliced in (False, True):
+                workers = launch(load_and_watch, 4, folder, sdp, sliced)
+                rows.append(
+                    {
+                        "config": describe(sdp),
+                        "sliced": sliced,
+                        "checkpoint": size,
+                        "largest_tensor": largest,
+                        **{name: max(worker[name] for worker in workers) for name in workers[0]},
+                    }  # fmt: skip
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["moves", "cost", "memory"])
+    parser.add_argument("--rounds", type=int, default=7, help="of saving and loading")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    parts = {"moves": moves, "cost": lambda: cost(options.rounds), "memory": memory}
+    result = {name: part() for name, part in parts.items() if options.only in (None, name)}
+    if options.output:
+        kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+        options.output.write_text(json.dumps({**kept, **result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

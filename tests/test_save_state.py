@@ -1,0 +1,146 @@
+"""accelerator.save_state and load_state in a loop of one's own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import batch, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from workers import run_workers
+
+from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
+from hf_sdp.gradients import GlobalGradScaler
+
+
+class Counter:
+    """An object of the user's with state."""
+
+    def __init__(self):
+        self.value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def prepared(config, folder=None, **options):
+    accelerator = SDPAccelerator(**options)
+    model = tiny_model(attention_dropout=0.1)
+    if config is not None:
+        model = patch_model(model, SDPConfig(**config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    return accelerator, *accelerator.prepare(model, optimizer, scheduler)
+
+
+def steps(accelerator, model, optimizer, scheduler, numbers) -> list[float]:
+    losses = []
+    for number in numbers:
+        loss = model(**batch(number * dist.get_world_size() + dist.get_rank())).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def stop_and_replay(folder, config):
+    accelerator, model, optimizer, scheduler = prepared(config)
+    accelerator.scaler = GlobalGradScaler("cpu", init_scale=8.0)  # Accelerate has none on CPU
+    counter = Counter()
+    accelerator.register_for_checkpointing(counter)
+    steps(accelerator, model, optimizer, scheduler, range(3))
+    counter.value = 3
+    accelerator.save_state(folder)
+    first = steps(accelerator, model, optimizer, scheduler, range(3, 6)), consolidate(model)
+    rate = scheduler.get_last_lr()
+    counter.value = 6
+    accelerator.scaler.update(1.0)
+    accelerator.load_state(folder)
+    assert counter.value == 3 and accelerator.scaler.get_scale() == 8.0
+    again = steps(accelerator, model, optimizer, scheduler, range(3, 6)), consolidate(model)
+    assert first[0] == again[0]
+    if first[1] is not None:
+        assert all(torch.equal(first[1][n], t) for n, t in again[1].items())
+    assert scheduler.get_last_lr() == rate and rate[0] < 1e-2
+
+
+@pytest.mark.parametrize("config", [dict(coverage=0.75), dict(level="block", masking="backward")], ids=str)
+def test_what_follows_load_state_is_what_followed_save_state(tmp_path, config):
+    run_workers(stop_and_replay, tmp_path / "state", config)
+    saved = load_file(tmp_path / "state" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "state").state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in saved.items())
+
+
+def save_plain(folder):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(model(**batch(0)).loss)
+    optimizer.step()
+    accelerator.save_state(folder)
+
+
+def load_from_plain(folder, config):
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(seed=9), SDPConfig(**config))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    accelerator.load_state(folder)
+    accelerator.save_state(f"{folder}/again")
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_a_plain_accelerators_state_is_loaded(tmp_path):
+    from test_resume import optimizer_of
+
+    run_workers(save_plain, tmp_path, world_size=1)
+    assert run_workers(load_from_plain, tmp_path, dict(coverage=0.75)) == [1e-2] * 4
+    first, again = (load_file(f / "model.safetensors") for f in (tmp_path, tmp_path / "again"))
+    assert all(torch.equal(again[n], t) for n, t in first.items())
+    plain = torch.load(tmp_path / "optimizer.bin", weights_only=True)["state"]
+    names = [n for n, _ in tiny_model().named_parameters()]
+    moved = optimizer_of(tmp_path / "again")
+    assert len(moved) == 2 * len(names)
+    for number, name in enumerate(names):
+        assert all(torch.equal(moved[f"{name}/{key}"], plain[number][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def automatic_names(folder):
+    from accelerate.utils import ProjectConfiguration
+
+    project = ProjectConfiguration(project_dir=str(folder), automatic_checkpoint_naming=True, total_limit=2)
+    accelerator, model, optimizer, scheduler = prepared(dict(), project_config=project)
+    for number in range(3):
+        steps(accelerator, model, optimizer, scheduler, [number])
+        accelerator.save_state()
+    weights = consolidate(model)
+    steps(accelerator, model, optimizer, scheduler, [3])
+    accelerator.load_state()
+    loaded = consolidate(model)
+    assert weights is None or all(torch.equal(weights[n], t) for n, t in loaded.items())
+
+
+def test_automatic_names_and_their_limit(tmp_path):
+    run_workers(automatic_names, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_1", "checkpoint_2"]
+
+
+def save_on_one_rank(folder):
+    accelerator, model, optimizer, scheduler = prepared(dict())
+    if accelerator.is_main_process:
+        with pytest.raises(SDPStateError, match="has gone on to a forward in training mode"):
+            accelerator.save_state(folder)
+    return steps(accelerator, model, optimizer, scheduler, [0])
+
+
+def test_saving_on_one_rank_only_is_an_error_there(tmp_path):
+    run_workers(save_on_one_rank, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
