@@ -231,7 +231,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
     state: dict[int, dict] = {}
     for number, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         s = stored[parameter]
-        values = dict(saved.numbers.get(s.name, {}))
+        # Clones: several parts of one full parameter count their steps each.
+        numbers = saved.numbers.get(s.name, {})
+        values = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}
         for key, (_, dtype) in saved.tensors.get(s.name, {}).items():
             local = local_tensor(parameter)
             values[key] = torch.empty(local.shape, dtype=dtype, device=local.device)

@@ -67,10 +67,15 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd"])
-@pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("level", ["neuron", "block"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, level, masking, optimizer):
-    sdp = dict(level=level, masking=masking)
+@pytest.mark.parametrize(
+    "sdp",
+    [
+        *(dict(level=level, masking=masking) for level in ("neuron", "block") for masking in ("forward", "backward")),
+        dict(coverage=0.75, sharding="none"),  # several parts of one parameter
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, sdp, optimizer):
     options = {"optim": optimizer, **({"optim_args": "momentum=0.9"} if optimizer == "sgd" else {})}
     whole = run_workers(train, tmp_path / "whole", sdp, options)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parted" / "checkpoint-3")
