@@ -305,12 +305,42 @@ def memory() -> list[dict]:
     return rows
 
 
+def tables(result: dict) -> str:
+    """The three parts as Markdown."""
+    lines = ["| written by | read by | parameters | optimizer state | loss, moved | loss, stayed |", "|" + " --- |" * 6]
+    for row in result["moves"]:
+        lines.append(
+            f"| {row['written']} | {row['read']} | {row['parameters']:g} | {row['optimizer']:g} | {row['loss_moved']:.4f} | "
+            f"{row['loss_stayed']:.4f} |"
+        )
+    lines += ["", "| engine | save, s | load, s | MB | save / DDP | load / DDP |", "|" + " --- |" * 6]
+    engines = {name: values for name, values in result["cost"].items() if name != "num_parameters"}
+    middle = {n: [statistics.median(v[what]) for what in ("save_s", "load_s")] for n, v in engines.items()}
+    for name, values in engines.items():
+        save, load = middle[name]
+        ranges = [f"({min(values[what]):.2f}-{max(values[what]):.2f})" for what in ("save_s", "load_s")]
+        lines.append(
+            f"| {name} | {save:.2f} {ranges[0]} | {load:.2f} {ranges[1]} | {values['bytes'] / 1e6:.1f} | "
+            f"{save / middle['DDP'][0]:.2f} | {load / middle['DDP'][1]:.2f} |"
+        )
+    lines += ["", "| config | how | stored, MB | peak, MB | not mapped from files, MB |", "|" + " --- |" * 5]
+    for row in result["memory"]:
+        how = "from_pretrained of hf_sdp" if row["sliced"] else "in full, then patched"
+        sizes = " | ".join(f"{row[what] / 1e6:.0f}" for what in ("stored", "resident", "anonymous"))
+        lines.append(f"| {row['config']} | {how} | {sizes} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["moves", "cost", "memory"])
     parser.add_argument("--rounds", type=int, default=7, help="of saving and loading")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON; parts that are not run stay as they are")
+    parser.add_argument("--tables", action="store_true", help="print what --output has, instead of measuring")
     options = parser.parse_args()
+    if options.tables:
+        print(tables(json.loads(options.output.read_text())))
+        return
     parts = {"moves": moves, "cost": lambda: cost(options.rounds), "memory": memory}
     result = {name: part() for name, part in parts.items() if options.only in (None, name)}
     if options.output:

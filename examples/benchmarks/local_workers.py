@@ -52,6 +52,8 @@ def launch(function: Callable, world_size: int, *args, timeout_s: float = 600) -
                 if not ok:
                     raise RuntimeError(f"rank {rank}:\n{result}")
                 results.append(result)
+            for process in processes:
+                process.join(10)
             return results
         finally:
             for process in processes:
