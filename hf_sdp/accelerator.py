@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from .engine import shard
 from .errors import SDPConfigError, SDPStateError
 from .gradients import GlobalGradScaler, clip_grad_norm
 from .optimizer import refuse_unless_elementwise, repoint
-from .optimizer_state import save_optimizer
+from .optimizer_state import load_optimizer, save_optimizer
 from .patch import patch_model
-from .resume import load_optimizer_state, load_weights, tell_changes
+from .resume import load_weights, open_optimizer_state, tell_changes
 from .saving import save_pretrained
 from .state import find_state, unwrap
 from .together import together
@@ -126,19 +127,24 @@ class SDPAccelerator(Accelerator):
                 raise ValueError(
                     f"{output_dir} already exists. Set project_configuration.iteration to the next number."
                 )
-        with checkpoint.writing(output_dir, model) as unfinished:
-            save_pretrained(model, unfinished)
-            for index, optimizer in enumerate(self._optimizers):
-                folder = unfinished / _numbered(checkpoint.OPTIMIZER, index)
-                with together(find_state(model).control_group):
-                    folder.mkdir(exist_ok=True)
-                save_optimizer(optimizer, model, folder)
-            with self._without_model(), _explicit_folder(self.project_configuration):
-                super().save_state(str(unfinished), safe_serialization)
-        if automatic and self.project_configuration.total_limit is not None and self.is_main_process:
-            folders = sorted(Path(output_dir).parent.glob("checkpoint_*"), key=_iteration)
-            for old in folders[: -self.project_configuration.total_limit]:
-                shutil.rmtree(old)
+        iteration = self.project_configuration.iteration
+        try:
+            with checkpoint.writing(output_dir, model) as unfinished:
+                save_pretrained(model, unfinished)
+                for index, optimizer in enumerate(self._optimizers):
+                    folder = unfinished / _numbered(checkpoint.OPTIMIZER, index)
+                    with together(find_state(model).control_group):
+                        folder.mkdir(exist_ok=True)
+                    save_optimizer(optimizer, model, folder)
+                with self._without_model(), _explicit_folder(self.project_configuration):
+                    super().save_state(str(unfinished), safe_serialization)
+        except BaseException:
+            self.project_configuration.iteration = iteration  # some workers have counted it
+            raise
+        with together(find_state(model).control_group):
+            if automatic and self.project_configuration.total_limit is not None and self.is_main_process:
+                for old in _automatic_folders(self.project_dir)[: -self.project_configuration.total_limit]:
+                    shutil.rmtree(old)
         return output_dir
 
     def load_state(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs):
@@ -152,13 +158,17 @@ class SDPAccelerator(Accelerator):
             return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
         model = self._only_model()
         if input_dir is None and self.project_configuration.automatic_checkpoint_naming:
-            folders = sorted(Path(self.project_dir, "checkpoints").glob("checkpoint_*"), key=_iteration)
+            folders = _automatic_folders(self.project_dir)
             input_dir = folders[-1] if folders else None
         if input_dir is None:
             raise ValueError("No input_dir was given, and there is no automatically named checkpoint.")
+        with together(find_state(model).control_group):
+            if self.is_main_process:
+                checkpoint.finish_interrupted(Path(input_dir))
+        saved = [open_optimizer_state(optimizer, model, input_dir, i) for i, optimizer in enumerate(self._optimizers)]
         load_weights(model, input_dir)
-        for index, optimizer in enumerate(self._optimizers):
-            load_optimizer_state(optimizer, model, input_dir, index)
+        for optimizer, its_state in zip(self._optimizers, saved, strict=True):
+            load_optimizer(optimizer, model, its_state)
         tell_changes(model, input_dir, self.num_processes, self.process_index)
         with self._without_model():
             return super().load_state(str(input_dir), load_kwargs, **load_model_func_kwargs)
@@ -230,8 +240,13 @@ def _numbered(name: str, index: int) -> str:
     return f"{name}_{index}" if index else name
 
 
-def _iteration(folder: Path) -> int:
-    return int(folder.name.rpartition("_")[2])
+def _automatic_folders(project_dir: str) -> list[Path]:
+    """Oldest first."""
+    found = {}
+    for path in Path(project_dir, "checkpoints").glob("checkpoint_*"):
+        if match := re.fullmatch(r"checkpoint_(\d+)", path.name):
+            found[int(match[1])] = path
+    return [path for _, path in sorted(found.items())]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Boxes of full tensors in torch.distributed.checkpoint: every worker writes what it owns and reads what it stores."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,7 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from .errors import SDPStateError
 from .layout import Box
+from .together import raised_by_all
 
 
 class Boxes:
@@ -61,23 +66,40 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def write(folder: Path, tensors: dict[str, Boxes], group: dist.ProcessGroup | None) -> None:
-    """Collective over ``group``. Raises CheckpointException on all workers when one of them cannot write."""
-    dcp.save(
-        tensors,
-        storage_writer=dcp.FileSystemWriter(folder),
-        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-    )
+    """Collective over ``group``. Raises: SDPStateError on all workers when one of them cannot write."""
+    with _errors_of_all():
+        dcp.save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+        )
 
 
 def read(folder: Path, tensors: dict[str, Boxes], group: dist.ProcessGroup | None) -> None:
-    """Fill the boxes' tensors, reading the parts of ``folder`` that they need. Collective over ``group``."""
-    dcp.load(
-        tensors,
-        storage_reader=dcp.FileSystemReader(folder),
-        planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        process_group=group,
-    )
+    """Fill the boxes' tensors, reading the parts of ``folder`` that they need. Collective over ``group``.
+
+    Raises: SDPStateError on all workers when one of them cannot read.
+    """
+    with _errors_of_all():
+        dcp.load(
+            tensors,
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+        )
+
+
+@contextlib.contextmanager
+def _errors_of_all() -> Iterator[None]:
+    """CheckpointException is a BaseException, which `except Exception` does not see."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is fine
+            yield
+    except dcp.CheckpointException as error:
+        failures = "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in error.failures.items())
+        raise raised_by_all(SDPStateError(failures)) from error
 
 
 def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -5,7 +5,7 @@ consolidation, evaluation and loading are three choices of target. Tensor by ten
 more than one full parameter besides its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import nn
 from .errors import SDPStateError
 from .layout import Box, full_box, intersection, local_box, numel, owned_boxes, view
 from .state import get_state, local_tensor, unwrap
+from .together import together
 
 
 def exchange(
@@ -99,21 +100,46 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
         yield name, wanted[0][1].cpu() if wanted else None
 
 
-def consolidate(model: nn.Module) -> dict[str, torch.Tensor] | None:
+def consolidate(
+    model: nn.Module, write: Callable[[str, torch.Tensor], None] | None = None
+) -> dict[str, torch.Tensor] | None:
     """The full model's state dict on the CPU of rank 0, None on the other workers. Collective.
 
-    Standard Hugging Face names, full shapes, the parameters' dtype; tied parameters share one tensor. Works tensor
-    by tensor. Raises as :func:`full_tensors`, which does not keep them all.
+    Standard Hugging Face names, full shapes, the parameters' dtype; tied parameters share one tensor.
+
+    Args:
+        write: called on rank 0 with name and value of one full parameter or buffer after the other (tied ones once);
+            none is kept, and nothing is returned.
+    Raises: as :func:`full_tensors`; what ``write`` raises, on every worker.
     """
     model = unwrap(model)
     state = get_state(model)
     if state.simulated:
-        return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    result = dict(full_tensors(model))
-    if state.rank != 0:
+        result = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        if write is None:
+            return result
+        for name in result.keys() - state.tied.keys():
+            write(name, result[name])
         return None
-    result.update({alias: result[name] for alias, name in state.tied.items()})
-    return {**result, **persistent_buffers(model)}
+    result, error = {}, None
+    for name, tensor in full_tensors(model):
+        if state.rank == 0 and error is None:
+            try:
+                result[name] = tensor if write is None else write(name, tensor)
+            except Exception as raised:  # go on taking part: the others wait in the next tensor's collective
+                error = raised
+    if write is None:
+        if state.rank != 0:
+            return None
+        result.update({alias: result[name] for alias, name in state.tied.items()})
+        return {**result, **persistent_buffers(model)}
+    with together(state.control_group):
+        if error is not None:
+            raise error
+        if state.rank == 0:
+            for name, buffer in persistent_buffers(model).items():
+                write(name, buffer)
+    return None
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ A checkpoint is a standard Hugging Face folder with the full model's weights, an
     sdp_plan.json         the plan that trained it
     sdp_optimizer/        optimizer state in the canonical layout (optimizer_state.py)
 
-It is written into a hidden folder beside its place, and renamed when all workers are done. All workers see one file system.
+It is written into a folder beside its place, _unfinished-<name>, and renamed when all workers are done. All workers see one file system.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .state import SDPState, get_state
 from .together import together
 
 MARKER, PLAN, OPTIMIZER = "sdp_checkpoint.json", "sdp_plan.json", "sdp_optimizer"
-_UNFINISHED = ".unfinished-"
+_UNFINISHED = "_unfinished-"  # uploads to the Hub leave out "_*"
 logger = logging.getLogger(__name__)
 
 
@@ -44,12 +44,10 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
     """
     state, folder = get_state(model), Path(folder)
     state.roll_call.wait("saving a checkpoint")
-    parent = folder.parent / f"{_UNFINISHED}{folder.name}"
-    unfinished = parent / folder.name  # the same name: hosts read it
+    unfinished = _place_of(folder)
     with together(state.control_group):
         if state.rank == 0:
-            for leftover in folder.parent.glob(f"{_UNFINISHED}*"):  # of a run that was killed
-                shutil.rmtree(leftover)
+            finish_interrupted(folder)
             unfinished.mkdir(parents=True)
     try:
         with together(state.control_group):
@@ -60,8 +58,13 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
                 _take_place(unfinished, folder)
     except BaseException:
         if state.rank == 0:
-            shutil.rmtree(parent, ignore_errors=True)
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
         raise
+
+
+def _place_of(folder: Path) -> Path:
+    """Where ``folder`` is written: below one that hosts take for none of theirs, under the same name."""
+    return folder.parent / f"{_UNFINISHED}{folder.name}" / folder.name
 
 
 def _seal(folder: Path, state: SDPState) -> None:
@@ -84,10 +87,11 @@ def _seal(folder: Path, state: SDPState) -> None:
                 "versions": versions(),
                 "files": {file: found[file] for found in everyone for file in sorted(found)},
             }
-            with open(folder / MARKER, "w") as marker:
+            with open(folder / f".{MARKER}", "w") as marker:
                 marker.write(json.dumps(content, indent=1) + "\n")
                 marker.flush()
                 os.fsync(marker.fileno())
+            os.replace(folder / f".{MARKER}", folder / MARKER)  # it is there whole, or not at all
 
 
 def _fingerprint(file: Path) -> dict:
@@ -111,25 +115,58 @@ def versions() -> dict[str, str]:
 
 
 def _take_place(unfinished: Path, folder: Path) -> None:
-    if folder.exists():  # the same step, saved again
-        os.rename(folder, unfinished.parent / "replaced")
-    os.rename(unfinished, folder)
+    """Rename. What ``folder`` has beside a checkpoint (logs, ...) comes along; may be repeated after a kill."""
+    if folder.exists():
+        for entry in _not_of_a_checkpoint(folder):
+            if not (unfinished / entry.name).exists():
+                os.rename(entry, unfinished / entry.name)
+        replaced = unfinished.parent / "replaced"
+        os.rename(folder, replaced)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            os.rename(replaced, folder)
+            raise
+    else:
+        os.rename(unfinished, folder)
     shutil.rmtree(unfinished.parent)
 
 
-def finish_interrupted(output_dir: str | os.PathLike) -> None:
-    """Complete the renaming of a checkpoint whose run was killed between its two steps. One process only."""
-    for parent in Path(output_dir).glob(f"{_UNFINISHED}*"):
-        unfinished = parent / parent.name.removeprefix(_UNFINISHED)
-        if (unfinished / MARKER).is_file() and not (parent.parent / unfinished.name).exists():
-            check(unfinished)
-            os.rename(unfinished, parent.parent / unfinished.name)
+def _not_of_a_checkpoint(folder: Path) -> list[Path]:
+    try:
+        marker = check(folder, only=None)
+    except SDPStateError:  # a damaged checkpoint, which is replaced as a whole
+        return []
+    ours = {MARKER, *(file.split("/")[0] for file in marker["files"])} if marker else set()
+    return [entry for entry in folder.iterdir() if entry.name not in ours]
 
 
-def check(folder: str | os.PathLike, *, contents: bool = False) -> dict | None:
+def finish_interrupted(folder: Path) -> None:
+    """After a kill: let a complete checkpoint take its place, and remove one that is not. One process only."""
+    unfinished = _place_of(folder)
+    try:
+        complete = unfinished.is_dir() and check(unfinished) is not None
+    except SDPStateError:
+        complete = False
+    if complete:
+        _take_place(unfinished, folder)
+    elif unfinished.parent.is_dir():
+        shutil.rmtree(unfinished.parent)
+
+
+def finish_all_interrupted(output_dir: str | os.PathLike) -> None:
+    """The same for all checkpoints of a Trainer's ``output_dir``."""
+    for parent in Path(output_dir).glob(f"{_UNFINISHED}checkpoint-*"):
+        finish_interrupted(parent.parent / parent.name.removeprefix(_UNFINISHED))
+
+
+def check(folder: str | os.PathLike, *, only: str | None = "", contents: bool = False) -> dict | None:
     """The content of the marker of a complete checkpoint; None for a folder that SDP did not write.
 
-    Raises: SDPStateError that names the file that is missing or cut short, or (``contents``) whose content has changed.
+    Args:
+        only: files whose names start so ("model": the weights); None: none of them.
+        contents: also compare CRC-32.
+    Raises: SDPStateError that names the file that is missing, cut short or, with ``contents``, has changed.
     """
     folder = Path(folder)
     if not (folder / MARKER).is_file():
@@ -141,7 +178,9 @@ def check(folder: str | os.PathLike, *, contents: bool = False) -> dict | None:
         files = content["files"]
     except (ValueError, KeyError) as error:
         raise SDPStateError(f"{folder / MARKER} cannot be read: {error}.") from error
-    for file, expected in files.items():
+    for file, expected in files.items() if only is not None else ():
+        if not file.startswith(only):
+            continue
         if not (folder / file).is_file():
             raise SDPStateError(f"{folder} is incomplete: {file} is missing.")
         size = (folder / file).stat().st_size

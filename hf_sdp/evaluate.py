@@ -84,8 +84,10 @@ def guard_forward(model: nn.Module, state: SDPState) -> None:
             refuse_unsafe_checkpointing(module, state)
         if state.roll_call is None:
             return
-        if module.training or state.config.evaluate == "subnetwork" and not state.trains_full_forward:
-            state.roll_call.announce("a forward in training mode" if module.training else "a forward of its subnetwork")
+        if module.training:
+            state.roll_call.announce("a forward in training mode")
+        elif state.shadow is None and not state.trains_full_forward and state.config.sharding == "none":
+            return  # of its subnetwork, which this worker has whole
         else:
             state.roll_call.wait("a forward in eval mode")
 

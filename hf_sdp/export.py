@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .canonical import consolidate, full_tensors
+from .canonical import consolidate
 from .errors import SDPConfigError
 from .plan import Plan, meta_model
 from .state import SDPState, get_state, unwrap
@@ -37,11 +37,13 @@ def export_subnetwork(model: nn.Module, folder: str | os.PathLike, subnetwork: i
             }
             writer = WeightsWriter(folder, specs)
     held = state.plan.held(subnetwork)
-    tensors = consolidate(model).items() if state.simulated else full_tensors(model)
-    for name, tensor in tensors:
-        if writer is not None and name in held and name in names:
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        if name in held and name in names:
             pieces = [tensor.narrow(s.dim, s.start, s.stop - s.start) for s in held[name]]
             writer.write(names[name], torch.cat(pieces, held[name][0].dim) if len(pieces) > 1 else pieces[0])
+
+    consolidate(model, write)
     with together(state.control_group):
         if writer is not None:
             writer.finish()

@@ -95,11 +95,16 @@ def _without_cache(signature: inspect.Signature, args, kwargs) -> dict:
     return kwargs
 
 
+_NOT_GIVEN = object()
+
+
 def _save_pretrained(original):
     @functools.wraps(original.__func__)
-    def _save(self, save_directory, *args, state_dict=None, **kwargs):
-        """Saves the full model. Collective when ``state_dict`` is None: call it on every worker, rank 0 writes."""
-        if state_dict is not None:
+    def _save(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
+        """Saves the full model. Collective when ``state_dict`` is not given: call it on every worker, rank 0 writes."""
+        if state_dict is None and get_state(self).rank != 0:
+            return  # state_dict=accelerator.get_state_dict(model), which only rank 0 has
+        if state_dict is not None and state_dict is not _NOT_GIVEN:
             return original(save_directory, *args, state_dict=dict(state_dict), **kwargs)  # the host empties its dict
         if not args and kwargs.keys() <= {"max_shard_size", "is_main_process"}:
             kwargs.pop("is_main_process", None)

@@ -76,10 +76,13 @@ def from_pretrained(
             warnings.warn(f"Every worker loads {name_or_path} in full and cuts it: {problem}", stacklevel=2)
         dtype = {} if dtype is None else {"dtype": dtype}
         full = auto_class.from_pretrained(name_or_path, **dtype, **hub_options)
-        return patch_model(full, sdp_config, rank=rank, world_size=world_size)
+        patch_model(full, sdp_config, rank=rank, world_size=world_size)
+        if process_group_is_up() and not sdp_config.simulate:
+            shard(full, _device(device))
+        return full.eval()
     if dtype in (None, "auto"):
         dtype = model_config.dtype or weights.dtype(next(iter(weights.files)))
-    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     _materialize(model, sdp_config, rank, world_size, device)
     _fill_buffers(model)
     load_weights(model, folder)
@@ -110,7 +113,7 @@ def from_config(
     """
     model = meta_model(model_config)
     if dtype is not None:
-        model.to(dtype)
+        _cast(model, dtype)
     if sdp_config.simulate:
         model.to_empty(device="cpu")
         model.tie_weights()
@@ -128,10 +131,21 @@ def _materialize(model: nn.Module, sdp_config: SDPConfig, rank, world_size, devi
     """Patch a model on the meta device and give it memory, with no values in it yet."""
     patch_meta_model(model, sdp_config, rank=rank, world_size=world_size)
     if process_group_is_up():
-        shard(model, torch.device(device) if device is not None else PartialState().device)
+        shard(model, _device(device))
     else:
         model.to_empty(device="cpu")
         model.tie_weights()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device) if device is not None else PartialState().device
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: rotary frequencies stay in float32, as in transformers."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _fill_buffers(model: nn.Module) -> None:

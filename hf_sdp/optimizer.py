@@ -116,5 +116,6 @@ def _leave(optimizer: torch.optim.Optimizer, *, stepped: bool) -> None:
     if stepped:
         state = get_state(optimizer._sdp_model)
         state.version += 1
+        state.saved_weights = None
         if state.shadow is not None:
             state.shadow.release()

@@ -178,13 +178,8 @@ class SavedByTorch:
 
     def __init__(self, file: Path, optimizer: torch.optim.Optimizer, model: nn.Module):
         names_of_groups = _names_of_groups(optimizer, model)
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        counts = [len(g["params"]) for g in saved.get("param_groups", [])]
-        if counts != [len(names) for names in names_of_groups]:
-            raise SDPStateError(
-                f"{file} has parameter groups of {counts} parameters, this optimizer of {[len(n) for n in names_of_groups]}. "
-                "It was written by another optimizer or for another model."
-            )
+        with together(_group(model)):
+            saved = self._load(file, names_of_groups)
         self.groups, self.numbers, self.tensors, self._values = [], {}, {}, {}
         for saved_group, names in zip(saved["param_groups"], names_of_groups, strict=True):
             self.groups.append({**saved_group, "params": names})
@@ -196,6 +191,20 @@ class SavedByTorch:
                     else:
                         self.numbers.setdefault(name, {})[key] = value
 
+    @staticmethod
+    def _load(file: Path, names_of_groups: list[list[str]]) -> dict:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise SDPStateError(f"{file} is cut short or not a plain optimizer's state: {error}") from error
+        counts = [len(g["params"]) for g in saved.get("param_groups", [])]
+        if counts != [len(names) for names in names_of_groups]:
+            raise SDPStateError(
+                f"{file} has parameter groups of {counts} parameters, this optimizer of {[len(n) for n in names_of_groups]}. "
+                "It was written by another optimizer or for another model."
+            )
+        return saved
+
     def read(self, wanted: list[tuple[str, str, Box, torch.Tensor]]) -> None:
         for name, key, box, tensor in wanted:
             tensor.copy_(self._values[name, key][tuple(slice(a, b) for a, b in box)])
@@ -205,7 +214,15 @@ def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
     """Full names in every param group over all workers, in the full model's order. Collective."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     stored = stored_parameters(model)
-    mine = [sorted({stored[p].name for p in g["params"]}) for g in optimizer.param_groups]
+    mine = [list(dict.fromkeys(stored[p].name for p in g["params"])) for g in optimizer.param_groups]
+    place = {name: i for i, name in enumerate(_order(model))}
+    with together(_group(model)):
+        for names in mine:
+            if sorted(names, key=place.__getitem__) != names:
+                raise SDPStateError(
+                    "A plain optimizer's state numbers the parameters; those of this optimizer are not in the model's order, so "
+                    "it cannot be said which is which. Make the optimizer from model.parameters(), in their order."
+                )
     everyone: list = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
@@ -221,11 +238,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
     Options of a group (learning rate, weight decay, ...) come from the saved group that has its parameters, but for
     those that say how to compute a step (fused, foreach). Reads into the device's memory what stays there.
 
-    Raises: SDPStateError for state of another optimizer, model or grouping, before anything is changed.
+    ``saved`` must have passed :func:`check_optimizer`.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    with together(_group(model)):
-        _check(optimizer, model, saved)
     stored = stored_parameters(model)
     wanted: list[tuple[str, str, Box, torch.Tensor]] = []
     state: dict[int, dict] = {}
@@ -253,6 +268,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
                 g[key] = _from_json(value, like=g.get(key)) if not isinstance(value, torch.Tensor) else value
     with local_shards(optimizer):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptimizer | SavedByTorch) -> None:
+    """Raises SDPStateError on every worker for state of another optimizer, model or grouping. Collective."""
+    with together(_group(model)):
+        _check(getattr(optimizer, "optimizer", optimizer), model, saved)
 
 
 def _check(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptimizer | SavedByTorch) -> None:

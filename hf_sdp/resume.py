@@ -9,12 +9,11 @@ from torch import nn
 from . import checkpoint
 from .errors import SDPStateError
 from .layout import full_box, local_box, numel
-from .optimizer_state import SavedByTorch, SavedOptimizer, load_optimizer
+from .optimizer_state import SavedByTorch, SavedOptimizer, check_optimizer
 from .state import find_state, get_state, local_tensor, reshard, unwrap
 from .together import together
 from .weights import Weights
 
-_BY_TORCH = ("optimizer.pt", "optimizer.bin")  # of a plain Trainer, of a plain Accelerator.save_state
 logger = logging.getLogger(__name__)
 
 
@@ -22,17 +21,18 @@ logger = logging.getLogger(__name__)
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Load the weights of a standard folder into a patched model: every worker reads only what it stores. Collective.
 
-    Raises: on every worker, before anything is changed: SDPStateError when the folder is incomplete or damaged,
+    Raises: on every worker, before anything is changed: SDPStateError when weights are missing or damaged,
         SDPConfigError when a parameter is missing or has another shape.
     """
     model = unwrap(model)
     state = get_state(model)
     with together(state.control_group):
-        checkpoint.check(folder)
+        checkpoint.check(folder, only="model")
         weights = Weights(folder)
         weights.check(state.plan.shapes)
     if state.sharded:
         reshard(model)
+    state.version += 1  # first: if reading fails halfway, nothing that was kept is current
     with together(state.control_group):
         for local_name, parameter in (state.parameters or dict(model.named_parameters())).items():
             held = state.held[local_name]
@@ -42,33 +42,41 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         for name, buffer in model.named_buffers():
             if weights.shape(name) == tuple(buffer.shape):
                 buffer.copy_(weights.read(name, full_box(tuple(buffer.shape))))
-    state.version += 1
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, folder: str | Path, index: int = 0
-) -> None:
-    """Load the state of the folder's ``index``-th optimizer, written with or without SDP. Collective.
+def find_optimizer_state(folder: str | Path, index: int = 0) -> Path:
+    """The folder (of SDP) or file (of a plain Trainer or Accelerator) with the state of the ``index``-th optimizer.
 
-    Raises: SDPStateError on every worker when there is none, or it does not fit; see :func:`load_optimizer`.
+    Raises: SDPStateError when there is none.
     """
-    folder = Path(folder)
-    state = find_state(model)
     suffix = f"_{index}" if index else ""
-    if (folder / (checkpoint.OPTIMIZER + suffix)).is_dir():
-        with together(state.control_group if state else None):
-            checkpoint.check(folder)
-            saved = SavedOptimizer(folder / (checkpoint.OPTIMIZER + suffix), model)
-    else:
-        files = [folder / f"{n.partition('.')[0]}{suffix}.{n.partition('.')[2]}" for n in _BY_TORCH]
-        file = next((f for f in files if f.is_file()), None)
-        if file is None:
-            raise SDPStateError(
-                f"{folder} has no optimizer state (save_only_model=True?): training would go on with a fresh optimizer. To "
-                "start anew from its weights, load them with from_pretrained before patch_model."
-            )
-        saved = SavedByTorch(file, optimizer, model)
-    load_optimizer(optimizer, model, saved)
+    names = (f"{checkpoint.OPTIMIZER}{suffix}", f"optimizer{suffix}.pt", f"optimizer{suffix}.bin")
+    found = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
+    if found is None:
+        raise SDPStateError(
+            f"{folder} has no optimizer state (save_only_model=True?): training would go on with a fresh optimizer. To "
+            "start anew from its weights, use hf_sdp.from_pretrained."
+        )
+    return found
+
+
+def open_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, folder: str | Path, index: int = 0
+) -> SavedOptimizer | SavedByTorch:
+    """The state of the folder's ``index``-th optimizer, for ``load_optimizer``; nothing is changed. Collective.
+
+    Raises: SDPStateError on every worker when there is none, it is damaged, or it does not fit ``optimizer``.
+    """
+    state = find_state(model)
+    group = state.control_group if state is not None else None
+    with together(group):
+        checkpoint.check(folder)
+        found = find_optimizer_state(folder, index)
+        saved = SavedOptimizer(found, model) if found.is_dir() else None
+    if saved is None:
+        saved = SavedByTorch(found, optimizer, model)
+    check_optimizer(optimizer, model, saved)
+    return saved
 
 
 def tell_changes(model: nn.Module, folder: str | Path, world_size: int, rank: int) -> None:

@@ -6,10 +6,12 @@ mistake is likely (evaluation, saving), a worker then waits for the others: once
 goes on; if one has come to another thing, or has gone past, there is an error within milliseconds on those that wait.
 """
 
+import atexit
+import contextlib
 import itertools
 import json
 import time
-from datetime import timedelta
+import weakref
 
 import torch.distributed as dist
 
@@ -24,23 +26,36 @@ class RollCall:
 
     def __init__(self, rank: int, world_size: int, timeout_s: float):
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.count, self.waited = 0, (0, "")
+        self.count, self.what, self.waited = 0, "", (0, "")
         self.store = dist.PrefixStore(f"hf_sdp/{next(_numbers)}", default_store())
-        self.store.set_timeout(timedelta(seconds=timeout_s))
+        atexit.register(_say_goodbye, weakref.ref(self))
 
     def announce(self, what: str) -> None:
         """Post what this worker is about to do, without waiting (one message to the store)."""
-        self.count += 1
+        self.count, self.what = self.count + 1, what
+        self._post()
+
+    def _post(self) -> None:
         # What was waited for last stays posted: a worker that goes on before others have looked has been there.
-        self.store.set(str(self.rank), json.dumps([self.count, what, *self.waited]))
+        self.store.set(str(self.rank), json.dumps([self.count, self.what, *self.waited]))
 
     def wait(self, what: str) -> None:
         """Announce ``what`` and wait until all workers have come to it.
 
         Raises: SDPStateError when a worker is elsewhere, or has done nothing for ``timeout_s``.
         """
-        self.waited = (self.count + 1, what)
-        self.announce(what)
+        before = self.count, self.what, self.waited
+        try:
+            self.waited = (self.count + 1, what)
+            self.announce(what)
+            self._wait(what)
+        except BaseException:
+            # It has not been done: what comes next has this number on all workers again.
+            self.count, self.what, self.waited = before
+            self._post()
+            raise
+
+    def _wait(self, what: str) -> None:
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
         deadline, pause_s = time.monotonic() + self.timeout_s, 0.0
         while True:
@@ -56,9 +71,14 @@ class RollCall:
             pause_s = min(pause_s + 1e-4, 0.01)
 
     def _has_come(self, rank: int, what: str) -> bool:
-        if not self.store.check([str(rank)]):
-            return False
-        count, theirs, *waited = json.loads(self.store.get(str(rank)))
+        try:
+            if not self.store.check([str(rank)]):
+                return False
+            count, theirs, *waited = json.loads(self.store.get(str(rank)))
+        except dist.DistError as error:
+            raise SDPStateError(
+                f"Rank {self.rank}: {what}: the worker that has the store has ended ({error})."
+            ) from error
         if waited == [self.count, what]:
             return True
         if count < self.count:
@@ -70,5 +90,10 @@ class RollCall:
 
 _REMEDY = (
     "Call evaluate, predict, save_model and generate(synced_gpus=True) on all workers, with the same number of batches; "
-    "or train with SDPConfig(evaluate='subnetwork'), whose forward is local."
+    "or train with SDPConfig(evaluate='subnetwork', sharding='none'), whose forward is local."
 )
+
+
+def _say_goodbye(reference: weakref.ref) -> None:
+    with contextlib.suppress(Exception):  # the store may have ended before
+        reference().announce("the end of its process")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .canonical import consolidate, full_tensors, persistent_buffers
+from .canonical import consolidate, persistent_buffers
 from .compat import converts_checkpoints
 from .state import get_state, unwrap
 from .together import together
@@ -37,16 +37,11 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike, max_shard_size:
         if state.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             specs = {name: (shape, state.dtypes[name]) for name, shape in state.plan.shapes.items()}
-            buffers = persistent_buffers(model)
-            specs.update({name: (tuple(b.shape), b.dtype) for name, b in buffers.items()})
+            specs.update({name: (tuple(b.shape), b.dtype) for name, b in persistent_buffers(model).items()})
             writer = WeightsWriter(folder, {n: s for n, s in specs.items() if n not in ignored}, max_shard_size)
-    for name, tensor in full_tensors(model):
-        if writer is not None and name not in ignored:
-            writer.write(name, tensor)
+    consolidate(model, lambda name, tensor: None if name in ignored else writer.write(name, tensor))
     with together(state.control_group):
         if writer is not None:
-            for name in buffers.keys() - ignored:
-                writer.write(name, buffers[name])
             writer.finish()
             save_configs(model, folder)
 

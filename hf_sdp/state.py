@@ -60,7 +60,8 @@ class SDPState:
         shadow: the full model for evaluation (after sharding, forward masking).
         traffic: counts the bytes this worker sends (after sharding).
         meter: measures the steps of a Trainer.
-        saved_version, saved_weights: the last consolidated state dict (rank 0) and the version it has.
+        saved_version, saved_weights: the full state dict that rank 0 keeps after training (empty on others), and the
+            version it has.
     """
 
     config: SDPConfig
@@ -87,6 +88,11 @@ class SDPState:
     meter: Any = None
     saved_version: int = -1
     saved_weights: dict[str, torch.Tensor] | None = None
+
+    @property
+    def saved_weights_are_current(self) -> bool:
+        """The same on all workers."""
+        return self.saved_weights is not None and self.saved_version == self.version
 
     @property
     def subnetwork(self) -> int:

@@ -7,18 +7,26 @@ import torch.distributed as dist
 
 from .errors import SDPConfigError, SDPStateError
 
+_RAISED_BY_ALL = "_hf_sdp_raised_by_all"
+
 
 def process_group_is_up() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def raised_by_all(error: Exception) -> Exception:
+    """Mark an error that every worker raises at this point: an outer :func:`together` has nothing to agree on."""
+    setattr(error, _RAISED_BY_ALL, True)
+    return error
+
+
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise ``error`` here if there is one, and on the workers without an error that of the lowest rank that has one.
-    Collective when a process group is up (one small all-gather).
+    Collective when a process group is up (one small all-gather), unless the error has been raised together already.
 
     Raises: on other workers SDPConfigError if the error is one, else SDPStateError.
     """
-    if not process_group_is_up():
+    if not process_group_is_up() or getattr(error, _RAISED_BY_ALL, False):
         if error is not None:
             raise error
         return
@@ -26,12 +34,12 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     mine = None if error is None else (isinstance(error, SDPConfigError), f"{type(error).__name__}: {error}")
     dist.all_gather_object(everyone, mine, group=group)
     if error is not None:
-        raise error
+        raise raised_by_all(error)
     for rank, theirs in enumerate(everyone):
         if theirs is not None:
             is_config, message = theirs
             message = message.removeprefix("SDPConfigError: ").removeprefix("SDPStateError: ")
-            raise (SDPConfigError if is_config else SDPStateError)(f"rank {rank}: {message}")
+            raise raised_by_all((SDPConfigError if is_config else SDPStateError)(f"rank {rank}: {message}"))
 
 
 @contextlib.contextmanager

@@ -14,11 +14,13 @@ import transformers.trainer as host
 
 from . import checkpoint
 from .canonical import consolidate
-from .optimizer_state import save_optimizer
-from .resume import load_optimizer_state, load_weights, tell_changes
+from .optimizer_state import load_optimizer, save_optimizer
+from .resume import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
 from .saving import save_pretrained
 from .state import SDPState, find_state
 from .together import process_group_is_up, together
+
+_ALL_ARE_HERE = "_sdp_all_are_here"
 
 
 def sharded(trainer) -> SDPState | None:
@@ -29,8 +31,9 @@ def sharded(trainer) -> SDPState | None:
 def keep_weights(model, state: SDPState) -> None:
     """Put the full weights on the CPU of rank 0, where the Trainer may then save alone. Collective, unless they are
     there already: versions are equal on all workers."""
-    if state.saved_version != state.version:
-        state.saved_weights, state.saved_version = consolidate(model), state.version
+    if not state.saved_weights_are_current:
+        weights = consolidate(model)
+        state.saved_weights, state.saved_version = {} if weights is None else weights, state.version
 
 
 def _save(original):
@@ -38,9 +41,10 @@ def _save(original):
         state = sharded(self)
         if state is None or state_dict is not None:
             return original(self, output_dir, state_dict)
-        if state.saved_version == state.version:  # after training: rank 0 has the weights, and may be here alone
+        # After training rank 0 has the weights, and may be here alone; but for a checkpoint all workers come.
+        if state.saved_weights_are_current and not hasattr(self, _ALL_ARE_HERE):
             # A copy: the host empties the dict it is given.
-            return original(self, output_dir, dict(state.saved_weights) if state.rank == 0 else {})
+            return original(self, output_dir, dict(state.saved_weights))
         save_pretrained(self.model, output_dir if output_dir is not None else self.args.output_dir)
         with together(state.control_group), _without_weights(self.model):
             original(self, output_dir, {})
@@ -71,16 +75,20 @@ def _save_checkpoint(original):
             with checkpoint.writing(folder, self.model) as unfinished:
                 with _redirected(self, unfinished):
                     original(self, model, trial)
-                if self.state.best_model_checkpoint == str(unfinished):
-                    self.state.best_model_checkpoint = os.path.join(run_dir, folder.name)
-                    if self.args.should_save:
-                        self.state.save_to_json(str(unfinished / host.TRAINER_STATE_NAME))
+                # The host has looked for the best one where this one is being written.
+                best_step = self.state.best_global_step
+                best_folder = os.path.join(run_dir, f"{host.PREFIX_CHECKPOINT_DIR}-{best_step}")
+                self.state.best_model_checkpoint = best
+                if best_step and (best_step == self.state.global_step or os.path.isdir(best_folder)):
+                    self.state.best_model_checkpoint = best_folder
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / host.TRAINER_STATE_NAME))
         except BaseException:
             self.state.best_model_checkpoint = best
             raise
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
         with together(state.control_group):
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder))
             if self.args.should_save:  # only now: the new checkpoint is complete
                 host.rotate_checkpoints(
                     output_dir=run_dir,
@@ -97,10 +105,12 @@ def _redirected(trainer, unfinished: Path):
     """The host writes its checkpoint to ``unfinished``, rotates nothing and pushes nothing."""
     trainer._get_output_dir = lambda trial: str(unfinished.parent)
     trainer._push_from_checkpoint = lambda folder: None
+    setattr(trainer, _ALL_ARE_HERE, True)
     try:
         yield
     finally:
         del trainer._get_output_dir, trainer._push_from_checkpoint
+        delattr(trainer, _ALL_ARE_HERE)
 
 
 def _save_optimizer_and_scheduler(original):
@@ -125,11 +135,16 @@ def _save_optimizer_and_scheduler(original):
 
 def _load_from_checkpoint(original):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if process_group_is_up() or find_state(self.model) is not None:
-            with together():
-                checkpoint.check(resume_from_checkpoint)
         state = find_state(self.model)
-        if state is None or state.simulated:
+        plain = state is None or state.simulated
+        with together():
+            if not process_group_is_up() or dist.get_rank() == 0:
+                checkpoint.finish_interrupted(Path(resume_from_checkpoint))
+        with together():
+            checkpoint.check(resume_from_checkpoint)
+            if not plain:  # the Trainer loads weights first: do not change them when the rest is not there
+                find_optimizer_state(resume_from_checkpoint)
+        if plain:
             return original(self, resume_from_checkpoint, model)
         load_weights(self.model, resume_from_checkpoint)
 
@@ -140,7 +155,7 @@ def _load_optimizer_and_scheduler(original):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not _ours(self, checkpoint):
             return original(self, checkpoint)
-        load_optimizer_state(self.optimizer, self.model, checkpoint)
+        load_optimizer(self.optimizer, self.model, open_optimizer_state(self.optimizer, self.model, checkpoint))
         with together():
             file = os.path.join(checkpoint, host.SCHEDULER_NAME)
             self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
@@ -166,7 +181,7 @@ def get_last_checkpoint(folder: str) -> str | None:
     """In place of the host's: the newest complete checkpoint. Collective: rank 0 finishes what a kill interrupted."""
     with together():
         if not process_group_is_up() or dist.get_rank() == 0:
-            checkpoint.finish_interrupted(folder)
+            checkpoint.finish_all_interrupted(folder)
     return checkpoint.newest_complete(folder)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -82,10 +83,8 @@ class Weights:
 
 
 class WeightsWriter:
-    """Writes a folder's weights tensor by tensor; what is there stays valid until :meth:`finish`.
-
-    An error while writing is kept and raised by :meth:`finish`, so that a caller goes on taking part in the
-    collectives that bring the tensors.
+    """Writes a folder's weights tensor by tensor; what is there stays valid until :meth:`finish`. OSError leaves
+    nothing behind.
 
     Args:
         specs: name -> ``(shape, dtype)``, in the order in which :meth:`write` gets them.
@@ -93,35 +92,33 @@ class WeightsWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, specs: dict[str, tuple], max_shard_size: int | str = "50GB"):
-        self.folder, self.specs, self.error = Path(folder), specs, None
+        self.folder, self.specs = Path(folder), specs
         meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
         self.split = split_torch_state_dict_into_shards(
             meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
-        self._file, self._file_name = None, None
+        self._files: dict[str, BinaryIO] = {}  # a large tensor may have a shard of its own between those of another
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """``tensor``: on the CPU, of the shape and dtype announced."""
-        if self.error is not None:
-            return
+        file_name = self.split.tensor_to_filename[name]
         try:
-            file_name = self.split.tensor_to_filename[name]
-            if file_name != self._file_name:
-                self._close()
+            if file_name not in self._files:
                 self._begin(file_name)
-            self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        except OSError as error:
-            self.error = error
+            self._files[file_name].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        except OSError:
+            self._discard()
+            raise
 
     def finish(self) -> None:
-        """Put the files in place of what was there. Raises the first error of writing; nothing is changed then."""
+        """Put the files in place of what was there."""
         try:
-            if self.error is not None:
-                raise self.error
-            self._close()
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
         except OSError:
-            for name in self.split.filename_to_tensors:
-                self._unfinished(name).unlink(missing_ok=True)
+            self._discard()
             raise
         for name in self.split.filename_to_tensors:
             os.replace(self._unfinished(name), self.folder / name)
@@ -137,6 +134,10 @@ class WeightsWriter:
                 if old.name not in self.split.filename_to_tensors:
                     old.unlink()
 
+    def _discard(self) -> None:
+        for name in self.split.filename_to_tensors:
+            self._unfinished(name).unlink(missing_ok=True)
+
     def _unfinished(self, file_name: str) -> Path:
         return self.folder / f".{file_name}.unfinished"
 
@@ -149,12 +150,5 @@ class WeightsWriter:
             offset += size
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
-        self._file_name, self._file = file_name, open(self._unfinished(file_name), "wb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        self._files[file_name] = open(self._unfinished(file_name), "wb")
+        self._files[file_name].write(struct.pack("<Q", len(encoded)) + encoded)

@@ -82,6 +82,36 @@ def test_without_a_process_group_a_worker_gets_the_slices_that_patching_gives(tm
         assert torch.equal(loaded.train()(**batch(0)).logits, patched(**batch(0)).logits)  # rotary frequencies, too
 
 
+def test_bfloat16_is_of_parameters_rotary_frequencies_stay_as_they_are(tmp_path):
+    tiny_model(seed=3, max_position_embeddings=4096).bfloat16().save_pretrained(tmp_path)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = SDPConfig(coverage=1.0)
+    made = hf_sdp.from_config(full.config, config, dtype=torch.bfloat16, rank=0, world_size=4)
+    for model in (hf_sdp.from_pretrained(tmp_path, config, rank=0, world_size=4), made):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        expected = dict(full.named_buffers())
+        assert all(b.dtype == expected[n].dtype and torch.equal(b, expected[n]) for n, b in model.named_buffers())
+
+
+def save_in_shards(folder):
+    model = SDPAccelerator().prepare(hf_sdp.patch_model(tiny_model(seed=3, **EVERYTHING), SDPConfig(coverage=0.75)))
+    hf_sdp.save_pretrained(model, folder, max_shard_size="9KB")
+    written = {}
+    consolidate(model, written.__setitem__)
+    return written
+
+
+def test_large_models_are_saved_in_shards_with_an_index(tmp_path):
+    written = run_workers(save_in_shards, tmp_path)
+    assert (
+        len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+        and (tmp_path / "model.safetensors.index.json").exists()
+    )
+    full, loaded = tiny_model(seed=3, **EVERYTHING), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(p, full.get_parameter(n)) for n, p in loaded.named_parameters())
+    assert written[0].keys() == dict(full.named_parameters()).keys() and not any(written[1:])
+
+
 def load_other_names(folder, model_class=AutoModelForCausalLM):
     SDPAccelerator()
     with warnings.catch_warnings(record=True) as caught:

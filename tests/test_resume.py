@@ -1,6 +1,7 @@
 """Stopping and continuing: exactly, in another world, under another plan, and from and to plain training."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from workers import run_workers
 
 import hf_sdp
 from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, boxes
-from hf_sdp.checkpoint import OPTIMIZER, newest_complete
+from hf_sdp.checkpoint import OPTIMIZER, finish_all_interrupted, newest_complete
 from hf_sdp.optimizer_state import TENSORS
 
 RUN = dict(
@@ -137,6 +138,7 @@ def read_or_fail(folder, sdp, checkpoint, model=None, arguments=None):
         trainer = make_trainer(folder, sdp, {**RUN, **(arguments or {})}, model)
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         trainer.train(resume_from_checkpoint=checkpoint)
+        raise AssertionError("resumed")
     except (SDPConfigError, SDPStateError) as error:
         assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
         return str(error)
@@ -207,32 +209,88 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     assert newest_complete(tmp_path).endswith("checkpoint-3")
     losses, _ = run_workers(train, tmp_path, NEURON, None, True)[0]
     assert len(losses) == 6 and newest_complete(tmp_path).endswith("checkpoint-6")  # written anew in its place
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("_")] == []
 
 
-def save_with_little_space(folder, rank: int, limit: int):
-    """A real failure to write, of whatever rank ``rank`` writes next: no file may become larger than ``limit``."""
+def test_what_a_kill_leaves_behind(tmp_path):
+    run_workers(train, tmp_path, NEURON)
+    # Killed between the two renames: the new one is complete.
+    (tmp_path / "_unfinished-checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6").rename(tmp_path / "_unfinished-checkpoint-6" / "checkpoint-6")
+    # Killed while the marker was being written.
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "_unfinished-checkpoint-9" / "checkpoint-9")
+    (tmp_path / "_unfinished-checkpoint-9" / "checkpoint-9" / "sdp_checkpoint.json").write_text("")
+    finish_all_interrupted(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "runs") == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
+    assert newest_complete(tmp_path).endswith("checkpoint-6")
+
+
+def best_after_moving(folder):
+    """The best checkpoint is found again in a run's folder that was moved."""
+    arguments = {**RUN, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    trainer = make_trainer(f"{folder}/b", NEURON, {**arguments, "learning_rate": 5.0, "max_steps": 4})
+    trainer.train(resume_from_checkpoint=True)
+    return trainer.state.best_model_checkpoint, trainer.state.best_global_step
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
+    run_workers(train_with_best, tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    for folder, step in run_workers(best_after_moving, tmp_path):
+        assert folder == str(tmp_path / "b" / f"checkpoint-{step}")
+
+
+def train_with_best(folder):
+    arguments = {**RUN, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    make_trainer(folder, NEURON, {**arguments, "learning_rate": 5.0, "max_steps": 2}).train()
+
+
+def fail_to_save(folder, what: str, rank: int):
+    """One worker cannot write: no file of it may become larger than 60 kB, or one call fails as on a full disk."""
     import resource
+
+    import hf_sdp.trainer_checkpoint
 
     trainer = make_trainer(folder, NEURON, {**RUN, "save_steps": 1, "max_steps": 1})
     trainer.train()
     trainer.state.global_step = 2
-    if trainer.args.process_index == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        with pytest.raises(Exception) as raised:  # noqa: PT011, the kind is that of whoever wrote
-            trainer._save_checkpoint(trainer.model, None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with pytest.MonkeyPatch.context() as patch:
+        if trainer.args.process_index == rank:
+
+            def full(*args, **kwargs):
+                raise OSError(28, "No space left on device")
+
+            if what == "large files":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+            elif what == "scheduler":
+                patch.setattr(hf_sdp.trainer_checkpoint.torch, "save", full)
+            elif what == "random numbers":
+                patch.setattr(trainer, "_save_rng_state", full)
+            elif what == "marker":
+                patch.setattr("hf_sdp.checkpoint.os.replace", full)
+        try:
+            with pytest.raises(Exception) as raised:  # noqa: PT011, the kind is that of whoever wrote
+                trainer._save_checkpoint(trainer.model, None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    left = sorted(p.name for p in Path(folder).iterdir())
     trainer.state.global_step = 3
     trainer._save_checkpoint(trainer.model, None)  # and nobody is left in some collective
-    return str(raised.value)
+    return str(raised.value), left
 
 
-@pytest.mark.parametrize(("rank", "limit"), [(0, 20_000), (2, 20_000), (0, 1_000), (1, 100)])
-def test_a_worker_that_cannot_write_is_an_error_on_all_and_leaves_other_checkpoints_alone(tmp_path, rank, limit):
-    errors = run_workers(save_with_little_space, tmp_path, rank, limit)
-    assert len(errors) == 4 and all(errors)
+@pytest.mark.parametrize(
+    ("what", "rank"),
+    [("large files", 0), ("large files", 2), ("scheduler", 0), ("random numbers", 1), ("marker", 0)],
+)
+def test_a_worker_that_cannot_write_is_an_error_on_all_and_leaves_other_checkpoints_alone(tmp_path, what, rank):
+    results = run_workers(fail_to_save, tmp_path, what, rank)
+    for error, _ in results:
+        assert re.search("No space|File too large", error), error
+    assert results[0][1] == ["checkpoint-1"]  # rank 0 tidies up
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
     assert_equal(weights_of(tmp_path / "checkpoint-1"), weights_of(tmp_path / "checkpoint-3"))
 

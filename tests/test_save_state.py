@@ -133,6 +133,79 @@ def test_automatic_names_and_their_limit(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["checkpoint_1", "checkpoint_2"]
 
 
+def keep_what_is_not_ours(folder):
+    accelerator, model, optimizer, scheduler = prepared(dict())
+    for _ in range(2):
+        accelerator.save_state(folder)
+    with pytest.raises((OSError, SDPStateError)):
+        accelerator.save_state(f"{folder}/notes.txt/state")  # cannot be made
+    steps(accelerator, model, optimizer, scheduler, [0])
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "state" / "logs").mkdir(parents=True)
+    (tmp_path / "state" / "notes.txt").write_text("mine")
+    (tmp_path / "state" / "logs" / "a").write_text("mine")
+    run_workers(keep_what_is_not_ours, tmp_path / "state")
+    assert (tmp_path / "state" / "notes.txt").read_text() == (tmp_path / "state" / "logs" / "a").read_text() == "mine"
+    assert (tmp_path / "state" / "sdp_checkpoint.json").exists() and [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def load_into_another_optimizer(folder):
+    accelerator, model, optimizer, scheduler = prepared(dict())
+    accelerator.save_state(folder)
+    other = SDPAccelerator()
+    model = patch_model(tiny_model(seed=9), SDPConfig())
+    model, optimizer = other.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = consolidate(model)
+    with pytest.raises(SDPStateError, match="has the state of AdamW, this run trains with SGD"):
+        other.load_state(folder)
+    after = consolidate(model)
+    assert before is None or all(torch.equal(before[n], t) for n, t in after.items())
+
+
+def test_a_state_that_does_not_fit_changes_nothing(tmp_path):
+    run_workers(load_into_another_optimizer, tmp_path / "state")
+
+
+def load_into_another_order(folder):
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(), SDPConfig())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(reversed(list(model.parameters()))))
+    with pytest.raises(SDPStateError, match="not in the model's order"):
+        accelerator.load_state(folder)
+
+
+def test_a_plain_state_is_not_taken_in_another_order(tmp_path):
+    run_workers(save_plain, tmp_path, world_size=1)
+    run_workers(load_into_another_order, tmp_path)
+
+
+def fail_once(folder):
+    import resource
+
+    from accelerate.utils import ProjectConfiguration
+
+    project = ProjectConfiguration(project_dir=str(folder), automatic_checkpoint_naming=True)
+    accelerator, *prepared_objects = prepared(dict(), project_config=project)
+    steps(accelerator, *prepared_objects, [0])
+    timeout = dist.distributed_c10d._get_default_store().timeout
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(Exception):  # noqa: B017, the kind is that of whoever wrote
+            accelerator.save_state()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    accelerator.save_state()
+    assert dist.distributed_c10d._get_default_store().timeout == timeout
+
+
+def test_after_a_save_that_failed_the_next_one_works(tmp_path):
+    run_workers(fail_once, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_0"]
+
+
 def save_on_one_rank(folder):
     accelerator, model, optimizer, scheduler = prepared(dict())
     if accelerator.is_main_process:

@@ -195,8 +195,14 @@ def save_everywhere(folder):
     trainer.save_model(f"{folder}/all")
     trainer.model.save_pretrained(f"{folder}/direct")
     trainer.accelerator.save_model(trainer.model, f"{folder}/accelerator")
+    trainer.model.save_pretrained(  # the way Accelerate's documentation saves
+        f"{folder}/idiom",
+        is_main_process=trainer.accelerator.is_main_process,
+        save_function=trainer.accelerator.save,
+        state_dict=trainer.accelerator.get_state_dict(trainer.model),
+    )
     torch.distributed.barrier()
-    for name in ("alone", "all", "direct", "accelerator"):
+    for name in ("alone", "all", "direct", "accelerator", "idiom"):
         saved = load_file(f"{folder}/{name}/model.safetensors")
         assert saved.keys() == best.keys() and all(torch.equal(saved[n], best[n]) for n in best), name
     return trainer.state.best_metric, full_loss(f"{folder}/all")
@@ -363,11 +369,32 @@ def uneven_evaluation(folder):
         with pytest.raises(SDPStateError, match="has gone on to a forward in training mode"):
             model(**batch)
     model.train()
-    return model(**batch).loss.item()
+    loss = model(**batch).loss.item()
+    trainer.state.global_step = 7
+    trainer._save_checkpoint(model, None)  # after the error has been dealt with, all are in step again
+    return loss
 
 
 def test_uneven_evaluation_is_an_error_and_nobody_is_left_waiting(tmp_path):
     assert all(math.isfinite(loss) for loss in run_workers(uneven_evaluation, tmp_path))
+    assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def evaluate_unevenly_alone(folder):
+    """A subnetwork that a worker has whole: how often it is evaluated is nobody else's business."""
+    trainer = make_trainer(folder, dict(evaluate="subnetwork", sharding="none"), dict(max_steps=1))
+    trainer.train()
+    batch = trainer._prepare_inputs({"input_ids": Rows(1).ids, "labels": Rows(1).labels})
+    trainer.model.eval()
+    for _ in range(trainer.args.process_index):
+        trainer.model(**batch)
+    trainer.state.global_step = 7
+    trainer._save_checkpoint(trainer.model, None)
+
+
+def test_a_forward_of_a_whole_subnetwork_is_local(tmp_path):
+    run_workers(evaluate_unevenly_alone, tmp_path)
+    assert (tmp_path / "checkpoint-7").is_dir()
 
 
 def metrics_of_the_evaluate_library(folder):

@@ -111,12 +111,13 @@ def write_and_go_on(folder: str, sdp: dict | None) -> float:
 
 
 def read_and_go_on(folder: str, copy: str, sdp: dict | None) -> float:
-    from hf_sdp.resume import load_optimizer_state
+    from hf_sdp.optimizer_state import load_optimizer
+    from hf_sdp.resume import open_optimizer_state
 
     if sdp is None:  # plain training reads SDP's optimizer state through hf_sdp, and nothing else
         model = AutoModelForCausalLM.from_pretrained(folder)
         accelerator, model, optimizer = prepared(model, None)
-        load_optimizer_state(optimizer, model, folder)
+        load_optimizer(optimizer, model, open_optimizer_state(optimizer, model, folder))
     else:
         accelerator, model, optimizer = prepared(small_llama(seed=1), sdp)
         accelerator.load_state(folder)

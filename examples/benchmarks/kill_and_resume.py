@@ -126,7 +126,7 @@ def kill_and_compare(num_kills: int, seed: int = 0) -> list[dict]:
             after_s = chance.uniform(0, length_s)
             time.sleep(after_s)
             killed = run.kill_one(rank)
-            saving = any(folder.glob(".unfinished-*"))
+            saving = any(folder.glob("_unfinished-*"))
             time.sleep(chance.uniform(0, 0.2))  # the others go on for a moment, or wait for the one that is gone
             run.stop()
             there = sorted((p.name for p in folder.glob("checkpoint-*")), key=lambda n: int(n.split("-")[1]))
