@@ -34,7 +34,7 @@ def parse() -> Namespace:
     parser.add_argument("--coverage", type=float, default=0.5, help="share of the maskable parameters a worker holds")
     parser.add_argument("--sharding", choices=["full", "none"], default="full", help="shard among the holders, or not")
     parser.add_argument("--workers", type=int, default=4, help="local worker processes on the CPU, at least 2")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each engine")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each engine")
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="results go here")
     arguments = parser.parse_args()
     if arguments.workers < 2:

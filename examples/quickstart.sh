@@ -2,7 +2,7 @@
 # DDP, FSDP2 and SDP side by side on this machine's CPU, from nothing but Python (3.11 or newer) and a package index:
 #
 #     bash examples/quickstart.sh [--level neuron|block] [--masking forward|backward] [--coverage 0.5]
-#                                 [--sharding full|none] [--workers 4] [--steps 60] [--help]
+#                                 [--sharding full|none] [--workers 4] [--steps 80] [--help]
 #
 # Installs into .venv (once), trains for about four minutes on two cores, and prints a table.
 set -euo pipefail
