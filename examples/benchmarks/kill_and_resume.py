@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/kill_and_resume.py --kills 20
 
 Four real workers train a tiny Llama under the Trainer and save every second step. SIGKILL hits one of them at a moment
-drawn from the length of a whole run; as a launcher would, the script then stops the others and starts all again with
+drawn from the time between the first step and the end; as a launcher would, the script then stops the others and starts all again with
 ``resume_from_checkpoint=True``. After every kill the run goes on to its end, whose weights must be those of the
 undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
 """
@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +34,7 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     """One worker's life: from the newest complete checkpoint, if there is one, to the end."""
     import torch
     import torch.distributed as dist
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from hf_sdp import SDPCallback, SDPConfig, patch_model
     from hf_sdp.checkpoint import newest_complete
@@ -57,7 +56,12 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     model = patch_model(LlamaForCausalLM(config), SDPConfig(**sdp))
     ids = torch.randint(0, 128, (256, 16), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[SDPCallback()])
+
+    class Started(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            Path(f"{folder}.started").touch()
+
+    trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[SDPCallback(), Started()])
     dist.barrier()
     newest = newest_complete(folder)
     dist.barrier()
@@ -69,6 +73,8 @@ class Run:
     """The workers of one life."""
 
     def __init__(self, folder: Path, sdp: dict):
+        self.started = Path(f"{folder}.started")
+        self.started.unlink(missing_ok=True)
         self.rendezvous = tempfile.mktemp(prefix="rendezvous-", dir=folder.parent)
         self.processes = [
             context().Process(target=work, args=(rank, str(folder), self.rendezvous, sdp), daemon=True)
@@ -76,6 +82,13 @@ class Run:
         ]
         for process in self.processes:
             process.start()
+
+    def wait_for_first_step(self, timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self.started.exists():
+            if time.monotonic() > deadline or any(p.exitcode is not None for p in self.processes):
+                raise RuntimeError("the workers did not come to their first step")
+            time.sleep(0.005)
 
     def ended_well(self, timeout_s: float = 120) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -115,15 +128,16 @@ def kill_and_compare(num_kills: int, seed: int = 0) -> list[dict]:
             folder = Path(parent, f"run-{number}")
             if key not in undisturbed:
                 reference = Path(parent, f"reference-{len(undisturbed)}")
-                for _ in range(2 if not undisturbed else 1):  # the first one also starts the server of processes
-                    shutil.rmtree(reference, ignore_errors=True)
-                    began = time.monotonic()
-                    if not Run(reference, sdp).ended_well():
-                        raise RuntimeError(Path(f"{reference}.0.log").read_text())
+                run = Run(reference, sdp)
+                run.wait_for_first_step()
+                began = time.monotonic()
+                if not run.ended_well():
+                    raise RuntimeError(Path(f"{reference}.0.log").read_text())
                 undisturbed[key] = digest(reference), time.monotonic() - began
             expected, length_s = undisturbed[key]
             run, rank = Run(folder, sdp), chance.randrange(NUM_WORKERS)
             after_s = chance.uniform(0, length_s)
+            run.wait_for_first_step()
             time.sleep(after_s)
             killed = run.kill_one(rank)
             saving = any(folder.glob("_unfinished-*"))
