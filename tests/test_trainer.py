@@ -93,7 +93,7 @@ def test_evaluation_is_of_the_full_model_and_the_checkpoint_is_standard(tmp_path
         train_and_save, tmp_path, dict(level=level, masking=masking, coverage=0.5), None, {"tie_word_embeddings": True}
     )
     assert len({json.dumps(r) for r in results}) == 1  # loss and norms are the same on every rank
-    assert results[0][0] == pytest.approx(full_loss(tmp_path / "out"), abs=1e-5)
+    assert results[0][0] == pytest.approx(full_loss(tmp_path / "out"), abs=1e-6)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
     from safetensors import safe_open
 
@@ -506,3 +506,21 @@ def state_dict_on_one_worker(folder):
 
 def test_a_state_dict_on_one_worker_does_not_disturb_the_others(tmp_path):
     assert all(math.isfinite(loss) for loss in run_workers(state_dict_on_one_worker, tmp_path))
+
+
+def simulate_with_a_wrong_window(folder):
+    trainer = make_trainer(folder, dict(simulate=4), dict(gradient_accumulation_steps=3))
+    with pytest.raises(SDPConfigError, match="gradient_accumulation_steps=3 must be a multiple of simulate=4"):
+        trainer.train()
+
+
+def test_virtual_workers_under_the_plain_trainer_are_the_real_ones(tmp_path):
+    for sdp in (dict(), dict(level="block"), dict(masking="backward")):
+        real = run_workers(train, tmp_path, sdp, dict(gradient_accumulation_steps=1))
+        simulated = run_workers(
+            train, tmp_path, {**sdp, "simulate": 4}, dict(gradient_accumulation_steps=4), world_size=1
+        )
+        assert losses_of(simulated[0][2]) == pytest.approx(losses_of(real[0][2]), abs=1e-4)
+        assert norms_of(simulated[0][2]) == pytest.approx(norms_of(real[0][2]), rel=1e-3)
+        assert simulated[0][1] == pytest.approx(real[0][1], abs=1e-4)
+    run_workers(simulate_with_a_wrong_window, tmp_path, world_size=1)
