@@ -3,6 +3,8 @@
 Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
+import inspect
+
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
@@ -14,6 +16,7 @@ __all__ = [
     "converts_checkpoints",
     "default_store",
     "reset_after_exception",
+    "saves_on_every_rank",
 ]
 
 
@@ -27,3 +30,8 @@ def converts_checkpoints(model: nn.Module) -> bool:
     """Whether tensors of the model's checkpoints have other names or shapes than its parameters (transformers >= 5
     converts them while loading and back while saving)."""
     return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def saves_on_every_rank(trainer_class: type) -> bool:
+    """Whether ``Trainer.save_model`` enters ``_save`` on every rank (later versions of transformers), or on rank 0 only."""
+    return "not self.args.should_save" in inspect.getsource(trainer_class._save)

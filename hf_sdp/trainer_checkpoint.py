@@ -14,6 +14,7 @@ import transformers.trainer as host
 
 from . import checkpoint
 from .canonical import consolidate
+from .compat import saves_on_every_rank
 from .optimizer_state import load_optimizer, save_optimizer
 from .resume import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
 from .saving import save_pretrained
@@ -36,6 +37,17 @@ def keep_weights(model, state: SDPState) -> None:
         state.saved_weights, state.saved_version = {} if weights is None else weights, state.version
 
 
+def save_model(original):
+    on_every_rank = saves_on_every_rank(host.Trainer)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not on_every_rank and not self.args.should_save and sharded(self) is not None:
+            self._save(output_dir if output_dir is not None else self.args.output_dir)
+        return original(self, output_dir, _internal_call)
+
+    return save_model
+
+
 def _save(original):
     def _save(self, output_dir=None, state_dict=None):
         state = sharded(self)
@@ -43,11 +55,14 @@ def _save(original):
             return original(self, output_dir, state_dict)
         # After training rank 0 has the weights, and may be here alone; but for a checkpoint all workers come.
         if state.saved_weights_are_current and not hasattr(self, _ALL_ARE_HERE):
+            if not self.args.should_save:
+                return
             # A copy: the host empties the dict it is given.
             return original(self, output_dir, dict(state.saved_weights))
         save_pretrained(self.model, output_dir if output_dir is not None else self.args.output_dir)
         with together(state.control_group), _without_weights(self.model):
-            original(self, output_dir, {})
+            if self.args.should_save:
+                original(self, output_dir, {})
 
     return _save
 
@@ -186,6 +201,7 @@ def get_last_checkpoint(folder: str) -> str | None:
 
 
 WRAPS = {
+    "save_model": save_model,
     "_save": _save,
     "_save_checkpoint": _save_checkpoint,
     "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
