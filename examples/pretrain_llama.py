@@ -132,7 +132,7 @@ def main() -> None:
     )
     if training.engine != "sdp":
         trainer.add_callback(MeterCallback(trainer))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     evaluation = trainer.evaluate()  # of the full model
     trainer.save_model()  # a standard checkpoint of the full model, whatever the engine
 
