@@ -17,7 +17,7 @@ SHAPES = [  # key/value heads, layers, neurons
 ]  # fmt: skip
 
 
-def plans(kv_heads: int, layers: int, neurons: int, worlds=(2, 3, 4, 6, 8, 16)):
+def plans(kv_heads: int, layers: int, neurons: int, worlds=(2, 3, 4, 6, 16)):
     config = tiny_config(
         hidden_size=16 * kv_heads, num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads, head_dim=8,
         num_hidden_layers=layers, intermediate_size=neurons, attention_bias=True, mlp_bias=True,
