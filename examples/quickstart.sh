@@ -4,7 +4,7 @@
 #     bash examples/quickstart.sh [--level neuron|block] [--masking forward|backward] [--coverage 0.5]
 #                                 [--sharding full|none] [--workers 4] [--steps 80] [--help]
 #
-# Installs into .venv (once), trains for about four minutes on two cores, and prints a table.
+# Installs into .venv (once), trains for about five minutes on two cores, and prints a table.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/install.sh examples

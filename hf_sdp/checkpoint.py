@@ -58,7 +58,7 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
                 _take_place(unfinished, folder)
     except BaseException:
         if state.rank == 0:
-            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            give_up(folder)
         raise
 
 
@@ -114,31 +114,30 @@ def versions() -> dict[str, str]:
     }
 
 
+def _replaced(unfinished: Path) -> Path:
+    """What has been in the place of ``unfinished`` before, while it is being renamed."""
+    return unfinished.parent / "replaced"
+
+
 def _take_place(unfinished: Path, folder: Path) -> None:
-    """Rename. What ``folder`` has beside a checkpoint (logs, ...) comes along; may be repeated after a kill."""
+    """Rename. After a kill or an error anywhere in here, :func:`finish_interrupted` or :func:`give_up` goes on."""
     if folder.exists():
-        for entry in _not_of_a_checkpoint(folder):
-            if not (unfinished / entry.name).exists():
-                os.rename(entry, unfinished / entry.name)
-        replaced = unfinished.parent / "replaced"
-        os.rename(folder, replaced)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            os.rename(replaced, folder)
-            raise
-    else:
-        os.rename(unfinished, folder)
+        os.rename(folder, _replaced(unfinished))
+    os.rename(unfinished, folder)
+    _bring_along(_replaced(unfinished), folder)
     shutil.rmtree(unfinished.parent)
 
 
-def _not_of_a_checkpoint(folder: Path) -> list[Path]:
+def _bring_along(replaced: Path, folder: Path) -> None:
+    """Move what ``replaced`` had beside a checkpoint (logs, ...)."""
     try:
-        marker = check(folder, only=None)
-    except SDPStateError:  # a damaged checkpoint, which is replaced as a whole
-        return []
+        marker = check(replaced, only=None)
+    except SDPStateError:  # a damaged checkpoint: replaced as a whole
+        return
     ours = {MARKER, *(file.split("/")[0] for file in marker["files"])} if marker else set()
-    return [entry for entry in folder.iterdir() if entry.name not in ours]
+    for entry in list(replaced.iterdir()) if replaced.is_dir() else ():
+        if entry.name not in ours and not (folder / entry.name).exists():
+            os.rename(entry, folder / entry.name)
 
 
 def finish_interrupted(folder: Path) -> None:
@@ -151,7 +150,19 @@ def finish_interrupted(folder: Path) -> None:
     if complete:
         _take_place(unfinished, folder)
     elif unfinished.parent.is_dir():
+        if _replaced(unfinished).is_dir():
+            if folder.exists():
+                _bring_along(_replaced(unfinished), folder)
+            else:
+                os.rename(_replaced(unfinished), folder)
         shutil.rmtree(unfinished.parent)
+
+
+def give_up(folder: Path) -> None:
+    """After an error: remove what was being written; what it had replaced comes back. Raises nothing of its own."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(_place_of(folder), ignore_errors=True)
+        finish_interrupted(folder)
 
 
 def finish_all_interrupted(output_dir: str | os.PathLike) -> None:

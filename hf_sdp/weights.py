@@ -87,7 +87,7 @@ class WeightsWriter:
     nothing behind.
 
     Args:
-        specs: name -> ``(shape, dtype)``, in the order in which :meth:`write` gets them.
+        specs: name -> ``(shape, dtype)`` of everything that :meth:`write` will get, in whatever order.
         max_shard_size: as in ``save_pretrained``, e.g. "5GB": above it, several files and an index.
     """
 
@@ -97,7 +97,8 @@ class WeightsWriter:
         self.split = split_torch_state_dict_into_shards(
             meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
-        self._files: dict[str, BinaryIO] = {}  # a large tensor may have a shard of its own between those of another
+        self._files: dict[str, BinaryIO] = {}
+        self._offsets: dict[str, int] = {}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """``tensor``: on the CPU, of the shape and dtype announced."""
@@ -105,6 +106,7 @@ class WeightsWriter:
         try:
             if file_name not in self._files:
                 self._begin(file_name)
+            self._files[file_name].seek(self._offsets[name])
             self._files[file_name].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         except OSError:
             self._discard()
@@ -152,3 +154,5 @@ class WeightsWriter:
         encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
         self._files[file_name] = open(self._unfinished(file_name), "wb")
         self._files[file_name].write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in self.split.filename_to_tensors[file_name]:
+            self._offsets[name] = 8 + len(encoded) + header[name]["data_offsets"][0]

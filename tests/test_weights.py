@@ -18,15 +18,16 @@ TENSORS = {
 }
 
 
-def write(folder, tensors=TENSORS, **options):
+def write(folder, tensors=TENSORS, order=list, **options):
     writer = WeightsWriter(folder, {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}, **options)
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
+    for name in order(tensors):
+        writer.write(name, tensors[name])
     writer.finish()
 
 
-def test_the_file_is_what_safetensors_reads(tmp_path):
-    write(tmp_path)
+@pytest.mark.parametrize("order", [list, reversed])
+def test_the_file_is_what_safetensors_reads(tmp_path, order):
+    write(tmp_path, order=order)
     loaded = load_file(tmp_path / SINGLE)
     assert loaded.keys() == TENSORS.keys()
     assert all(torch.equal(loaded[n], t) and loaded[n].dtype == t.dtype for n, t in TENSORS.items())
