@@ -11,6 +11,7 @@ from .plan import Plan, make_plan
 from .saving import save_pretrained
 from .trainer import SDPCallback, enable
 from .verify import verify
+from .workload import Workload
 
 __all__ = [
     "Plan",
@@ -19,6 +20,7 @@ __all__ = [
     "SDPConfig",
     "SDPConfigError",
     "SDPStateError",
+    "Workload",
     "consolidate",
     "enable",
     "export_subnetwork",

@@ -1,0 +1,5 @@
+"""``python -m hf_sdp``."""
+
+from .cli import main
+
+main()

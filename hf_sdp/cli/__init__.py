@@ -1,0 +1,35 @@
+"""The command ``hf-sdp``: one file per subcommand; ``options.py`` and ``models.py`` are what they share."""
+
+import sys
+
+import click
+
+from ..errors import SDPConfigError, SDPStateError
+from .errors import CommandError
+from .plan import plan
+
+commands = click.Group(
+    "hf-sdp",
+    help="Subnetwork Data Parallelism: see it before you launch it.",
+    commands=[plan],
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit: 0; 1 when what was run or checked failed; 2 with one line on stderr for bad input."""
+    try:
+        commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
+    except (SDPConfigError, SDPStateError, CommandError) as error:
+        _refuse(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+    except click.ClickException as error:
+        _refuse(error.format_message())
+    except click.Abort:
+        sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    print("hf-sdp: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
