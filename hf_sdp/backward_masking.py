@@ -86,7 +86,7 @@ class _ZeroGradients(torch.autograd.Function):
 def _autocast(*tensors):
     """What autocast would do to the operands of a linear layer (it does not look into autograd functions)."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in tensors)

@@ -1,0 +1,347 @@
+"""What a step of one worker computes, traced on the meta device: bytes that live between two points, and FLOPs.
+
+Forward and backward of the real (sub)network run without memory, on three decoder layers. A dispatch mode sees every
+storage come and go; hooks at module boundaries mark where a sharding engine acts. What comes between two marks is one
+:class:`Segment`. Decoder layers of one structure are alike, so a model of any depth is put together from pieces
+(:class:`Trace`) in ``memory.py``.
+Source: torch/distributed/_tools/mem_tracker.py (storages by weak reference), torch/utils/flop_counter.py.
+"""
+
+import copy
+import dataclasses
+import json
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.flop_counter import flop_registry
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..config import SDPConfig
+from ..families import family_of
+from ..layers import PartSum, SharedBias
+from ..plan import Holders, Plan, meta_model
+from ..units import decoder_layers
+from ..workload import Workload
+
+_NUM_LAYERS = 3  # one in the middle, with a layer on both sides
+_ATTENTION = "hf_sdp_flash_on_meta"
+_aten = torch.ops.aten
+
+
+@dataclass
+class Segment:
+    """Between two marks.
+
+    Attributes:
+        delta: bytes that live after it, less those before it; gradients of parameters left out.
+        peak: the most bytes that live within it, less those before it; with the gradients of this segment.
+        flops: of matrix products and attention.
+        gradients: local parameter name -> bytes of its gradient, which comes to be in this segment.
+    """
+
+    delta: int = 0
+    peak: int = 0
+    flops: int = 0
+    gradients: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """``kind``: pre_forward, post_forward, pre_backward (the gradient of the output is there) or post_backward (that of
+    the inputs is there): the moments at which FSDP2's hooks run. ``module``: its local name."""
+
+    kind: str
+    module: str
+
+
+Stream = tuple[Segment | Mark, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One step in pieces, in the order of the fields; names in the pieces of a layer are relative to it.
+
+    Attributes:
+        before: up to the first decoder layer.
+        layer_forward, to_next_layer: forward of a layer, and what comes before that of the next (its inputs are freed).
+        head: from the last layer to its backward.
+        layer_backward: backward of a layer.
+        after: after the first layer's backward.
+    """
+
+    before: Stream
+    layer_forward: Stream
+    to_next_layer: Stream
+    head: Stream
+    layer_backward: Stream
+    after: Stream
+
+
+_cache: dict[tuple, Trace] = {}
+
+
+def trace(model_config: PretrainedConfig, workload: Workload) -> Trace:
+    """Trace of the full model. Kept: asking again costs nothing."""
+    return _cached(model_config, workload, (), lambda model: None)
+
+
+def trace_subnetwork(
+    model_config: PretrainedConfig, workload: Workload, plan: Plan, subnetwork: int, num_layers: int
+) -> list[Trace]:
+    """For each decoder layer the trace of ``subnetwork`` in a model whose layers are all like it. Layers of the same
+    structure, of whatever plan, are traced once."""
+    structures = [(plan.level, plan.masking)] * num_layers
+    for module in plan.modules:
+        structures[module.layer] += (module.kind, module.num_units, _runs(plan, subnetwork, module.name))
+    traces = {}
+    for layer, structure in enumerate(structures):
+        if structure not in traces:
+
+            def patch(model: nn.Module, layer=layer) -> None:
+                from ..patch import _patch  # not above: the planner asks for memory, and patching needs the planner
+
+                few = _plan_of_layer(plan, layer, model)
+                config = SDPConfig(level=plan.level, masking=plan.masking)
+                _patch(model, config, subnetwork, plan.num_subnetworks, few)
+
+            traces[structure] = _cached(model_config, workload, structure, patch)
+    return [traces[structure] for structure in structures]
+
+
+def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple, patch) -> Trace:
+    key = (
+        json.dumps(model_config.to_dict(), sort_keys=True, default=str),
+        *(workload.batch, workload.sequence, workload.dtype, workload.gradient_checkpointing),
+        structure,
+    )
+    if key not in _cache:
+        model = meta_model(shallow_config(model_config))
+        patch(model)
+        _cache[key] = _trace(model, workload)
+    return _cache[key]
+
+
+def _runs(plan: Plan, subnetwork: int, module: str) -> tuple[int, ...]:
+    """Units in each range of a module that a subnetwork computes at once: all that the memory of a layer depends on."""
+    runs: list[int] = []
+    previous: Holders | None = None
+    for holders in plan.unit_holders[module]:
+        if subnetwork not in holders:
+            previous = None
+            continue
+        joined = previous == holders or plan.masking == "backward" and len(previous or ()) == len(holders)
+        if joined:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+        previous = holders
+    return tuple(runs)
+
+
+def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
+    """The same model with few decoder layers."""
+    config = copy.deepcopy(model_config)
+    config.num_hidden_layers = _NUM_LAYERS
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1] * _NUM_LAYERS
+    return config
+
+
+def _plan_of_layer(plan: Plan, layer: int, model: nn.Module) -> Plan:
+    """A plan of ``_NUM_LAYERS`` layers that are all held as ``layer`` is."""
+    prefix, _ = decoder_layers(model, family_of(model.config))
+    old = f"{prefix}.{layer}"
+    modules, unit_holders = [], {}
+    for index in range(_NUM_LAYERS):
+        for module in (m for m in plan.modules if m.layer == layer):
+            name = f"{prefix}.{index}" + module.name.removeprefix(old)
+            dims = {f"{prefix}.{index}" + n.removeprefix(old): dim for n, dim in module.dims.items()}
+            modules.append(dataclasses.replace(module, name=name, layer=index, dims=dims))
+            unit_holders[name] = plan.unit_holders[module.name]
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return dataclasses.replace(plan, shapes=shapes, modules=tuple(modules), unit_holders=unit_holders)
+
+
+def _trace(model: nn.Module, workload: Workload) -> Trace:
+    for p in model.parameters():
+        p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
+    model.config.use_cache = False
+    model.config._attn_implementation = _ATTENTION
+    if workload.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
+    recorder = _Recorder([*model.parameters(), *model.buffers(), ids])
+    _watch(model, recorder)
+    with recorder:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
+        recorder.mark("end", "")
+    prefix, _ = decoder_layers(model, family_of(model.config))
+    return _cut(recorder.stream, prefix)
+
+
+def _cut(stream: list[Segment | Mark], prefix: str) -> Trace:
+    def at(kind: str, layer: int) -> int:
+        return stream.index(Mark(kind, f"{prefix}.{layer}"))
+
+    def relative(piece: list[Segment | Mark]) -> Stream:
+        own = f"{prefix}.1"
+        result = []
+        for item in piece:
+            if isinstance(item, Mark):
+                result.append(Mark(item.kind, _without(own, item.module)))
+            else:
+                result.append(
+                    dataclasses.replace(item, gradients={_without(own, n): b for n, b in item.gradients.items()})
+                )
+        return tuple(result)
+
+    last = _NUM_LAYERS - 1
+    return Trace(
+        before=tuple(stream[: at("pre_forward", 0)]),
+        layer_forward=relative(stream[at("pre_forward", 1) : at("post_forward", 1) + 1]),
+        to_next_layer=relative(stream[at("post_forward", 1) + 1 : at("pre_forward", 2)]),
+        head=tuple(stream[at("post_forward", last) + 1 : at("pre_backward", last)]),
+        layer_backward=relative(stream[at("pre_backward", 1) : at("pre_backward", 0)]),
+        after=tuple(stream[at("post_backward", 0) :]),
+    )
+
+
+def _without(prefix: str, name: str) -> str:
+    if name != prefix and not name.startswith(prefix + "."):
+        raise AssertionError(f"{name} is used within {prefix}")
+    return name.removeprefix(prefix)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every storage come and go. ``stream``: segments and marks so far."""
+
+    def __init__(self, not_counted: list[torch.Tensor]):
+        super().__init__()
+        self.stream: list[Segment | Mark] = []
+        self._ignored = {t.untyped_storage()._cdata for t in not_counted}
+        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+        self._live = 0
+        self._segment, self._before = Segment(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._segment.flops += _flops(func, args, kwargs, out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor)
+        return out
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._ignored:
+            return
+        nbytes = storage.nbytes()
+        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(key)), nbytes)
+        self._live += nbytes
+        here = self._live - self._before + sum(self._segment.gradients.values())
+        self._segment.peak = max(self._segment.peak, here)
+
+    def _freed(self, key: int) -> None:
+        self._live -= self._alive.pop(key)[1]
+
+    def gradient(self, name: str, parameter: nn.Parameter) -> None:
+        """The gradient of a parameter is complete: from here on the sharding engine's."""
+        nbytes = self._alive.pop(parameter.grad.untyped_storage()._cdata)[1]
+        self._live -= nbytes
+        self._segment.gradients[name] = nbytes
+        parameter.grad = None
+
+    def mark(self, kind: str, module: str) -> None:
+        self._segment.delta = self._live - self._before
+        if self._segment != Segment():
+            self.stream.append(self._segment)
+        self.stream.append(Mark(kind, module))
+        self._segment, self._before = Segment(), self._live
+
+
+def _watch(model: nn.Module, recorder: _Recorder) -> None:
+    """Hooks at every module that may be sharded on its own, as FSDP2 places them (``_fsdp_state.py``)."""
+    _, layers = decoder_layers(model, family_of(model.config))
+    watched = [model, model.get_input_embeddings(), model.get_output_embeddings()]
+    for layer in layers:
+        watched += [layer, *layer.children()]
+        for module in layer.modules():
+            if isinstance(module, PartSum):
+                watched += module.parts
+            elif isinstance(module, SharedBias):
+                watched.append(module)
+    names = {module: name for name, module in model.named_modules()}
+    for module in dict.fromkeys(m for m in watched if m is not None):
+        _watch_module(module, names[module], recorder)
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: recorder.gradient(name, p))
+
+
+def _watch_module(module: nn.Module, name: str, recorder: _Recorder) -> None:
+    def before(_, args, kwargs):
+        recorder.mark("pre_forward", name)
+        leaves, spec = tree_flatten((args, kwargs))
+        learned = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if learned and torch.is_grad_enabled():
+            watched = _MarkBackward.apply(recorder, name, *(leaves[i] for i in learned))
+            for i, tensor in zip(learned, watched, strict=True):
+                leaves[i] = tensor
+        return tree_unflatten(leaves, spec)
+
+    def after(_, args, output):
+        recorder.mark("post_forward", name)
+        for tensor in tree_leaves(output if isinstance(output, torch.Tensor | tuple) else list(output.values())):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda grad: recorder.mark("pre_backward", name))
+
+    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    module.register_forward_hook(after)
+
+
+class _MarkBackward(torch.autograd.Function):
+    """The inputs as they are; marks when their gradients are there. Source: FSDP2's RegisterPostBackwardFunction."""
+
+    @staticmethod
+    def forward(ctx, recorder: _Recorder, name: str, *inputs: torch.Tensor):
+        ctx.recorder, ctx.name = recorder, name
+        return inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.recorder.mark("post_backward", ctx.name)
+        return None, None, *grads
+
+
+def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention that saves query, key, value, output and the logarithms of the sums, as the flash kernels of CPU and
+    CUDA do; on the meta device PyTorch would take the path that saves the scores."""
+    output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _flash_on_meta)
+
+
+def _flops(func, args, kwargs, out) -> int:
+    """Multiplications and additions of matrix products. Attention: all scores are counted, as if it were not causal."""
+    packet = func.overloadpacket
+    if packet in (
+        _aten._scaled_dot_product_flash_attention_for_cpu,
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    ):
+        backward = packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key = args[1:3] if backward else args[:2]
+        product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
+        return product * (5 if backward else 2)  # backward computes the scores again
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
