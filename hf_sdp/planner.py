@@ -10,6 +10,7 @@ from .config import SDPConfig
 from .deal import deal, reduced, replication, worker_graph
 from .deal_unevenly import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
 from .errors import SDPConfigError
+from .fit import fit
 from .flops import training_flops
 from .plan import Holders, Plan, meta_model
 from .units import MaskableModule, maskable_modules
@@ -32,14 +33,17 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
         names the nearest coverage that can, or by how much the workers miss.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
-    return plan_of(model, config, _coverages(config, num_subnetworks))
+    if config.memory_gib is not None:
+        coverages = fit(model.config, config, num_subnetworks, lambda shares: plan_of(model, config, shares))
+    else:
+        coverages = _coverages(config, num_subnetworks)
+    return plan_of(model, config, coverages)
 
 
 def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     """The plan in which subnetwork w holds the share ``coverages[w]``, whatever ``config`` says of it."""
     num_subnetworks = len(coverages)
-    even = bool(np.all(coverages == coverages[0])) and config.depth_profile == "uniform" and config.balance == "memory"
-    if even:
+    if _is_even(config, coverages):
         r = replication(float(coverages[0]), num_subnetworks)
         chunks = reduced(r, num_subnetworks)[1]
     else:
@@ -58,7 +62,7 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     everyone = tuple(range(num_subnetworks))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     unit_holders: dict[str, tuple[Holders, ...]] = {m.name: (everyone,) * m.num_units for m in modules}
-    if even:
+    if _is_even(config, coverages):
         dealt = _deal_evenly(list(stacks.values()), config, num_subnetworks, r)
     else:
         weights = [_weight(stack[0], shapes, model.config, config) for stack in stacks.values()]
@@ -78,9 +82,19 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     return plan
 
 
+def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:
+    """Whether every unit of every layer has the same number of holders, and every subnetwork the same share."""
+    one_share = bool(np.all(coverages == coverages[0]))
+    whole = abs(coverages.sum() - round(coverages.sum())) < 1e-6
+    return one_share and whole and config.depth_profile == "uniform" and config.balance == "memory"
+
+
 def _coverages(config: SDPConfig, num_subnetworks: int) -> np.ndarray:
     """Share of each subnetwork, float64 of shape ``(N,)``."""
     if not isinstance(config.coverage, tuple):
+        replication(
+            config.coverage, num_subnetworks
+        )  # one number for all: the holders of a unit must be a whole number
         return np.full(num_subnetworks, float(config.coverage))
     if len(config.coverage) != num_subnetworks:
         raise SDPConfigError(
