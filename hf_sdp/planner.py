@@ -92,9 +92,7 @@ def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:
 def _coverages(config: SDPConfig, num_subnetworks: int) -> np.ndarray:
     """Share of each subnetwork, float64 of shape ``(N,)``."""
     if not isinstance(config.coverage, tuple):
-        replication(
-            config.coverage, num_subnetworks
-        )  # one number for all: the holders of a unit must be a whole number
+        replication(config.coverage, num_subnetworks)  # refuses what gives units no whole number of holders
         return np.full(num_subnetworks, float(config.coverage))
     if len(config.coverage) != num_subnetworks:
         raise SDPConfigError(

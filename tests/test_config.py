@@ -28,7 +28,8 @@ def test_values_out_of_range_are_errors_that_name_the_value(options):
     [
         dict(block_granularity="layer"), dict(sharding="none", reshard_after_forward=True),
         dict(masking="backward", evaluate="subnetwork"), dict(simulate=4, sharding="none"),
-        dict(workload=Workload(batch=1, sequence=8)),
+        dict(workload=Workload(batch=1, sequence=8)), dict(coverage=1.0, depth_profile="linear"),
+        dict(coverage=[1.0, 1.0], always_held=[0]),
         dict(memory_gib=[1, 1], workload=Workload(batch=1, sequence=8), coverage=0.25),
         dict(simulate=4, num_subnetworks=2), dict(simulate=4, param_dtype="bfloat16"),
     ],
