@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
+        sys.exit(0)
     except click.ClickException as error:
         _refuse(error.format_message())
     except click.Abort:

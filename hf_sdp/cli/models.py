@@ -34,6 +34,8 @@ def load_config(model: str) -> PretrainedConfig:
     """
     if model in NAMED:
         return LlamaConfig(**_LLAMA, **NAMED[model], architectures=["LlamaForCausalLM"])
+    if not model:
+        raise CommandError("MODEL is empty.")
     path = Path(model).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -78,6 +80,6 @@ def load_meta_model(model: str) -> nn.Module:
 
 
 def first_line(error: Exception) -> str:
-    """What the error says, in one line; its class if it says nothing."""
+    """What the error says, in one line (and the next after a colon); its class if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

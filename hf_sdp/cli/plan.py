@@ -103,7 +103,7 @@ def _print(out: Console, model: str, config: SDPConfig, figures: PlanFigures) ->
 def _subnetworks(model: str, config: SDPConfig, figures: PlanFigures) -> Table:
     n = figures.num_subnetworks
     each = "" if figures.num_workers == n else f", each held by {figures.num_workers // n} workers"
-    table = Table(title=f"{model}: {n} subnetworks{each}, {config.level} level, {config.masking} masking")
+    table = Table(title=f"{model}\n{n} subnetworks{each}, {config.level} level, {config.masking} masking")
     kinds = [kind for kind in figures.parameters if kind != SHARED]
     columns = ["subnetwork", "parameters", "of full", *kinds, SHARED, "FLOPs/token", "of full", "sent per step"]
     for column in columns:
@@ -148,11 +148,14 @@ def _summary(config: SDPConfig, figures: PlanFigures) -> Table:
     gap = summary["spectral_gap"]
     components = summary["num_components"]
     names = {2: "bf16 or fp16", 4: "fp32"}
+    communicators = (
+        "one communicator each" if config.masking == "forward" else "one communicator: all is sharded over all"
+    )
     rows = {
         "coverage asked": str(asked),
         "coverage reached": of("coverage"),
         "replication (holders of a unit)": f"{of('replication')}; {summary['num_units']} units",
-        "distinct holder sets": f"{summary['num_holder_sets']} (one communicator each)",
+        "distinct holder sets": f"{summary['num_holder_sets']} ({communicators})",
         "straggler ratio (max / mean)": f"parameters {summary['parameters_straggler_ratio']:.3f}, "
         f"FLOPs {summary['flops_straggler_ratio']:.3f}, bytes sent {summary['bytes_sent_straggler_ratio']:.3f}",
         "bytes sent per worker and step": f"{of('bytes_sent_per_step', short_bytes)} ({names[figures.element_bytes]}, "

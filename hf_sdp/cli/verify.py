@@ -31,7 +31,7 @@ def verify(folder: Path, contents: bool) -> None:
     something is missing, damaged or does not fit together.
     """
     if not folder.is_dir():
-        raise CommandError(f"There is no folder {folder}.")
+        raise CommandError(f"{folder} is no folder.")
     try:
         rows = _checked(folder, contents)
     except OSError as error:
@@ -44,18 +44,13 @@ def verify(folder: Path, contents: bool) -> None:
 
 def _checked(folder: Path, contents: bool) -> dict[str, str]:
     """What was checked -> what was found. Raises: SDPStateError, SDPConfigError or CommandError at the first fault."""
-    marker = check(folder, contents=contents)
+    try:
+        marker = check(folder, contents=contents)
+        rows = _files(marker, contents)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SDPStateError(f"{folder / MARKER} is damaged: {error!r}.") from error
     if not (folder / "config.json").is_file():
         raise CommandError(f"{folder} is no checkpoint: it has no config.json.")
-    rows = {}
-    if marker is None:
-        rows["written by"] = f"not hf_sdp ({MARKER} is not there): no sizes or hashes to compare, no plan"
-    else:
-        versions = ", ".join(f"{name} {version}" for name, version in marker["versions"].items())
-        rows["written by"] = f"{marker['world_size']} workers; {versions}"
-        size = sum(file["bytes"] for file in marker["files"].values())
-        found = "sizes and CRC-32 as written" if contents else "sizes as written (contents not compared)"
-        rows["files"] = f"{len(marker['files'])} files, {short_bytes(size)}: all there, {found}"
     model = _model(folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     rows["weights"] = _weights(folder, model, shapes)
@@ -63,6 +58,18 @@ def _checked(folder: Path, contents: bool) -> dict[str, str]:
         rows["plan"] = _plan(folder, marker, shapes)
         rows["optimizer"] = _optimizer(folder, shapes)
     return rows
+
+
+def _files(marker: dict | None, contents: bool) -> dict[str, str]:
+    if marker is None:
+        return {"written by": f"not hf_sdp ({MARKER} is not there): no sizes or hashes to compare, no plan"}
+    versions = ", ".join(f"{name} {version}" for name, version in marker["versions"].items())
+    size = sum(file["bytes"] for file in marker["files"].values())
+    found = "sizes and CRC-32 as written" if contents else "sizes as written (contents not compared)"
+    return {
+        "written by": f"{marker['world_size']} workers; {versions}",
+        "files": f"{len(marker['files'])} files, {short_bytes(size)}: all there, {found}",
+    }
 
 
 def _model(folder: Path) -> nn.Module:
@@ -99,17 +106,16 @@ def _plan(folder: Path, marker: dict, shapes: dict[str, tuple[int, ...]]) -> str
         plan = Plan.from_json(file.read_text())
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise SDPStateError(f"{file} cannot be read as a plan: {error!r}.") from error
-    config = marker["sdp_config"]
-    simulated = config.get("simulate")
-    expected = {
-        "plan_hash": (plan.hash, marker["plan_hash"]),
-        "level": (plan.level, config["level"]),
-        "masking": (plan.masking, config["masking"]),
-        "num_subnetworks": (
-            plan.num_subnetworks,
-            simulated or config["num_subnetworks"] or marker["world_size"],
-        ),
-    }
+    try:
+        config = marker["sdp_config"]
+        expected = {
+            "plan_hash": (plan.hash, marker["plan_hash"]),
+            "level": (plan.level, config["level"]),
+            "masking": (plan.masking, config["masking"]),
+            "num_subnetworks": (plan.num_subnetworks, config["num_subnetworks"] or marker["world_size"]),
+        }
+    except (KeyError, TypeError) as error:
+        raise SDPStateError(f"{folder / MARKER} is damaged: {error!r}.") from error
     for what, (found, said) in expected.items():
         if found != said:
             raise SDPStateError(f"{file}: {what} is {found}, {MARKER} says {said}.")
