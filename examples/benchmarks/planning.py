@@ -19,6 +19,8 @@ from pathlib import Path
 
 def one(options: argparse.Namespace) -> dict:
     """Plan once, in this process."""
+    import numpy as np
+
     from hf_sdp import SDPConfig, make_plan
     from hf_sdp.cli.models import load_config
     from hf_sdp.plan import meta_model
@@ -39,9 +41,9 @@ def one(options: argparse.Namespace) -> dict:
     figures = plan_figures(plan, model, config, num_workers=workers, sequence=1024, element_bytes=2)
     figured = time.perf_counter()
     holdings = Holdings.of(plan)
-    numel = [sum(model.get_parameter(name).numel() for name in m.dims) // m.num_units for m in plan.modules]
+    numel = np.array([sum(model.get_parameter(name).numel() for name in m.dims) // m.num_units for m in plan.modules])
     gap_began = time.perf_counter()
-    gap = spectral_gap(holdings, numel)
+    gap = spectral_gap(holdings, numel @ holdings.units)
     gap_s = time.perf_counter() - gap_began
     return {
         "level": level,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import SDPConfig
-from ..plan import make_plan
+from ..planner import make_plan
 from ..report.graph import MAX_EXACT
 from ..report.picture import FORMATS, draw_plan
 from ..report.plan import SHARED, PlanFigures, plan_figures, spread

@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from ..config import SDPConfig
+from ..flops import training_flops
 from ..plan import Plan
 from .graph import connected_components, spectral_gap
 from .holdings import Holdings
@@ -25,8 +26,8 @@ class PlanFigures:
         parameters, full_parameters: kind -> elements held, and those of the full model.
         flops, full_flops: kind -> FLOPs of forward and backward for one token.
         bytes_sent: by one worker in one optimizer step.
-        coverage: share held of the maskable elements.
-        unit_holders: holders of each unit, in forward order, shape ``(units,)``.
+        coverage: share held of the elements that are dealt: maskable ones, without layers that are always held.
+        unit_holders: holders of each unit that is dealt, in forward order, shape ``(units,)``.
         num_holder_sets: distinct ones (each is a communicator), that of the shared parameters included.
         num_components, spectral_gap: of the worker graph; the gap is None where it was too much to compute.
     """
@@ -112,7 +113,9 @@ def plan_figures(
         full_parameters[kind] = int(numel[of_kind].sum())
         flops[kind] = holdings.held(np.where(of_kind, by_share // num_units, 0)) + fixed[of_kind].sum()
         full_flops[kind] = int((fixed + by_share)[of_kind].sum())
-    maskable, full_maskable = sum(parameters.values()), sum(full_parameters.values())
+    dealt = np.array([m.layer not in plan.always_held for m in plan.modules])
+    of_dealt_unit = np.where(dealt, numel // num_units, 0)
+    dealt_elements = of_dealt_unit @ holdings.units
     everyone = np.ones(plan.num_subnetworks, dtype=np.int64)
     parameters[SHARED], full_parameters[SHARED] = everyone * plan.shared_numel, plan.shared_numel
     full_flops[SHARED] = 6 * _shared_linear_numel(plan, model)
@@ -127,11 +130,13 @@ def plan_figures(
         flops=flops,
         full_flops=full_flops,
         bytes_sent=bytes_sent(plan, holdings, numel // num_units, config, num_workers, element_bytes),
-        coverage=maskable / full_maskable,
-        unit_holders=np.concatenate([[len(h) for h in plan.unit_holders[m.name]] for m in plan.modules]),
+        coverage=holdings.held(of_dealt_unit) / dealt_elements.sum(),
+        unit_holders=np.concatenate(
+            [[len(h) for h in plan.unit_holders[m.name]] for m in plan.modules if m.layer not in plan.always_held]
+        ),
         num_holder_sets=len({*holdings.sets, plan.everyone}),
-        num_components=connected_components(holdings),
-        spectral_gap=spectral_gap(holdings, numel // num_units),
+        num_components=connected_components(holdings, dealt_elements),
+        spectral_gap=spectral_gap(holdings, dealt_elements),
     )
 
 
@@ -139,23 +144,18 @@ def module_flops(plan: Plan, model_config, sequence: int) -> tuple[np.ndarray, n
     """FLOPs of forward and backward of each whole maskable module for one token, int64, shape ``(modules,)`` each: what
     every worker computes whatever it holds, and what goes with the share it holds.
 
-    A linear layer of P weights: 2 P forward, 2 P for the gradient of its input, 2 P for that of its weights. Causal
-    attention over T tokens: half of 2 matrix products of 2 · heads · head_dim · T forward, twice that backward. Source: PaLM
-    (arXiv 2204.02311), appendix B, which counts the whole square. Backward masking saves weight gradients only.
+    Forward masking: everything goes with the share. Backward masking: only the weight gradients do, a third of what linear
+    layers compute.
     """
-    fixed, by_share = [], []
-    heads = model_config.num_attention_heads
-    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    for module in plan.modules:
-        linear = sum(math.prod(plan.shapes[name]) for name in module.dims if len(plan.shapes[name]) == 2)
-        attention = 0 if module.kind == "mlp" else 6 * heads * head_dim * sequence
-        if plan.masking == "backward":
-            fixed.append(4 * linear + attention)
-            by_share.append(2 * linear)
-        else:
-            fixed.append(0)
-            by_share.append(6 * linear + attention)
-    return np.array(fixed, dtype=np.int64), np.array(by_share, dtype=np.int64)
+    whole = [int(training_flops(module, plan.shapes, model_config, sequence)) for module in plan.modules]
+    if plan.masking == "forward":
+        return np.zeros(len(whole), dtype=np.int64), np.array(whole, dtype=np.int64)
+    weights = [
+        sum(math.prod(plan.shapes[name]) for name in module.dims if len(plan.shapes[name]) == 2)
+        for module in plan.modules
+    ]
+    by_share = 2 * np.array(weights, dtype=np.int64)
+    return np.array(whole, dtype=np.int64) - by_share, by_share
 
 
 def _shared_linear_numel(plan: Plan, model: nn.Module) -> int:
