@@ -146,7 +146,9 @@ def deal(
             for a, b in window(group + start + m * step, m, k, num_units):
                 for unit in range(a, b):
                     groups_of_unit[unit].append(group)
-        result.append([_members(partition, tuple(groups)) for groups in groups_of_unit])
+        chunks = list(map(tuple, groups_of_unit))
+        members = {groups: _members(partition, groups) for groups in set(chunks)}  # a look-up hashes the partition
+        result.append([members[groups] for groups in chunks])
     return result
 
 

@@ -1,4 +1,4 @@
-"""The command ``hf-sdp``: one file per subcommand; ``options.py`` and ``models.py`` are what they share."""
+"""The command ``hf-sdp``: one file per subcommand; ``options.py``, ``models.py`` and ``tables.py`` are what they share."""
 
 import sys
 
@@ -7,11 +7,12 @@ import click
 from ..errors import SDPConfigError, SDPStateError
 from .errors import CommandError
 from .plan import plan
+from .verify import verify
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan],
+    commands=[plan, verify],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
@@ -19,11 +20,13 @@ commands = click.Group(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit: 0; 1 when what was run or checked failed; 2 with one line on stderr for bad input."""
     try:
-        commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
+        code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)  # an int: of context.exit(code)
     except (SDPConfigError, SDPStateError, CommandError) as error:
         _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
+        sys.exit(0)
     except click.ClickException as error:
         _refuse(error.format_message())
     except click.Abort:
