@@ -6,12 +6,13 @@ import click
 
 from ..errors import SDPConfigError, SDPStateError
 from .errors import CommandError
+from .estimate import estimate
 from .plan import plan
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan],
+    commands=[plan, estimate],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
