@@ -64,7 +64,7 @@ def estimate(
     if as_json:
         click.echo(json.dumps(_report(model, workers, workload, plan, rows, gib, times, coverages), indent=1))
         return
-    console = Console(width=max(Console().width, 140))  # rows do not wrap: a terminal scrolls, a file does not care
+    console = Console(width=max(Console().width, 165))  # rows do not wrap: a terminal scrolls, a file does not care
     console.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters", rows, gib, times))
     _print_notes(console, workers, workload, plan, rows, gib, coverages, times)
 

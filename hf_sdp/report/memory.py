@@ -211,7 +211,7 @@ class _FullyShard(_Engine):
         super().__init__()
         self.groups = groups
         self.prefetches = prefetches
-        self.reshards = [reshard_after_forward and group.modules != ("",) for group in groups]
+        self.reshards = reshard_after_forward  # also the root: only reshard_after_forward=None makes an exception of it
         self.stored_bytes, self.computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
         numel = sum(group.stored_numel for group in groups)
         self.parameters = self.gradients_stored = numel * self.stored_bytes
@@ -244,7 +244,7 @@ class _FullyShard(_Engine):
                 self._gather(index, keep_output=not self._in_backward[index])
             elif kind == "post_forward" and module == modules[-1] and not self._backward_began:
                 self._order.append(index)
-                if self.reshards[index]:
+                if self.reshards:
                     self._reshard(index)
                 if module == "":
                     self.gathered -= self._kept_output
