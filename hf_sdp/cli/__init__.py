@@ -6,13 +6,14 @@ import click
 
 from ..errors import SDPConfigError, SDPStateError
 from .errors import CommandError
+from .estimate import estimate
 from .plan import plan
 from .verify import verify
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan, verify],
+    commands=[plan, estimate, verify],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 

@@ -110,9 +110,9 @@ def sdp_step(
 ) -> Step:
     """As :func:`worker_memory`, with traffic and the order of everything."""
     shapes = skeleton(model_config)
-    traces = trace_subnetwork(model_config, workload, plan, subnetwork, shapes.num_layers)
+    layers, outside = trace_subnetwork(model_config, workload, plan, subnetwork)
     groups = sdp_groups(plan, subnetwork, shapes, world_size or plan.num_subnetworks, sharding)
-    return _walk(shapes, traces, _FullyShard(groups, workload, reshard_after_forward, prefetches=False))
+    return _walk(shapes, layers, outside, _FullyShard(groups, workload, reshard_after_forward, prefetches=False))
 
 
 def fsdp_step(
@@ -122,38 +122,39 @@ def fsdp_step(
     shapes = skeleton(model_config)
     groups = fsdp_groups(shapes, world_size)
     engine = _FullyShard(groups, workload, reshard_after_forward, prefetches=True)
-    return _walk(shapes, [trace(model_config, workload)] * shapes.num_layers, engine)
+    layers = trace(model_config, workload)
+    return _walk(shapes, layers, layers[0], engine)
 
 
 def replicated_step(model_config: PretrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
     """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters."""
     shapes = skeleton(model_config)
     engine = _Replicated(shapes, workload, world_size, zero_stage)
-    return _walk(shapes, [trace(model_config, workload)] * shapes.num_layers, engine)
+    layers = trace(model_config, workload)
+    return _walk(shapes, layers, layers[0], engine)
 
 
-def _stream(shapes: Skeleton, traces: list[Trace]) -> Iterator[tuple[Segment | Mark, str]]:
+def _stream(shapes: Skeleton, layers: list[Trace], outside: Trace) -> Iterator[tuple[Segment | Mark, str]]:
     """The whole step, and the prefix of the names in each piece."""
-    for item in traces[0].before:
+    for item in outside.before:
         yield item, ""
-    for layer, of_layer in enumerate(traces):
-        prefix = f"{shapes.layers}.{layer}"
-        for item in of_layer.layer_forward:
-            yield item, prefix
-        if layer < len(traces) - 1:
-            for item in of_layer.to_next_layer:
-                yield item, prefix
-    for item in traces[-1].head:
+    for index, layer in enumerate(layers):
+        for item in layer.layer_forward:
+            yield item, f"{shapes.layers}.{index}"
+        if index < len(layers) - 1:
+            for item in outside.to_second_layer if index == 0 else layer.to_next_layer:
+                yield item, ""
+    for item in outside.head:
         yield item, ""
-    for layer in reversed(range(len(traces))):
-        for item in traces[layer].layer_backward:
-            yield item, f"{shapes.layers}.{layer}"
-    for item in traces[0].after:
+    for index, layer in reversed([*enumerate(layers)]):
+        for item in layer.layer_backward:
+            yield item, f"{shapes.layers}.{index}"
+    for item in outside.after:
         yield item, ""
 
 
-def _walk(shapes: Skeleton, traces: list[Trace], engine: "_Engine") -> Step:
-    for item, prefix in _stream(shapes, traces):
+def _walk(shapes: Skeleton, layers: list[Trace], outside: Trace, engine: "_Engine") -> Step:
+    for item, prefix in _stream(shapes, layers, outside):
         if isinstance(item, Mark):
             engine.mark(item.kind, prefix + item.module)
             continue
@@ -210,7 +211,7 @@ class _FullyShard(_Engine):
         super().__init__()
         self.groups = groups
         self.prefetches = prefetches
-        self.reshards = [reshard_after_forward and group.modules != ("",) for group in groups]
+        self.reshards = reshard_after_forward  # also the root: only reshard_after_forward=None makes an exception of it
         self.stored_bytes, self.computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
         numel = sum(group.stored_numel for group in groups)
         self.parameters = self.gradients_stored = numel * self.stored_bytes
@@ -243,7 +244,7 @@ class _FullyShard(_Engine):
                 self._gather(index, keep_output=not self._in_backward[index])
             elif kind == "post_forward" and module == modules[-1] and not self._backward_began:
                 self._order.append(index)
-                if self.reshards[index]:
+                if self.reshards:
                     self._reshard(index)
                 if module == "":
                     self.gathered -= self._kept_output
@@ -251,7 +252,9 @@ class _FullyShard(_Engine):
             elif kind == "pre_backward" and module == modules[-1] and not self._in_backward[index]:
                 self._backward_began = self._in_backward[index] = True
                 self._gather(index, keep_output=False)
-                if self.prefetches:
+                if (
+                    self.prefetches or module == ""
+                ):  # SDP leaves the root's prefetch as it is: the head, the same everywhere
                     self._prefetch_before(index)
             elif kind == "post_backward" and module == modules[0]:
                 self._reduce(index)
@@ -286,13 +289,13 @@ class _FullyShard(_Engine):
         if self._gathered[index] or not group.shapes:
             return
         output = self._prefetched.pop(index) if index in self._prefetched else self._start_gather(index)
-        if keep_output:
-            self.gathered -= self._kept_output
-            self._kept_output = 0
         self.gathered += group.gathered_numel * self.computed_bytes
         if group.members == 1 and self.stored_bytes != self.computed_bytes:
             self.note(group.largest_numel * self.computed_bytes)
         self.note()
+        if keep_output:  # that of the group before goes only when wait_for_unshard returns: a local variable has it
+            self.gathered -= self._kept_output
+            self._kept_output = 0
         self._gathered[index] = True
         if group.members > 1:
             self.actions.append(Action("wait", group=index))

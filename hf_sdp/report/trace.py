@@ -68,7 +68,9 @@ class Trace:
 
     Attributes:
         before: up to the first decoder layer.
-        layer_forward, to_next_layer: forward of a layer, and what comes before that of the next (its inputs are freed).
+        layer_forward: forward of a layer.
+        to_second_layer, to_next_layer: between the first layer and the second, and other neighbours: inputs are freed,
+            except for the first layer's, which transformers keeps.
         head: from the last layer to its backward.
         layer_backward: backward of a layer.
         after: after the first layer's backward.
@@ -76,6 +78,7 @@ class Trace:
 
     before: Stream
     layer_forward: Stream
+    to_second_layer: Stream
     to_next_layer: Stream
     head: Stream
     layer_backward: Stream
@@ -85,32 +88,41 @@ class Trace:
 _cache: dict[tuple, Trace] = {}
 
 
-def trace(model_config: PretrainedConfig, workload: Workload) -> Trace:
-    """Trace of the full model. Kept: asking again costs nothing."""
-    return _cached(model_config, workload, (), lambda model: None)
+def trace(model_config: PretrainedConfig, workload: Workload) -> list[Trace]:
+    """For each decoder layer the trace of the full model. Kept: asking again costs nothing."""
+    return [_cached(model_config, workload, (), lambda model: None)] * model_config.num_hidden_layers
 
 
 def trace_subnetwork(
-    model_config: PretrainedConfig, workload: Workload, plan: Plan, subnetwork: int, num_layers: int
-) -> list[Trace]:
-    """For each decoder layer the trace of ``subnetwork`` in a model whose layers are all like it. Layers of the same
-    structure, of whatever plan, are traced once."""
-    structures = [(plan.level, plan.masking)] * num_layers
+    model_config: PretrainedConfig, workload: Workload, plan: Plan, subnetwork: int
+) -> tuple[list[Trace], Trace]:
+    """For each decoder layer the trace of ``subnetwork`` in a model whose layers are all like it, and one for what is
+    outside of the layers. Layers of the same structure, of whatever plan, are traced once."""
+    of_layer: list[tuple] = [()] * model_config.num_hidden_layers
     for module in plan.modules:
-        structures[module.layer] += (module.kind, module.num_units, _runs(plan, subnetwork, module.name))
-    traces = {}
-    for layer, structure in enumerate(structures):
-        if structure not in traces:
+        of_layer[module.layer] += (module.kind, module.num_units, _runs(plan, subnetwork, module.name))
 
-            def patch(model: nn.Module, layer=layer) -> None:
-                from ..patch import _patch  # not above: the planner asks for memory, and patching needs the planner
+    def traced(*layers: int) -> Trace:
+        structure = (plan.level, plan.masking, *(of_layer[layer] for layer in layers))
 
-                few = _plan_of_layer(plan, layer, model)
-                config = SDPConfig(level=plan.level, masking=plan.masking)
-                _patch(model, config, subnetwork, plan.num_subnetworks, few)
+        def patch(model: nn.Module) -> None:
+            from ..patch import _patch  # not above: the planner asks for memory, and patching needs the planner
 
-            traces[structure] = _cached(model_config, workload, structure, patch)
-    return [traces[structure] for structure in structures]
+            few = _plan_of_layers(plan, layers, model)
+            _patch(model, SDPConfig(level=plan.level, masking=plan.masking), subnetwork, plan.num_subnetworks, few)
+
+        return _cached(model_config, workload, structure, patch)
+
+    some = {structure: layer for layer, structure in enumerate(of_layer)}
+    alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
+    # What is freed after the last layer depends on what the first one saves (the embedded tokens) and any of them (the
+    # rotary embeddings).
+    most = max(range(len(of_layer)), key=lambda layer: _saved(alike[of_layer[layer]].layer_forward))
+    return [alike[structure] for structure in of_layer], traced(0, most, len(of_layer) - 1)
+
+
+def _saved(stream: Stream) -> int:
+    return sum(item.delta for item in stream if isinstance(item, Segment))
 
 
 def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple, patch) -> Trace:
@@ -152,12 +164,12 @@ def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _plan_of_layer(plan: Plan, layer: int, model: nn.Module) -> Plan:
-    """A plan of ``_NUM_LAYERS`` layers that are all held as ``layer`` is."""
+def _plan_of_layers(plan: Plan, layers: tuple[int, ...], model: nn.Module) -> Plan:
+    """A plan for ``model``, whose decoder layers are held as those ``layers`` are."""
     prefix, _ = decoder_layers(model, family_of(model.config))
-    old = f"{prefix}.{layer}"
     modules, unit_holders = [], {}
-    for index in range(_NUM_LAYERS):
+    for index, layer in enumerate(layers):
+        old = f"{prefix}.{layer}"
         for module in (m for m in plan.modules if m.layer == layer):
             name = f"{prefix}.{index}" + module.name.removeprefix(old)
             dims = {f"{prefix}.{index}" + n.removeprefix(old): dim for n, dim in module.dims.items()}
@@ -207,6 +219,7 @@ def _cut(stream: list[Segment | Mark], prefix: str) -> Trace:
     return Trace(
         before=tuple(stream[: at("pre_forward", 0)]),
         layer_forward=relative(stream[at("pre_forward", 1) : at("post_forward", 1) + 1]),
+        to_second_layer=tuple(stream[at("post_forward", 0) + 1 : at("pre_forward", 1)]),
         to_next_layer=relative(stream[at("post_forward", 1) + 1 : at("pre_forward", 2)]),
         head=tuple(stream[at("post_forward", last) + 1 : at("pre_backward", last)]),
         layer_backward=relative(stream[at("pre_backward", 1) : at("pre_backward", 0)]),
