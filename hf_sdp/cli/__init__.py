@@ -5,13 +5,14 @@ import sys
 import click
 
 from ..errors import SDPConfigError, SDPStateError
+from .compare import compare
 from .errors import CommandError
 from .plan import plan
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan],
+    commands=[plan, compare],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 

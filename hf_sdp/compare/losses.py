@@ -1,8 +1,9 @@
 """Loss curves: the methods that are mathematically different, on the same tokens in the same order.
 
-DDP with and without checkpointing, and FSDP2, compute the same; SDP computes the same however it is sharded. Hence one
-curve for all of the former and one for each SDP config without its sharding. The loss is that of the full model on
-held-out tokens.
+DDP with and without checkpointing, and FSDP2, compute the same; SDP computes the same however it is sharded, and with
+coverage 1 what DDP does. Hence one
+curve for all that is data parallel and one for each SDP config without its sharding. The loss is that of the full model
+on held-out tokens.
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ def curves(engines: dict[str, SDPConfig | None]) -> dict[str, list[str]]:
     found: dict[SDPConfig | None, list[str]] = {}
     for name, sdp in engines.items():
         method = sdp and dataclasses.replace(sdp, sharding="full", reshard_after_forward=False)
+        if method is not None and method.coverage == 1:
+            method = None
         found.setdefault(method, []).append(name)
     return {names[0]: names for names in found.values()}
 
@@ -38,7 +41,10 @@ def write_tokens(path: Path, workplace: Workplace, steps: int) -> str:
     vocabulary, length = workplace.model.vocab_size, workplace.sequence
     rows = steps * workplace.workers * workplace.batch
     if vocabulary < SMALLEST_VOCABULARY:
-        what, tokens = "synthetic tokens", _synthetic(vocabulary, length, rows + 4 * workplace.workers * workplace.batch)
+        what, tokens = (
+            "synthetic tokens",
+            _synthetic(vocabulary, length, rows + 4 * workplace.workers * workplace.batch),
+        )
         tokens = {"train": tokens[:rows], "valid": tokens[rows:]}
     else:
         from ..quality.corpus import load
@@ -72,7 +78,11 @@ def losses(
     data = torch.load(tokens)
     engine = Engine(name, sdp, workplace, learning_rate)
     rank, size = dist.get_rank(), workplace.batch
-    result: dict[str, list[float]] = {"step": [0], "evaluation": [_evaluate(engine, data["valid"], size)], "training": []}
+    result: dict[str, list[float]] = {
+        "step": [0],
+        "evaluation": [_evaluate(engine, data["valid"], size)],
+        "training": [],
+    }
     since: list[torch.Tensor] = []
     every = max(1, steps // NUM_EVALUATIONS)
     warmup = max(1, steps // 10)

@@ -43,7 +43,9 @@ def check(engines: dict[str, SDPConfig | None], workplace: Workplace, bandwidths
                 "or fewer workers."
             )
         if bandwidths != [UNLIMITED]:
-            raise SDPConfigError("GPUs of one machine do not talk over its network: a bandwidth limit needs the device cpu.")
+            raise SDPConfigError(
+                "GPUs of one machine do not talk over its network: a bandwidth limit needs the device cpu."
+            )
 
 
 def compare(
@@ -84,7 +86,9 @@ def compare(
         step()
     on_result(result)
     for bandwidth in bandwidths:
-        step = on_stage("step times" + (f", {bandwidth}" if bandwidth != UNLIMITED else ""), (rounds + warmup) * len(engines))
+        step = on_stage(
+            "step times" + (f", {bandwidth}" if bandwidth != UNLIMITED else ""), (rounds + warmup) * len(engines)
+        )
         with _network(workplace.workers, bandwidth) as namespaces:
             workers = launch(
                 step_times, workplace.workers, engines, workplace, rounds, warmup,
@@ -107,7 +111,9 @@ def _network(num_workers: int, bandwidth: str):
         yield namespaces
 
 
-def _add_losses(found: dict, engines, workplace: Workplace, steps: int, learning_rate: float, on_stage, started) -> None:
+def _add_losses(
+    found: dict, engines, workplace: Workplace, steps: int, learning_rate: float, on_stage, started
+) -> None:
     trained = curves(engines)
     step = on_stage("losses", steps * len(trained))
     with tempfile.TemporaryDirectory() as folder:
