@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -89,7 +90,7 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
         "what": _what(workplace),
         "model": config.to_diff_dict(),
     }
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as bars:
@@ -107,7 +108,9 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
         print(f"hf-sdp: {error.reason} (in full: {output / 'failure.txt'})", file=sys.stderr)
         sys.exit(1)
     for table in tables(result):
-        shown = Table(*table.columns, title=table.title, caption=table.note)
+        shown = Table(title=table.title, caption=table.note, box=SIMPLE)
+        for column in table.columns:
+            shown.add_column(column, no_wrap=column == "engine", overflow="fold")
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)

@@ -30,22 +30,25 @@ def _figure(num_panels: int, num_bars: int, share_x: bool = False):
     return figure, axes[0]
 
 
-def _bars(axis, names: list[str], stacks: dict[str, list[float]], colors=None) -> None:
-    """Horizontal stacked bars, the first engine on top."""
+def _bars(axis, names: list[str], stacks: dict[str, list[float]], colors=None, totals=None) -> None:
+    """Horizontal stacked bars, the first engine on top, with their totals (by default: their sums)."""
     left = [0.0] * len(names)
     for label, values in stacks.items():
         axis.barh(names, values, left=left, label=label, color=colors and colors[label], height=0.7)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_ylim(len(names) - 0.5, -0.5)
-    for y, total in enumerate(left):
-        axis.text(total, y, f" {total:.3g}", va="center", fontsize=8)
+    for y, (end, total) in enumerate(zip(left, totals or left, strict=True)):
+        axis.text(end, y, f" {total:.3g}", va="center", fontsize=8)
     axis.margins(x=0.12)
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure, path: Path, legend_of=None) -> Path:
+    """``legend_of``: the axis whose labels are explained, above all panels."""
     from matplotlib import pyplot
 
-    figure.tight_layout()
+    if legend_of is not None:
+        figure.legend(*legend_of.get_legend_handles_labels(), loc="upper center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - (legend_of is not None) * 0.35 / figure.get_figheight()))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -56,10 +59,9 @@ def _memory(rows: dict[str, dict], path: Path) -> Path:
     kinds = ("parameters", "optimizer", "buckets")
     stacks = {kind: [row[kind] / MIB for row in rows.values()] for kind in kinds}
     rest = [(row["peak"] - sum(row[kind] for kind in kinds)) / MIB for row in rows.values()]
-    _bars(axis, list(rows), {**stacks, "at the peak: gradients, activations, gathered": rest})
+    _bars(axis, list(rows), {**stacks, "then: gradients, activations, gathered": rest})
     axis.set_xlabel("peak memory of a worker, MiB")
-    axis.legend(fontsize=8)
-    return _save(figure, path)
+    return _save(figure, path, legend_of=axis)
 
 
 def _traffic(rows: dict[str, dict], path: Path) -> Path:
@@ -78,11 +80,11 @@ def _step_time(times: dict[str, dict], path: Path) -> Path:
     for axis, (bandwidth, rows) in zip(axes, times.items(), strict=True):
         # Where next to nothing is exposed, noise may make it negative: no bar.
         stacks = {labels[part]: [max(0.0, 1e3 * rows[name][part]) for name in names] for part in PARTS}
-        _bars(axis, names, stacks, {labels[part]: color for part, color in _COLORS.items()})
+        totals = [1e3 * rows[name]["step_s"] for name in names]
+        _bars(axis, names, stacks, {labels[part]: color for part, color in _COLORS.items()}, totals)
         axis.set_title("no limit" if bandwidth == UNLIMITED else bandwidth)
         axis.set_xlabel("median step, ms")
-    axes[0].legend(fontsize=8)
-    return _save(figure, path)
+    return _save(figure, path, legend_of=axes[0])
 
 
 def _losses(found: dict, times: dict[str, dict], path: Path) -> Path:
@@ -96,5 +98,4 @@ def _losses(found: dict, times: dict[str, dict], path: Path) -> Path:
     axes[0].set_ylabel("evaluation loss of the full model")
     for axis, bandwidth in zip(axes[1:], times, strict=True):
         axis.set_xlabel("seconds (steps x median step)" + ("" if bandwidth == UNLIMITED else f" at {bandwidth}"))
-    axes[0].legend(fontsize=8)
-    return _save(figure, path)
+    return _save(figure, path, legend_of=axes[0])

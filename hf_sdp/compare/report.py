@@ -72,7 +72,7 @@ def tables(result: dict) -> list[Table]:
 def _memory(rows: dict[str, dict]) -> Table:
     kinds = ["parameters", "gradients", "optimizer", "buckets", "peak"]
     references = [name for name in REFERENCES if name in rows]
-    columns = ["engine", *kinds[:-1], "peak, MiB", *(f"peak / {r}'s" for r in references), "GFLOP"]
+    columns = ["engine", *kinds[:-1], "peak", *(f"peak / {r}'s" for r in references), "GFLOP"]
     lines = [
         [
             name,
