@@ -14,9 +14,7 @@ import ctypes
 import os
 import re
 import shutil
-import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 
 from ..errors import SDPConfigError
@@ -43,8 +41,8 @@ def bits_per_second(text: str) -> float:
 def limited_network(num_workers: int, rate: float) -> Iterator[list[str]]:
     """Namespaces, one a worker, whose links carry at most ``rate`` bits per second each way.
 
-    All of it is removed at the end, also after an error, Ctrl-C or SIGTERM. (After SIGKILL: ``ip netns list`` shows what
-    is left, ``ip netns delete`` removes it.)
+    All of it is removed at the end, also after an error or Ctrl-C. (After SIGKILL: ``ip netns list`` shows what is left,
+    ``ip netns delete`` removes it.)
     Raises: SDPConfigError where the machine does not allow it.
     """
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
@@ -53,19 +51,18 @@ def limited_network(num_workers: int, rate: float) -> Iterator[list[str]]:
     prefix = f"hf-sdp-{os.getpid()}"
     hub, names = f"{prefix}-hub", [f"{prefix}-{i}" for i in range(num_workers)]
     made: list[str] = []
-    with _terminated_as_exception():
-        try:
-            for name in (hub, *names):
-                made.append(name)  # before: what was made in part is removed as well
-                _run("ip", "netns", "add", name)
-            _run("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
-            _run("ip", "-n", hub, "link", "set", "bridge", "up")
-            for i, name in enumerate(names):
-                _connect(hub, name, i, rate)
-            yield names
-        finally:
-            for name in made:  # the interfaces go with them
-                subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
+    try:
+        for name in (hub, *names):
+            made.append(name)  # before: what was made in part is removed as well
+            _run("ip", "netns", "add", name)
+        _run("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", hub, "link", "set", "bridge", "up")
+        for i, name in enumerate(names):
+            _connect(hub, name, i, rate)
+        yield names
+    finally:
+        for name in made:  # the interfaces go with them
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
 
 
 def _connect(hub: str, name: str, index: int, rate: float) -> None:
@@ -90,23 +87,6 @@ def _run(*command: str) -> None:
             f"This machine does not allow a limited bandwidth: `{' '.join(command)}` failed: {done.stderr.strip()}. "
             "Leave the limit out."
         )
-
-
-@contextlib.contextmanager
-def _terminated_as_exception():
-    """SIGTERM raises SystemExit, so that what was made is removed. (Signals can be set in the main thread only.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number, frame):
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def enter(namespace: str) -> None:

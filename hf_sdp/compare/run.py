@@ -16,7 +16,7 @@ from .engines import Workplace
 from .losses import curves, losses, write_tokens
 from .measure import Samples, memory_and_traffic, step_times
 from .network import bits_per_second, limited_network
-from .workers import launch
+from .workers import ended_by_sigterm, launch
 
 UNLIMITED = "none"
 """Instead of a bandwidth: the workers talk over the machine's loopback device, or as NCCL does."""
@@ -33,9 +33,6 @@ def check(engines: dict[str, SDPConfig | None], workplace: Workplace, bandwidths
         if workplace.workers % (sdp.num_subnetworks or 1):
             raise SDPConfigError(f"num_subnetworks={sdp.num_subnetworks} does not divide {workplace.workers} workers.")
         make_plan(workplace.model, sdp, sdp.num_subnetworks or workplace.workers)
-    for bandwidth in bandwidths:
-        if bandwidth != UNLIMITED:
-            bits_per_second(bandwidth)
     if workplace.device == "cuda":
         if torch.cuda.device_count() < workplace.workers:
             raise SDPConfigError(
@@ -46,8 +43,12 @@ def check(engines: dict[str, SDPConfig | None], workplace: Workplace, bandwidths
             raise SDPConfigError(
                 "GPUs of one machine do not talk over its network: a bandwidth limit needs the device cpu."
             )
+    for bandwidth in bandwidths:
+        with _network(workplace.workers, bandwidth):  # whether this machine allows it
+            pass
 
 
+@ended_by_sigterm()
 def compare(
     engines: dict[str, SDPConfig | None],
     workplace: Workplace,

@@ -3,13 +3,15 @@
 A worker that fails ends all of them at once, with its traceback here; one that says nothing for too long likewise.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
 
@@ -94,6 +96,24 @@ def launch(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that workers are ended and what was made is removed. (Signals can be set in the main
+    thread only.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def progress() -> None:
