@@ -5,6 +5,7 @@ import sys
 import click
 
 from ..errors import SDPConfigError, SDPStateError
+from .compare import compare
 from .errors import CommandError
 from .estimate import estimate
 from .plan import plan
@@ -13,7 +14,7 @@ from .verify import verify
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan, estimate, verify],
+    commands=[plan, estimate, compare, verify],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
