@@ -3,7 +3,7 @@
 accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/accelerate_loop.py
 """
 
-import corpus
+from hf_sdp.quality import corpus
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, get_cosine_schedule_with_warmup

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import corpus
+from hf_sdp.quality import corpus
 import torch
 from measure import MeterCallback, measurements
 from transformers import (

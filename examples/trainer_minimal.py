@@ -1,6 +1,6 @@
 """SDP in an unmodified Trainer: accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/trainer_minimal.py"""
 
-import corpus
+from hf_sdp.quality import corpus
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 

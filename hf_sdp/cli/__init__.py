@@ -7,11 +7,12 @@ import click
 from ..errors import SDPConfigError, SDPStateError
 from .errors import CommandError
 from .plan import plan
+from .simulate import simulate
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan],
+    commands=[plan, simulate],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
