@@ -96,9 +96,7 @@ def train_missing(
             keep(job, train(*job, setting, text_file, cache))
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(
-        processes, get_context("spawn"), torch.set_num_threads, (threads,), max_tasks_per_child=1
-    ) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         futures = {pool.submit(train, *job, setting, text_file, cache): job for job in missing}
         try:
             for future in as_completed(futures):

@@ -38,11 +38,11 @@ class Setting:
     sequence: int = 128
     batch: int = 2
     workers: int = 8
-    steps: int = 304
+    steps: int = 192
     equal: str = "flops"
     learning_rate: float = 8e-3
     evaluations: int = 8
-    eval_sequences: int = 200
+    eval_sequences: int = 128
     text: str = ""
 
     def __post_init__(self):
