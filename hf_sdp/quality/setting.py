@@ -38,7 +38,7 @@ class Setting:
     sequence: int = 128
     batch: int = 2
     workers: int = 8
-    steps: int = 192
+    steps: int = 160
     equal: str = "flops"
     learning_rate: float = 8e-3
     evaluations: int = 8
