@@ -33,6 +33,12 @@ _setting_options = add_options(
         help="Every method costs what data parallel costs, or takes as many steps.",
     ),
     click.option("--lr", "learning_rate", type=float, default=Setting.learning_rate, help="Peak, of every method."),
+    click.option(
+        "--schedule",
+        type=click.Choice(["stable", "cosine"]),
+        default=Setting.schedule,
+        help="Learning rate: constant, then linearly to zero over the last 20%; or cosine.",
+    ),
     click.option("--evaluations", type=int, default=Setting.evaluations, help="Of the full model, over a run."),
     click.option("--eval-sequences", type=int, default=Setting.eval_sequences, help="Held-out sequences of each."),
 )

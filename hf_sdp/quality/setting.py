@@ -21,7 +21,9 @@ class Setting:
         workers: virtual workers N; micro-batch k of the N of a step is worker k's.
         steps: optimizer steps of data parallel.
         equal: "flops": every method gets as many steps as cost what data parallel costs; "steps": the same number.
-        learning_rate: peak of every run; 5% warm-up, cosine to zero over the run's own length.
+        learning_rate: peak of every run, after a warm-up of 5% of the run's own length.
+        schedule: "stable": constant until the last 20%, then linearly to zero (a budget in which the loss still falls
+            steeply is not spent at low rates); "cosine": to zero.
         evaluations: of the full model, evenly over a run, the last one at its end.
         eval_sequences: held-out sequences that one evaluation reads.
         text: which text it is (see :func:`text_name`).
@@ -36,12 +38,13 @@ class Setting:
     vocab_size: int = 512
     initializer_range: float = 0.08
     sequence: int = 128
-    batch: int = 2
+    batch: int = 1
     workers: int = 8
-    steps: int = 160
+    steps: int = 200
     equal: str = "flops"
     learning_rate: float = 8e-3
-    evaluations: int = 8
+    schedule: str = "stable"
+    evaluations: int = 5
     eval_sequences: int = 128
     text: str = ""
 
@@ -50,8 +53,9 @@ class Setting:
             value = getattr(self, field.name)
             if field.type in (int, float) and not value > 0:
                 raise SDPConfigError(f"{field.name} must be positive, got {value}.")
-        if self.equal not in ("flops", "steps"):
-            raise SDPConfigError(f"equal must be 'flops' or 'steps', got {self.equal!r}.")
+        for name, allowed in {"equal": ("flops", "steps"), "schedule": ("stable", "cosine")}.items():
+            if getattr(self, name) not in allowed:
+                raise SDPConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         if self.steps % self.evaluations:
             raise SDPConfigError(
                 f"steps={self.steps} must be a multiple of evaluations={self.evaluations}: the last evaluation is at the "

@@ -68,7 +68,7 @@ def train(method: Method, seed: int, setting: Setting, text_file: str | None, ca
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, max_steps=steps, seed=seed, learning_rate=setting.learning_rate,
-            lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
+            **schedule(setting.schedule, steps), weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
             per_device_train_batch_size=setting.batch * setting.workers // micro_batches,
             gradient_accumulation_steps=micro_batches, per_device_eval_batch_size=16, eval_strategy="steps",
             eval_steps=every, logging_steps=every, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -90,6 +90,14 @@ def train(method: Method, seed: int, setting: Setting, text_file: str | None, ca
         "date": date.today().isoformat(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def schedule(name: str, steps: int) -> dict:
+    """The ``TrainingArguments`` of a schedule: 5% warm-up, then cosine, or constant and linear over the last 20%."""
+    if name == "cosine":
+        return {"lr_scheduler_type": "cosine", "warmup_steps": steps // 20}
+    decay = {"num_decay_steps": steps // 5, "decay_type": "linear"}
+    return {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": steps // 20, "lr_scheduler_kwargs": decay}
 
 
 def parameters_of_a_worker(model: nn.Module) -> float:
