@@ -7,7 +7,8 @@ from .errors import SDPConfigError, SDPStateError
 from .export import export_subnetwork
 from .loading import from_config, from_pretrained
 from .patch import patch_model
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .saving import save_pretrained
 from .trainer import SDPCallback, enable
 from .verify import verify

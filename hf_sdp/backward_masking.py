@@ -2,7 +2,7 @@
 
 A linear layer computes ``grad_weight`` for what the worker holds and saves only the inputs that takes; all other
 entries of the gradient are zero. Gradients are averaged over the world and have to be the mean over the holders, so
-each worker's share is scaled by N/r here: (1/N) Σ_i (N/r) g_ij = (1/r) Σ_{i holds j} g_ij.
+each worker's share of a unit with r holders is scaled by N/r here: (1/N) Σ_i (N/r) g_ij = (1/r) Σ_{i holds j} g_ij.
 Source: arXiv 2507.09029, section 3 (backward masking).
 """
 
@@ -14,7 +14,8 @@ from torch import nn
 
 from .plan import Plan
 
-Ranges = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int, float], ...]
+"""``(start, stop, N/r)``: ranges along the cut dim that are held, and the factor of their gradients."""
 
 
 @dataclass
@@ -28,13 +29,13 @@ class _HeldLinearFunction(torch.autograd.Function):
     """``x (..., in), weight (out, in) -> (..., out)``; rows or columns of ``grad_weight`` outside ``ranges`` are zero."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dim: int, ranges: Ranges, scale: float, copy_inputs: bool):
-        ctx.dim, ctx.ranges, ctx.scale = dim, ranges, scale
+    def forward(ctx, x, weight, bias, dim: int, ranges: Ranges, copy_inputs: bool):
+        ctx.dim, ctx.ranges = dim, ranges
         ctx.has_bias = bias is not None
         if dim == 0:
             ctx.save_for_backward(weight, x)
         else:
-            inputs = (x[..., a:b] for a, b in ranges)
+            inputs = (x[..., a:b] for a, b, _ in ranges)
             ctx.save_for_backward(weight, *((i.contiguous() for i in inputs) if copy_inputs else inputs))
         return F.linear(x, weight, bias)
 
@@ -48,23 +49,23 @@ class _HeldLinearFunction(torch.autograd.Function):
         grad_2d = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-            for i, (a, b) in enumerate(ctx.ranges):
+            for i, (a, b, scale) in enumerate(ctx.ranges):
                 out = grad_weight.narrow(ctx.dim, a, b - a)
                 if ctx.dim == 0:
                     torch.mm(grad_2d[:, a:b].t(), inputs[0].reshape(-1, inputs[0].shape[-1]), out=out)
                 else:
                     out.copy_(grad_2d.t().mm(inputs[i].reshape(-1, b - a)))
-            if ctx.scale != 1:
-                grad_weight.mul_(ctx.scale)
+                if scale != 1:
+                    out.mul_(scale)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             # A bias along the cut dim is cut as well; that of a row-wise layer is shared by all workers.
             grad_bias = grad_2d.sum(0)
             if ctx.dim == 0:
                 held_bias = torch.zeros_like(grad_bias)
-                for a, b in ctx.ranges:
-                    held_bias[a:b] = grad_bias[a:b]
-                grad_bias = held_bias.mul_(ctx.scale)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+                for a, b, scale in ctx.ranges:
+                    held_bias[a:b] = grad_bias[a:b] * scale
+                grad_bias = held_bias
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -102,13 +103,11 @@ class HeldLinear(nn.Linear):
     """
 
     @classmethod
-    def of(
-        cls, linear: nn.Linear, *, dim: int, held: list[Ranges], scale: float, cursor: Cursor, copy_inputs: bool
-    ) -> "HeldLinear":
+    def of(cls, linear: nn.Linear, *, dim: int, held: list[Ranges], cursor: Cursor, copy_inputs: bool) -> "HeldLinear":
         """Shares the parameters of ``linear`` by identity."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.dim, layer.held, layer.scale, layer.cursor, layer.copy_inputs = dim, held, scale, cursor, copy_inputs
+        layer.dim, layer.held, layer.cursor, layer.copy_inputs = dim, held, cursor, copy_inputs
         return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,7 @@ class HeldLinear(nn.Linear):
         ranges = self.held[self.cursor.subnetwork]
         x, weight, bias = _autocast(x, self.weight, self.bias)
         if ranges:
-            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.scale, self.copy_inputs)
+            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
         output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
         return _ZeroGradients.apply(output, *(p for p in (self.weight, self.bias) if p is not None))
 
@@ -144,10 +143,10 @@ class HeldModule(nn.Module):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         parameters = {name: p for name, p in self._parameters.items() if p is not None}
-        held = bool(self.held[self.cursor.subnetwork])
+        held = self.held[self.cursor.subnetwork]
         try:
             for name, p in parameters.items():
-                self._parameters[name] = _ScaledGradient.apply(p, self.scale) if held else p.detach()
+                self._parameters[name] = _ScaledGradient.apply(p, held[0][2]) if held else p.detach()
             output = super().forward(*args, **kwargs)
         finally:
             self._parameters.update(parameters)
@@ -156,7 +155,6 @@ class HeldModule(nn.Module):
 
 def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     """Replace the layers of every maskable module, in place, keeping names and Parameters."""
-    scale = plan.num_subnetworks / plan.replication
     held = held_ranges(plan)
     for module_plan in plan.modules:
         owners = {name.rpartition(".")[0] for name in module_plan.dims}
@@ -168,28 +166,30 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
                     module,
                     dim=module_plan.dims[weight],
                     held=held[weight],
-                    scale=scale,
                     cursor=cursor,
                     copy_inputs=module_plan.kind != "attention",
                 )
                 parent, _, child = owner.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer)
             else:
-                module.held, module.scale, module.cursor = held[weight], scale, cursor
+                module.held, module.cursor = held[weight], cursor
                 module.__class__ = type(f"Held{type(module).__name__}", (HeldModule, type(module)), {})
 
 
 def held_ranges(plan: Plan) -> dict[str, list[Ranges]]:
-    """Full parameter name -> per subnetwork, the ranges it holds along the cut dim (neighbours joined)."""
-    result: dict[str, list[Ranges]] = {name: [] for module in plan.modules for name in module.dims}
-    for subnetwork in range(plan.num_subnetworks):
-        slices = plan.held(subnetwork)
-        for name, ranges in result.items():
-            joined: list[tuple[int, int]] = []
-            for s in slices.get(name, ()):
-                if joined and joined[-1][1] == s.start:
-                    joined[-1] = (joined[-1][0], s.stop)
-                else:
-                    joined.append((s.start, s.stop))
-            ranges.append(tuple(joined))
+    """Full parameter name -> per subnetwork, the ranges it holds along the cut dim (neighbours with equally many holders
+    joined)."""
+    result: dict[str, list[Ranges]] = {}
+    for module in plan.modules:
+        for name in module.dims:
+            ranges: list[list[tuple[int, int, float]]] = [[] for _ in range(plan.num_subnetworks)]
+            for s in plan.slices[name]:
+                scale = plan.num_subnetworks / len(s.holders)
+                for subnetwork in s.holders:
+                    mine = ranges[subnetwork]
+                    if mine and mine[-1][1:] == (s.start, scale):
+                        mine[-1] = (mine[-1][0], s.stop, scale)
+                    else:
+                        mine.append((s.start, s.stop, scale))
+            result[name] = [tuple(mine) for mine in ranges]
     return result

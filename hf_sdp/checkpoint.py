@@ -232,7 +232,7 @@ def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list
         )
     if state is None:
         return [*result, "this run is not SDP"]
-    now = dataclasses.asdict(state.config)
+    now = json.loads(json.dumps(dataclasses.asdict(state.config)))  # lists, as they were saved
     for name, value in saved["sdp_config"].items():
         if name in now and now[name] != value:
             result.append(f"{name}={value!r} then, {now[name]!r} now")

@@ -165,8 +165,8 @@ class SDPConfig:
             )
         if self.memory_gib is not None and self.coverage != _DEFAULTS["coverage"]:
             refuse(f"coverage={self.coverage!r}", "memory_gib, which decides the coverage", "Leave one of them out.")
-        if self.memory_gib is None and self.workload is not None:
-            refuse(f"workload={self.workload}", "memory_gib=None", "Give memory_gib as well, or leave it out.")
+        if self.workload is not None and self.memory_gib is None and self.balance == "memory":
+            refuse(f"workload={self.workload}", "memory_gib=None and balance='memory'", "Leave it out.")
         if self.simulate is not None:
             for name in (
                 "sharding",

@@ -84,17 +84,26 @@ def _relabelled(partition: Partition) -> Partition:
 
 
 def _unevenness(partitions: Sequence[Partition]) -> tuple[int, int]:
-    """Lower is better: components of the worker graph, then the spread of how often two workers meet."""
-    blocks = [
-        [w for w, group in enumerate(partition) if group == g] for partition in partitions for g in set(partition)
-    ]
-    components = nx.number_connected_components(worker_graph(blocks))
-    n = len(partitions[0])
-    meetings = np.zeros((n, n), dtype=np.int64)
-    for partition in map(np.asarray, partitions):
-        meetings += partition[:, None] == partition[None, :]
-    pairs = meetings[np.triu_indices(n, 1)]
-    return components, int((pairs**2).sum() * len(pairs) - pairs.sum() ** 2)
+    labels = [np.asarray(partition) for partition in partitions]
+    k = max(int(label.max()) for label in labels) + 1
+    shared = []
+    for i, p in enumerate(labels):
+        for j, q in enumerate(labels):
+            cells, counts = np.unique(p * k + q, return_counts=True)
+            shared.append(np.stack([i * k + cells // k, j * k + cells % k, counts]))
+    return unevenness(len(labels[0]), *np.concatenate(shared, axis=1))
+
+
+def unevenness(num_subnetworks: int, a: np.ndarray, b: np.ndarray, num_shared: np.ndarray) -> tuple[int, int]:
+    """Lower is better: components of the worker graph, then the spread of how often two workers meet in a block.
+
+    Blocks of workers ``a[i]`` and ``b[i]`` share ``num_shared[i]`` > 0 of them; every ordered pair once, a block with itself
+    too. (The squares of the meetings of all pairs add up to the number of pairs that any two blocks share.)
+    """
+    components = nx.number_connected_components(nx.Graph(zip(a.tolist(), b.tolist(), strict=True)))
+    pairs = num_shared * (num_shared - 1) // 2
+    num_pairs = num_subnetworks * (num_subnetworks - 1) // 2
+    return components, int(pairs.sum()) * num_pairs - int(pairs[a == b].sum()) ** 2
 
 
 def window(position: int, m: int, k: int, num_units: int) -> list[tuple[int, int]]:
@@ -132,13 +141,18 @@ def deal(
     for turn, step in places:
         partition = family[(turn + partition_offset) % len(family)]
         start = random.Random(f"{seed}/{turn}").randrange(k) + kind_index * m
-        holders: list[set[int]] = [set() for _ in range(num_units)]
-        for subnetwork in range(num_subnetworks):
-            for a, b in window(partition[subnetwork] + start + m * step, m, k, num_units):
+        groups_of_unit: list[list[int]] = [[] for _ in range(num_units)]
+        for group in range(k):
+            for a, b in window(group + start + m * step, m, k, num_units):
                 for unit in range(a, b):
-                    holders[unit].add(subnetwork)
-        result.append([tuple(sorted(h)) for h in holders])
+                    groups_of_unit[unit].append(group)
+        result.append([_members(partition, tuple(groups)) for groups in groups_of_unit])
     return result
+
+
+@cache
+def _members(partition: Partition, groups: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(w for w, group in enumerate(partition) if group in groups)
 
 
 def worker_graph(holder_sets) -> nx.Graph:

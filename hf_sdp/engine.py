@@ -118,7 +118,7 @@ def _sharding_groups(model: nn.Module, state: SDPState) -> list[tuple[list[nn.Mo
     for module in model.modules():
         if isinstance(module, SharedBias):
             groups.append(([module], everyone))
-    if state.local_parts and state.plan.replication < state.plan.num_subnetworks:
+    if state.local_parts and not state.plan.is_full:
         by_layer: dict[tuple[int, Holders], list[nn.Module]] = {}
         for local in state.local_parts:
             by_layer.setdefault((local.part.layer, local.part.holders), []).extend(local.modules)

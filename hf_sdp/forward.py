@@ -13,7 +13,6 @@ from torch import nn
 
 from .canonical import consolidate
 from .errors import SDPConfigError, SDPStateError
-from .layers import PartSum
 from .saving import save_pretrained
 from .state import SDPState, get_state
 from .together import together
@@ -54,12 +53,12 @@ def refuse_unsafe_checkpointing(model: nn.Module, state: SDPState) -> None:
     """As :func:`refuse_reentrant_checkpointing`, and also where recomputation would break the order of collectives:
     with modules in several parts it gathers, in forward order, parts that backward gathers in reverse."""
     refuse_reentrant_checkpointing(model)
-    if not state.config.reshard_after_forward or not any(isinstance(m, PartSum) for m in model.modules()):
+    if not state.config.reshard_after_forward or not (state.local_parts and state.plan.split_modules):
         return
     if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
         raise SDPConfigError(
-            f"Gradient checkpointing with reshard_after_forward=True and coverage={state.config.coverage:g} would hang: a "
-            "module is held in several parts. Use reshard_after_forward=False, or a coverage of 1/k."
+            f"Gradient checkpointing with reshard_after_forward=True and coverage={state.config.coverage} would hang: "
+            "some workers hold modules in several parts. Use reshard_after_forward=False, or a coverage of 1/k for all."
         )
 
 

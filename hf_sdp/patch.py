@@ -13,7 +13,8 @@ from .errors import SDPConfigError
 from .families import family_of
 from .forward import install, refuse_reentrant_checkpointing
 from .layers import SKIPPED, PartSum, narrow_module
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .simulate import simulate
 from .state import Held, LocalPart, SDPState, find_state, set_state
 from .together import process_group_is_up, raise_together
@@ -197,12 +198,14 @@ def _keep_held_parts(model: nn.Module, state: SDPState) -> None:
         name, parts = module_plan.name, held.get(module_plan.name, [])
         parent, _, child = name.rpartition(".")
         if state.plan.level == "neuron":
-            modules = _narrow(model, name, parts)
-            if len(modules) > 1:
-                biases = _shared_biases(state.plan, model.get_submodule(name), name)
+            biases = _shared_biases(state.plan, model.get_submodule(name), name)
+            # Where others sum several parts and then add the biases, so does who has one part: the order is global.
+            is_sum = len(parts) > 1 or bool(biases) and name in state.plan.split_modules
+            modules = _narrow(model, name, parts, adds_bias=not is_sum)
+            if is_sum:
                 setattr(model.get_submodule(parent), child, PartSum(modules, biases))
             for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
-                local_name = name if len(modules) == 1 else f"{name}.parts.{index}"
+                local_name = f"{name}.parts.{index}" if is_sum else name
                 for full, cut in part.ranges.items():
                     state.held[local_name + full.removeprefix(name)] = Held(full, *cut, part.holders)
                 state.local_parts.append(LocalPart(part, [module]))
@@ -219,9 +222,9 @@ def _keep_held_parts(model: nn.Module, state: SDPState) -> None:
                 setattr(model.get_submodule(parent), norm.rpartition(".")[2], nn.Identity())
 
 
-def _narrow(model: nn.Module, name: str, parts: list) -> list[nn.Module]:
+def _narrow(model: nn.Module, name: str, parts: list, *, adds_bias: bool) -> list[nn.Module]:
     module = model.get_submodule(name)
-    narrowed = [narrow_module(module, part, adds_bias=len(parts) == 1) for part in parts]
+    narrowed = [narrow_module(module, part, adds_bias=adds_bias) for part in parts]
     if len(narrowed) == 1:  # keep the module object itself: hooks and references of the host stay valid
         module._modules = narrowed[0]._modules
         return [module]

@@ -8,14 +8,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx as nx
 import torch
 from torch import nn
 
-from .config import SDPConfig
-from .deal import deal, reduced, replication, worker_graph
 from .errors import SDPConfigError
-from .units import MaskableModule, maskable_modules
+from .units import MaskableModule
 
 Holders = tuple[int, ...]
 """Subnetworks, sorted."""
@@ -48,12 +45,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """Unit -> holders for a whole model. Build it with :func:`make_plan`.
+    """Unit -> holders for a whole model. Build it with :func:`hf_sdp.make_plan`.
 
     Attributes:
         level, masking: as in ``SDPConfig``.
         num_subnetworks: N.
-        replication: r, the number of subnetworks that hold each unit.
+        always_held: layers whose modules are not dealt: every subnetwork holds them.
         shapes: full parameter name -> shape, in the order of ``named_parameters()`` (tied parameters once).
         modules: the maskable modules, in forward order.
         unit_holders: module name -> the holders of each of its units.
@@ -62,7 +59,7 @@ class Plan:
     level: str
     masking: str
     num_subnetworks: int
-    replication: int
+    always_held: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
     modules: tuple[MaskableModule, ...]
     unit_holders: dict[str, tuple[Holders, ...]]
@@ -114,6 +111,14 @@ class Plan:
                 result.append(Part(module.name, module.kind, module.layer, holders, ranges))
         return tuple(result)
 
+    @cached_property
+    def split_modules(self) -> frozenset[str]:
+        """Modules of which some subnetwork holds several parts, and so computes their sum."""
+        holders: dict[str, list[int]] = {}
+        for part in self.parts:
+            holders.setdefault(part.module, []).extend(part.holders)
+        return frozenset(name for name, of_parts in holders.items() if len(of_parts) > len(set(of_parts)))
+
     def held_parts(self, subnetwork: int) -> tuple[Part, ...]:
         """The parts that ``subnetwork`` holds, in global order."""
         self._check(subnetwork)
@@ -126,18 +131,41 @@ class Plan:
 
     @property
     def coverage(self) -> float:
-        """Share of the maskable elements that a worker holds (mean over subnetworks): r/N."""
-        return self.replication / self.num_subnetworks
+        """Share of the maskable elements that a worker holds, mean over subnetworks."""
+        return sum(map(self.coverage_of, range(self.num_subnetworks))) / self.num_subnetworks
+
+    def coverage_of(self, subnetwork: int) -> float:
+        """Share of the maskable elements that ``subnetwork`` holds. Layers that are always held do not count."""
+        dealt = [part for part in self.parts if part.layer not in self.always_held]
+        held = sum(self._part_numel(part) for part in dealt if subnetwork in part.holders)
+        return held / sum(map(self._part_numel, dealt))
+
+    @cached_property
+    def replication(self) -> tuple[int, int]:
+        """Fewest and most holders of a unit; layers that are always held do not count."""
+        counts = {
+            len(holders)
+            for m in self.modules
+            if m.layer not in self.always_held
+            for holders in self.unit_holders[m.name]
+        }
+        return min(counts), max(counts)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every subnetwork is the full model."""
+        return self.replication[0] == self.num_subnetworks
 
     def numel(self, subnetwork: int, kind: str | None = None) -> int:
         """Elements that ``subnetwork`` holds: of modules of ``kind``, or of everything."""
         parts = [p for p in self.held_parts(subnetwork) if kind in (None, p.kind)]
-        maskable = sum(
+        return sum(map(self._part_numel, parts)) + (self.shared_numel if kind is None else 0)
+
+    def _part_numel(self, part: Part) -> int:
+        return sum(
             math.prod(self.shapes[n]) // self.shapes[n][dim] * (stop - start)
-            for part in parts
             for n, (dim, start, stop) in part.ranges.items()
         )
-        return maskable + (self.shared_numel if kind is None else 0)
 
     @cached_property
     def shared_numel(self) -> int:
@@ -159,7 +187,7 @@ class Plan:
             "level": self.level,
             "masking": self.masking,
             "num_subnetworks": self.num_subnetworks,
-            "replication": self.replication,
+            "always_held": list(self.always_held),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "holder_sets": [list(holders) for holders in self.holder_sets],
             "modules": [
@@ -178,7 +206,7 @@ class Plan:
             level=data["level"],
             masking=data["masking"],
             num_subnetworks=data["num_subnetworks"],
-            replication=data["replication"],
+            always_held=tuple(data.get("always_held", ())),
             shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
             modules=tuple(MaskableModule(**m) for m in data["modules"]),
             unit_holders=unit_holders,
@@ -188,77 +216,6 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 of :meth:`to_json`, hexadecimal: equal on all workers, processes and machines."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
-    """Deal the units of a model to subnetworks: a pure function of (shapes, config, N), no processes needed.
-
-    All subnetworks hold the same number of bytes of each kind (attention, MLP) within one unit, every unit is held
-    by exactly ``r = coverage * num_subnetworks`` of them, and when r >= 2 the worker graph is connected.
-
-    Args:
-        model_or_config: a transformers model that is not patched yet, or its config (built on the meta device).
-        num_subnetworks: N.
-    Raises: SDPConfigError when the family is unknown, nothing matches, or the coverage cannot be met; the message
-        names the nearest coverage that can.
-    """
-    model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
-    r = replication(config.coverage, num_subnetworks)
-    m, k = reduced(r, num_subnetworks)
-    modules = maskable_modules(
-        model,
-        level=config.level,
-        block_granularity=config.block_granularity,
-        chunks=k if config.level == "neuron" else 1,
-    )
-    stacks: dict[tuple[str, int], list[MaskableModule]] = {}
-    for module in modules:
-        stacks.setdefault((module.kind, module.num_units), []).append(module)
-    kinds = list(dict.fromkeys(kind for kind, _ in stacks))
-    unit_holders: dict[str, tuple[Holders, ...]] = {}
-    for (kind, num_units), stack in stacks.items():
-        _check_every_worker_gets_some(config, kind, num_units, len(stack), r, num_subnetworks)
-        dealt = deal(
-            num_units=num_units,
-            depth=len(stack),
-            kind_index=kinds.index(kind),
-            num_subnetworks=num_subnetworks,
-            r=r,
-            seed=config.seed,
-        )
-        unit_holders.update({module.name: tuple(holders) for module, holders in zip(stack, dealt, strict=True)})
-    graph = worker_graph(holders for module in unit_holders.values() for holders in module)
-    if r >= 2 and not nx.is_connected(graph):
-        groups = [sorted(c) for c in nx.connected_components(graph)]
-        raise SDPConfigError(
-            f"{len(modules)} maskable modules are too few to connect {num_subnetworks} subnetworks at coverage "
-            f"{config.coverage:g}: {groups} would share no unit and drift apart. Use a higher coverage, fewer "
-            "subnetworks (num_subnetworks), or level='neuron'."
-        )
-    return Plan(
-        level=config.level,
-        masking=config.masking,
-        num_subnetworks=num_subnetworks,
-        replication=r,
-        shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
-        modules=tuple(modules),
-        unit_holders={module.name: unit_holders[module.name] for module in modules},
-    )
-
-
-def _check_every_worker_gets_some(config, kind: str, num_units: int, depth: int, r: int, num_subnetworks: int):
-    """At neuron level something of every module (no empty layers), at block level one block of every kind."""
-    units = num_units if config.level == "neuron" else depth
-    if units * r >= num_subnetworks:
-        return
-    nearest = math.ceil(num_subnetworks / units) / num_subnetworks
-    what = f"{units} key/value heads" if kind == "attention" and config.level == "neuron" else f"{units} {kind} units"
-    remedy = (
-        f"Nearest coverage that can be met: {nearest:g}." if nearest <= 1 else "No coverage of this model can be met."
-    )
-    raise SDPConfigError(
-        f"coverage={config.coverage:g} of {what} is less than one unit per worker ({num_subnetworks} subnetworks). {remedy}"
-    )
 
 
 def meta_model(model_config) -> nn.Module:

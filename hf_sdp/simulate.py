@@ -1,10 +1,12 @@
 """Simulation: N virtual workers in one process, one full copy of the parameters.
 
-Micro-batch k of an accumulation window trains subnetwork k mod N; gradients of maskable parameters are scaled by N/r,
+Micro-batch k of an accumulation window trains subnetwork k mod N; the gradient of a slice with r holders is scaled by N/r,
 so that a window whose losses are averaged over N micro-batches gives each slice the mean over its holders. It is the
 oracle the distributed engine is compared with, and a way to repeat the paper's comparisons on one device with the
 plain Trainer (``gradient_accumulation_steps`` = a multiple of N).
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ class VirtualLinear(nn.Linear):
         ranges = self.held[self.cursor.subnetwork]
 
         def cut(t: torch.Tensor, dim: int) -> torch.Tensor:
-            pieces = [t.narrow(dim, a, b - a) for a, b in ranges]
+            pieces = [t.narrow(dim, a, b - a) for a, b, _ in ranges]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
         bias = cut(self.bias, 0) if self.bias is not None and self.dim == 0 else self.bias
@@ -58,10 +60,25 @@ def simulate(model: nn.Module, plan: Plan, family: Family, cursor: Cursor) -> No
     else:
         _skip_blocks(model, plan, family, cursor)
     if plan.masking == "forward":
-        scale = plan.num_subnetworks / plan.replication
         for module in plan.modules:
             for name in module.dims:
-                model.get_parameter(name).register_hook(lambda grad: grad * scale)
+                parameter = model.get_parameter(name)
+                parameter.register_hook(functools.partial(_scaled, scale=_scale(plan, name, parameter.dim())))
+
+
+def _scaled(grad: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    return grad * (scale.to(grad) if isinstance(scale, torch.Tensor) else scale)
+
+
+def _scale(plan: Plan, name: str, num_dims: int) -> float | torch.Tensor:
+    """N/r of every slice: one number, or a tensor that broadcasts against the parameter."""
+    slices = plan.slices[name]
+    scales = [plan.num_subnetworks / len(s.holders) for s in slices]
+    if len(set(scales)) == 1:
+        return scales[0]
+    sizes = torch.tensor([s.stop - s.start for s in slices])
+    shape = [-1 if dim == slices[0].dim else 1 for dim in range(num_dims)]
+    return torch.tensor(scales).repeat_interleave(sizes).view(shape)
 
 
 def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:

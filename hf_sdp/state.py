@@ -110,7 +110,7 @@ class SDPState:
     @property
     def trains_full_forward(self) -> bool:
         """Whether the training forward computes the full model (backward masking, or everything held)."""
-        return self.config.masking == "backward" or self.plan.replication == self.plan.num_subnetworks
+        return self.config.masking == "backward" or self.plan.is_full
 
 
 def set_state(model: nn.Module, state: SDPState) -> None:

@@ -157,7 +157,7 @@ def test_bytes_sent_are_what_the_formula_says(config, micro_batches):
     """2·C·(r-1)/r of the maskable bytes and 2·(W-1)/W of the shared ones, however long the accumulation window."""
     thirds = dict(hidden_size=48, intermediate_size=96)  # divisible by 3 and 4: nothing is padded
     plan = make_plan(tiny_config(**thirds), SDPConfig(**config), 4)
-    r, maskable = plan.replication, (plan.full_numel - plan.shared_numel) * 4
+    r, maskable = plan.replication[0], (plan.full_numel - plan.shared_numel) * 4
     formula = 2 * plan.coverage * (r - 1) / r * maskable + 2 * 3 / 4 * plan.shared_numel * 4
     for counted, seen, _ in run_workers(count_collectives, config, micro_batches, thirds):
         assert counted == seen == pytest.approx(formula, abs=1e-6)

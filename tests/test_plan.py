@@ -58,7 +58,7 @@ def test_every_plan_keeps_the_rules(shape):
             assert nx.is_connected(worker_graph(h for hs in plan.unit_holders.values() for h in hs))
         if plan.level == "neuron":  # something of every module, so that no layer is empty for anybody
             assert all({p.module for p in plan.held_parts(s)} == {m.name for m in plan.modules} for s in range(n))
-        assert plan.coverage == pytest.approx(r / n) and plan.replication == r
+        assert plan.coverage == pytest.approx(r / n) and plan.replication == (r, r)
         maskable = [plan.numel(s) - plan.shared_numel for s in range(n)]
         assert sum(maskable) == r * (plan.full_numel - plan.shared_numel)
         assert Plan.from_json(plan.to_json()) == plan

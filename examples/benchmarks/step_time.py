@@ -104,7 +104,7 @@ def expected_bytes(name: str, world_size: int) -> float:
     passes * (C (r-1)/r * maskable + (W-1)/W * shared). No padding."""
     options = SDP_OPTIONS.get(name, dict(coverage=1.0))
     plan = make_plan(LlamaConfig(**MODEL), SDPConfig(**options), world_size)
-    maskable, r = plan.full_numel - plan.shared_numel, plan.replication
+    maskable, r = plan.full_numel - plan.shared_numel, plan.replication[0]
     passes = 3 if name == "FSDP2" or options.get("reshard_after_forward") else 2
     per_pass = plan.coverage * (r - 1) / r * maskable + (world_size - 1) / world_size * plan.shared_numel
     return passes * 4 * per_pass

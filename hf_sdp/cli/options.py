@@ -82,11 +82,11 @@ workload_options = add_options(
 def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
     """The config of ``sdp_options`` and further fields; None keeps a default.
 
-    ``workload`` is dropped where there is no ``memory_gib``, which alone uses it.
+    ``workload`` is dropped where neither ``memory_gib`` nor ``balance`` uses it.
     """
     coverage = options.get("coverage")
     if isinstance(coverage, tuple) and len(coverage) == 1:
         options["coverage"] = coverage[0]
-    if options.get("memory_gib") is not None:
+    if options.get("memory_gib") is not None or options.get("balance") == "compute":
         options["workload"] = workload
     return SDPConfig(**{name: value for name, value in options.items() if value is not None})

@@ -2,7 +2,7 @@
 
 import click
 
-from ..plan import make_plan
+from ..planner import make_plan
 from .models import load_config
 from .options import json_option, model_argument, sdp_config, sdp_options, workers_option
 

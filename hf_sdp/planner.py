@@ -1,0 +1,209 @@
+"""``make_plan``: from a model and an SDPConfig to the Plan. A pure function, no processes."""
+
+import math
+
+import networkx as nx
+import numpy as np
+from torch import nn
+
+from .config import SDPConfig
+from .deal import deal, reduced, replication, worker_graph
+from .deal_unevenly import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
+from .errors import SDPConfigError
+from .flops import training_flops
+from .plan import Holders, Plan, meta_model
+from .units import MaskableModule, maskable_modules
+
+Stack = list[MaskableModule]
+"""The modules of one kind and number of units, in order of depth."""
+
+
+def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
+    """Deal the units of a model to subnetworks: a pure function of (shapes, config, N), no processes needed.
+
+    Every subnetwork holds its coverage of each kind (attention, MLP) within one unit. With one coverage for all, every unit
+    is held by exactly ``r = coverage * num_subnetworks`` of them; else two units of the same depth differ by at most one
+    holder. When every unit has two holders or more, the worker graph is connected.
+
+    Args:
+        model_or_config: a transformers model that is not patched yet, or its config (built on the meta device).
+        num_subnetworks: N.
+    Raises: SDPConfigError when the family is unknown, nothing matches, or what is asked cannot be met; the message
+        names the nearest coverage that can, or by how much the workers miss.
+    """
+    model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
+    return plan_of(model, config, _coverages(config, num_subnetworks))
+
+
+def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
+    """The plan in which subnetwork w holds the share ``coverages[w]``, whatever ``config`` says of it."""
+    num_subnetworks = len(coverages)
+    even = bool(np.all(coverages == coverages[0])) and config.depth_profile == "uniform" and config.balance == "memory"
+    if even:
+        r = replication(float(coverages[0]), num_subnetworks)
+        chunks = reduced(r, num_subnetworks)[1]
+    else:
+        chunks = denominator(depth_shares(coverages, 3, config.depth_profile))
+    modules = maskable_modules(
+        model,
+        level=config.level,
+        block_granularity=config.block_granularity,
+        chunks=chunks if config.level == "neuron" else 1,
+    )
+    always_held = _always_held(config, max(module.layer for module in modules) + 1)
+    stacks: dict[tuple[str, int], Stack] = {}
+    for module in modules:
+        if module.layer not in always_held:
+            stacks.setdefault((module.kind, module.num_units), []).append(module)
+    everyone = tuple(range(num_subnetworks))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    unit_holders: dict[str, tuple[Holders, ...]] = {m.name: (everyone,) * m.num_units for m in modules}
+    if even:
+        dealt = _deal_evenly(list(stacks.values()), config, num_subnetworks, r)
+    else:
+        weights = [_weight(stack[0], shapes, model.config, config) for stack in stacks.values()]
+        dealt = _deal_unevenly(list(stacks.values()), config, coverages, chunks, weights)
+    for stack, holders in zip(stacks.values(), dealt, strict=True):
+        unit_holders.update({m.name: tuple(of_units) for m, of_units in zip(stack, holders, strict=True)})
+    plan = Plan(
+        level=config.level,
+        masking=config.masking,
+        num_subnetworks=num_subnetworks,
+        always_held=always_held,
+        shapes=shapes,
+        modules=tuple(modules),
+        unit_holders=unit_holders,
+    )
+    _check_connected(plan, config)
+    return plan
+
+
+def _coverages(config: SDPConfig, num_subnetworks: int) -> np.ndarray:
+    """Share of each subnetwork, float64 of shape ``(N,)``."""
+    if not isinstance(config.coverage, tuple):
+        return np.full(num_subnetworks, float(config.coverage))
+    if len(config.coverage) != num_subnetworks:
+        raise SDPConfigError(
+            f"coverage lists {len(config.coverage)} subnetworks {list(config.coverage)}, there are {num_subnetworks}. Give one "
+            f"for each, or num_subnetworks={len(config.coverage)} for replicas of them."
+        )
+    return np.array(config.coverage)
+
+
+def _always_held(config: SDPConfig, num_layers: int) -> tuple[int, ...]:
+    """Layers that every subnetwork holds, counted from the first."""
+    for layer in config.always_held:
+        if not -num_layers <= layer < num_layers:
+            raise SDPConfigError(
+                f"always_held={list(config.always_held)}: the model has {num_layers} layers, no layer {layer}."
+            )
+    layers = tuple(sorted({layer % num_layers for layer in config.always_held}))
+    if len(layers) == num_layers:
+        raise SDPConfigError(
+            f"always_held={list(config.always_held)} are all {num_layers} layers: nothing is left to deal. Name fewer."
+        )
+    return layers
+
+
+def _deal_evenly(stacks: list[Stack], config: SDPConfig, num_subnetworks: int, r: int) -> list:
+    if r < config.min_replication:
+        raise SDPConfigError(
+            f"coverage={config.coverage} of {num_subnetworks} subnetworks gives {r} holders per unit, {config.min_replication - r} "
+            f"less than min_replication={config.min_replication}. Nearest coverage that can be met: "
+            f"{min(config.min_replication / num_subnetworks, 1):g}."
+        )
+    kinds = list(dict.fromkeys(stack[0].kind for stack in stacks))
+    result = []
+    for stack in stacks:
+        _check_every_worker_gets_some(config, stack, r / num_subnetworks, 1 / num_subnetworks)
+        result.append(
+            deal(
+                num_units=stack[0].num_units,
+                depth=len(stack),
+                kind_index=kinds.index(stack[0].kind),
+                num_subnetworks=num_subnetworks,
+                r=r,
+                seed=config.seed,
+            )
+        )
+    return result
+
+
+def _deal_unevenly(
+    stacks: list[Stack], config: SDPConfig, coverages: np.ndarray, chunks: int, weights: list[float]
+) -> list:
+    if config.level == "neuron":
+        by_turn = orders(depth_shares(coverages, 3, config.depth_profile), chunks, config.seed)
+    else:
+        # Half a (smallest) holder set further for the next kind: the full model is evaluated with both blocks of a layer, and
+        # with neighbouring layers, so some workers must train them together.
+        half = int(depth_shares(coverages, 3, config.depth_profile).sum(1).min() // 2)
+        by_turn = [np.roll(np.arange(len(coverages)), config.seed - kind * half) for kind in range(len(stacks))]
+    debt = np.zeros(len(coverages))
+    result = []
+    for kind_index, (stack, weight) in enumerate(zip(stacks, weights, strict=True)):
+        if config.depth_profile == "linear" and len(stack) < 2:
+            raise SDPConfigError(
+                f"depth_profile='linear' has no effect on {len(stack)} {stack[0].kind}. Use 'uniform'."
+            )
+        shares = depth_shares(coverages, len(stack), config.depth_profile)
+        least = float(shares.min() if config.level == "neuron" else shares.mean(0).min())
+        _check_every_worker_gets_some(config, stack, least, 1 / MAX_DENOMINATOR)
+        _check_replication(config, stack, shares)
+        if config.level == "neuron":
+            result.append(deal_chunks(shares, stack[0].num_units, chunks, by_turn, kind_index))
+        else:
+            dealt, debt = deal_blocks(shares, chunks, by_turn[kind_index], weight, debt)
+            result.append(dealt)
+    return result
+
+
+def _weight(module: MaskableModule, shapes: dict[str, tuple[int, ...]], model_config, config: SDPConfig) -> float:
+    """What ``config.balance`` balances, of one module."""
+    if config.balance == "memory":
+        return float(sum(math.prod(shapes[name]) for name in module.dims))
+    sequence = config.workload.sequence if config.workload else model_config.max_position_embeddings
+    return training_flops(module, shapes, model_config, sequence)
+
+
+def _check_replication(config: SDPConfig, stack: Stack, shares: np.ndarray) -> None:
+    found = shares.sum(1)
+    if found.min() < config.min_replication - 1e-9:
+        worst = stack[int(found.argmin())]
+        raise SDPConfigError(
+            f"What the {shares.shape[1]} subnetworks hold of {worst.name} adds up to {found.min():.4g} of it; "
+            f"min_replication={config.min_replication} misses {config.min_replication - found.min():.4g} (in copies of the maskable "
+            "parameters). Raise some coverages by that much in all, or take more workers."
+        )
+
+
+def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float, step: float) -> None:
+    """At neuron level something of every module (no empty layers), at block level one block of every kind.
+
+    ``share``: the least that a subnetwork has of the stack, at neuron level of one of its modules. ``step``: coverages are
+    multiples of it.
+    """
+    kind = stack[0].kind
+    units = stack[0].num_units if config.level == "neuron" else len(stack)
+    if units * share >= 1 - 1e-9:
+        return
+    nearest = math.ceil(1 / (units * step) - 1e-9) * step
+    what = f"{units} key/value heads" if kind == "attention" and config.level == "neuron" else f"{units} {kind} units"
+    remedy = (
+        f"Nearest coverage that can be met: {nearest:g}." if nearest <= 1 else "No coverage of this model can be met."
+    )
+    raise SDPConfigError(f"coverage={share:g} of {what} is less than one unit per worker. {remedy}")
+
+
+def _check_connected(plan: Plan, config: SDPConfig) -> None:
+    if plan.replication[0] < 2:
+        return
+    shared_by = {id(h): h for m in plan.modules if m.layer not in plan.always_held for h in plan.unit_holders[m.name]}
+    graph = worker_graph(shared_by.values())
+    if not nx.is_connected(graph):
+        groups = [sorted(c) for c in nx.connected_components(graph)]
+        raise SDPConfigError(
+            f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at coverage "
+            f"{config.coverage}: {groups} would share no unit and drift apart. Use a higher coverage, fewer "
+            "subnetworks (num_subnetworks), or level='neuron'."
+        )
