@@ -197,7 +197,7 @@ class TestTraining:
         again = json.loads((output / "results.json").read_text())
         assert {m: again["runs"][m] for m in stored["runs"]} == stored["runs"]
         line = refused(capsys, *arguments[1:], "--lr", "1e-3")
-        assert "learning_rate=0.008 there, 0.001 asked" in line
+        assert "learning_rate=0.004 there, 0.001 asked" in line
 
 
 def test_the_first_seed_of_every_method_comes_first():

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..layers import SKIPPED
-from ..plan import make_plan, meta_model
+from ..planner import make_plan, meta_model
 from ..units import maskable_modules
 
 

@@ -42,7 +42,7 @@ class Setting:
     workers: int = 8
     steps: int = 200
     equal: str = "flops"
-    learning_rate: float = 8e-3
+    learning_rate: float = 4e-3
     schedule: str = "stable"
     evaluations: int = 5
     eval_sequences: int = 128
