@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -70,6 +71,7 @@ HEADER = (
     "min to max",
     "minus data parallel: mean ± sd",
 )
+SHOWN = ("method", "steps", "seeds", "loss: mean ± sd", "minus data parallel: mean ± sd")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -86,7 +88,9 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{len(losses)}",
         f"{row.mean:.3f}{_spread(losses)}",
         f"{min(losses):.3f} to {max(losses):.3f}",
-        f"{statistics.mean(row.differences):+.3f}{_spread(row.differences)}" if row.differences else "-",
+        f"{statistics.mean(row.differences):+.3f}{_spread(row.differences)}"
+        if row.differences and row.method != REFERENCE
+        else "-",
     )
 
 
@@ -95,11 +99,16 @@ def _spread(values: list[float]) -> str:
 
 
 def show(results: Results, console: Console | None = None) -> None:
-    table = Table(title="evaluation loss of the full model at the end (nats per token)", title_justify="left")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "method" else "right")
+    """The columns of the table that fit into a terminal of 80 characters."""
+    table = Table(
+        title="final evaluation loss of the full model (nats per token)", title_justify="left", box=box.SIMPLE
+    )
+    shown = {HEADER.index(name): name.replace("data parallel: mean", "DP") for name in HEADER if name in SHOWN}
+    for name in shown.values():
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows(results):
-        table.add_row(*cells(row))
+        texts = cells(row)
+        table.add_row(*(texts[index] for index in shown))
     (console or Console()).print(table)
 
 
