@@ -3,12 +3,12 @@
 accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/accelerate_loop.py
 """
 
-import corpus
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, get_cosine_schedule_with_warmup
 
 from hf_sdp import SDPAccelerator, SDPConfig
+from hf_sdp.quality import corpus
 
 STEPS, ACCUMULATED, BATCH_SIZE = 20, 2, 8
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import corpus
 import torch
 from measure import MeterCallback, measurements
 from transformers import (
@@ -31,6 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from hf_sdp import SDPCallback, SDPConfig, patch_model
+from hf_sdp.quality import corpus
 
 
 @dataclass

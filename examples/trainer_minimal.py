@@ -1,10 +1,10 @@
 """SDP in an unmodified Trainer: accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/trainer_minimal.py"""
 
-import corpus
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from hf_sdp import SDPCallback, SDPConfig, patch_model
+from hf_sdp.quality import corpus
 
 args = TrainingArguments(
     output_dir="runs/trainer_minimal",

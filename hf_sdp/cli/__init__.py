@@ -9,12 +9,13 @@ from .compare import compare
 from .errors import CommandError
 from .estimate import estimate
 from .plan import plan
+from .simulate import simulate
 from .verify import verify
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan, estimate, compare, verify],
+    commands=[plan, estimate, compare, simulate, verify],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 

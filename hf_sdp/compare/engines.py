@@ -28,7 +28,7 @@ from ..compat import checkpoint_activations
 from ..config import SDPConfig
 from ..families import family_of
 from ..patch import patch_model
-from ..plan import make_plan
+from ..planner import make_plan
 from ..state import find_state, fsdp_modules
 from ..traffic import Traffic
 from ..units import decoder_layers

@@ -11,7 +11,7 @@ import torch
 from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..families import family_of
-from ..plan import make_plan
+from ..planner import make_plan
 from .engines import Workplace
 from .losses import curves, losses, write_tokens
 from .measure import Samples, memory_and_traffic, step_times

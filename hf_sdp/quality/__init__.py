@@ -1,0 +1,18 @@
+"""How good the full model gets: SDP, data parallel and the usual baselines, trained in one process each."""
+
+from .methods import FAMILIES, Method, parse_methods
+from .results import Results, train_missing
+from .setting import Setting
+from .training import number_of_steps, step_flops, train
+
+__all__ = [
+    "FAMILIES",
+    "Method",
+    "Results",
+    "Setting",
+    "step_flops",
+    "number_of_steps",
+    "parse_methods",
+    "train",
+    "train_missing",
+]

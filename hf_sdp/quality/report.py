@@ -1,0 +1,130 @@
+"""Tables of results: mean and spread over seeds of the full model's final evaluation loss."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .plots import plot_curves, plot_final
+from .results import Results
+
+REFERENCE = "data-parallel"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. Losses in nats per token; FLOPs relative to data parallel (of the same seeds' runs).
+
+    Attributes:
+        final: final evaluation loss by seed.
+        differences: final loss minus data parallel's of the same seed, for the seeds that both have.
+    """
+
+    method: str
+    parameters: float
+    steps: float
+    relative_step_flops: float | None
+    relative_flops: float | None
+    final: dict[str, float]
+    differences: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.final.values())
+
+
+def rows(results: Results) -> list[Row]:
+    """A row for every method, in the order in which they were first trained."""
+    reference = results.runs.get(REFERENCE, {})
+    whole = next(iter(reference.values()), None)
+    found = []
+    for method, runs in results.runs.items():
+        first = next(iter(runs.values()))
+        final = {seed: runs[seed]["curve"][-1][1] for seed in sorted(runs, key=int)}
+        found.append(
+            Row(
+                method=method,
+                parameters=first["parameters"],
+                steps=first["steps"],
+                relative_step_flops=whole and first["step_flops"] / whole["step_flops"],
+                relative_flops=whole and first["steps"] * first["step_flops"] / (whole["steps"] * whole["step_flops"]),
+                final=final,
+                differences=[
+                    loss - reference[seed]["curve"][-1][1] for seed, loss in final.items() if seed in reference
+                ],
+            )
+        )
+    return found
+
+
+HEADER = (
+    "method",
+    "parameters a worker",
+    "FLOPs a step",
+    "steps",
+    "FLOPs",
+    "seeds",
+    "loss: mean ± sd",
+    "min to max",
+    "minus data parallel: mean ± sd",
+)
+SHOWN = ("method", "steps", "seeds", "loss: mean ± sd", "minus data parallel: mean ± sd")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The texts of a table row, by ``HEADER``. sd: sample standard deviation over seeds."""
+    share = "-" if row.relative_step_flops is None else f"{row.relative_step_flops:.3f}"
+    whole = "-" if row.relative_flops is None else f"{row.relative_flops:.3f}"
+    losses = list(row.final.values())
+    return (
+        row.method,
+        f"{row.parameters:,.0f}",
+        share,
+        f"{row.steps:,}",
+        whole,
+        f"{len(losses)}",
+        f"{row.mean:.3f}{_spread(losses)}",
+        f"{min(losses):.3f} to {max(losses):.3f}",
+        f"{statistics.mean(row.differences):+.3f}{_spread(row.differences)}"
+        if row.differences and row.method != REFERENCE
+        else "-",
+    )
+
+
+def _spread(values: list[float]) -> str:
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+def show(results: Results, console: Console | None = None) -> None:
+    """The columns of the table that fit into a terminal of 80 characters."""
+    table = Table(
+        title="final evaluation loss of the full model (nats per token)", title_justify="left", box=box.SIMPLE
+    )
+    shown = {HEADER.index(name): name.replace("data parallel: mean", "DP") for name in HEADER if name in SHOWN}
+    for name in shown.values():
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows(results):
+        texts = cells(row)
+        table.add_row(*(texts[index] for index in shown))
+    (console or Console()).print(table)
+
+
+def markdown(results: Results) -> str:
+    lines = ["| " + " | ".join(HEADER) + " |", "| --- " + "| ---: " * (len(HEADER) - 1) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(results)]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(results: Results) -> list[Path]:
+    """``table.md``, ``curves.png`` and ``final.png`` beside the results file."""
+    folder = results.path.parent
+    table = folder / "table.md"
+    table.write_text(markdown(results), encoding="utf-8")
+    plot_curves(results.runs, folder / "curves.png", reference=REFERENCE)
+    plot_final(
+        {row.method: list(row.final.values()) for row in rows(results)}, folder / "final.png", reference=REFERENCE
+    )
+    return [table, folder / "curves.png", folder / "final.png"]
