@@ -154,7 +154,8 @@ def deal(
 
 @cache
 def _members(partition: Partition, groups: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(w for w, group in enumerate(partition) if group in groups)
+    chosen = set(groups)
+    return tuple(w for w, group in enumerate(partition) if group in chosen)
 
 
 def worker_graph(holder_sets) -> nx.Graph:

@@ -120,6 +120,7 @@ def test_the_spectral_gap_is_that_of_the_walk(options):
     assert eigenvalues[-1] == pytest.approx(1)
     assert figures.spectral_gap == pytest.approx(1 - eigenvalues[-2], abs=1e-9)
     assert figures.spectral_gap == pytest.approx(1 - np.sort(abs(eigenvalues))[-2], abs=1e-9)  # by modulus as well
+    assert figures.spectral_gap <= 1 - (1 / plan.coverage - 1) / 3 + 1e-9
 
 
 def hand_made(num_subnetworks: int, *holders: tuple[int, ...]) -> Plan:
