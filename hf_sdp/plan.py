@@ -181,7 +181,8 @@ class Plan:
 
     @cached_property
     def shared_numel(self) -> int:
-        return sum(math.prod(self.shapes[n]) for n, slices in self.slices.items() if slices[0].unit is None)
+        cut = {name for module in self.modules for name in module.dims}
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in cut)
 
     @cached_property
     def full_numel(self) -> int:
