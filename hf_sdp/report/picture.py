@@ -78,7 +78,9 @@ def _draw_units(plan: Plan, stacks: dict, figure: Figure) -> None:
         panel.hlines(np.arange(1, len(stack)), 0, plan.num_subnetworks, color="0.5", linewidth=0.4)
         panel.vlines(np.arange(1, plan.num_subnetworks), 0, len(stack), color="white", linewidth=0.6)
     shown = list(range(len(groups)))[:: -(-len(groups) // 20)]
-    labels = {i: f"{groups[i]} holders" if by_number else f"held by {_short(groups[i])}" for i in shown}
+    labels = {
+        i: f"{groups[i]} holder{'s' * (groups[i] > 1)}" if by_number else f"held by {_short(groups[i])}" for i in shown
+    }
     patches = [Patch(color=colors(i), label=label) for i, label in labels.items()]
     figure.legend(handles=patches, loc="outside right center", fontsize=7, frameon=False)
 
