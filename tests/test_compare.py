@@ -34,7 +34,10 @@ def test_command(tmp_path, monkeypatch):
     """All passes with real workers; every figure that can be known beforehand."""
     arguments = [*TINY, "--engines", "ddp,fsdp2,sdp", "--sdp", "coverage=0.5", "--rounds", "2", "--loss-steps", "4"]
     monkeypatch.setattr(sys, "argv", ["hf-sdp", "compare", *arguments])
-    main(["compare", *arguments, "--output", str(tmp_path)])
+    try:
+        main(["compare", *arguments, "--output", str(tmp_path)])
+    except SystemExit as exit:
+        assert not exit.code
     result = json.loads((tmp_path / "comparison.json").read_text())
     assert result["command"].startswith("hf-sdp compare --hidden-size 32")
     model, sdp = tiny_config(), SDPConfig(coverage=0.5)
