@@ -82,6 +82,7 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
     bandwidths = list(dict.fromkeys(bandwidths))
     if not options["learning_rate"] > 0:
         raise CommandError(f"--learning-rate must be positive, got {options['learning_rate']}.")
+    run.check(chosen, workplace, bandwidths)
     _make_folder(output)
     described = {
         "about": about(),

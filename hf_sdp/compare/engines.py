@@ -173,6 +173,7 @@ class Engine:
                 for group in module._get_fsdp_state()._fsdp_param_groups:
                     replace(group, "_all_gather_comm", _LocalGather(group._all_gather_comm))
                     replace(group, "_reduce_scatter_comm", _LocalScatter(group._reduce_scatter_comm))
+                    replace(group, "_all_reduce_hook", None)  # counts
             replace(dist, "all_reduce", lambda tensor, *args, **kwargs: None)
             # The norm of FSDP2's gradients, a DTensor, goes this way.
             replace(functional_collectives, "all_reduce", lambda tensor, *args, **kwargs: tensor)

@@ -47,8 +47,11 @@ def write_tokens(path: Path, workplace: Workplace, steps: int) -> str:
         )
         tokens = {"train": tokens[:rows], "valid": tokens[rows:]}
     else:
+        from datasets import disable_progress_bars
+
         from ..quality.corpus import load
 
+        disable_progress_bars()
         data, _ = load(vocabulary, length, max_bytes=max(4 * 2**20, 5 * rows * length))
         tokens = {split: torch.tensor(data[split]["input_ids"]) for split in ("train", "valid")}
         what = "source of Python's standard library"

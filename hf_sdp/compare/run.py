@@ -62,7 +62,7 @@ def compare(
     on_stage: Callable[[str, int], Callable[[], None]] = lambda name, total: lambda: None,
     on_result: Callable[[dict], None] = lambda result: None,
 ) -> dict:
-    """Measure all engines.
+    """Measure all engines, after :func:`check`.
 
     Args:
         engines: name -> config, None for one of ``engines.BASELINES``' values.
@@ -75,9 +75,8 @@ def compare(
     Returns: ``{"memory": {name: figures}, "times": {bandwidth: {name: figures}}, "losses": {...}}``, see
         :func:`largest`, :func:`summary` and :func:`~hf_sdp.compare.losses.losses`. Figures are those of the worker with
         the largest.
-    Raises: SDPConfigError before a process is started; WorkerError.
+    Raises: WorkerError.
     """
-    check(engines, workplace, bandwidths)
     started = dict(timeout_s=timeout_s, device=workplace.device)
     result: dict = {"memory": {}, "times": {}, "losses": {}}
     step = on_stage("memory and traffic", len(engines))
