@@ -29,7 +29,7 @@ MODELS = {
     ),
 }  # fmt: skip
 """The second: deeper, grouped-query attention, tied embeddings."""
-BATCHES = [(4, 512), (1, 256)]
+BATCHES = [(2, 512), (1, 256)]
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,18 @@ def _words(config: SDPConfig) -> list[str]:
 def settings() -> list[Setting]:
     large, deep = MODELS
     reshard, none = dict(reshard_after_forward=True), dict(sharding="none")
+    bf16 = dict(dtype="bfloat16")
     found = [Setting(large, "DDP"), Setting(large, "FSDP2"), Setting(large, "FSDP2, no reshard")]
     for level, coverage, sharding in (
         ("block", 0.25, {}), ("block", 0.5, reshard), ("block", 0.5, none), ("block", 0.75, {}),
-        ("neuron", 0.25, {}), ("neuron", 0.5, reshard), ("neuron", 0.5, none), ("neuron", 0.75, reshard),
+        ("neuron", 0.25, {}), ("neuron", 0.5, reshard), ("neuron", 0.75, none),
     ):  # fmt: skip
         found.append(Setting(large, SDPConfig(level=level, coverage=coverage, **sharding)))
     found.append(Setting(large, SDPConfig(level="block", masking="backward")))
-    found.append(Setting(large, SDPConfig(level="neuron", masking="backward", **reshard)))
-    found += [Setting(large, engine, gradient_checkpointing=True) for engine in ("DDP", "FSDP2")]
+    found.append(Setting(large, "FSDP2", gradient_checkpointing=True))
     found.append(Setting(large, SDPConfig(level="block"), gradient_checkpointing=True))
-    found.append(Setting(large, SDPConfig(level="neuron", **reshard), gradient_checkpointing=True))
-    found += [Setting(large, "FSDP2", dtype="bfloat16"), Setting(large, "FSDP2, no reshard", dtype="bfloat16")]
-    for level, sharding in (("block", {}), ("neuron", reshard), ("block", none)):
-        found.append(Setting(large, SDPConfig(level=level, param_dtype="bfloat16", **sharding), dtype="bfloat16"))
+    found.append(Setting(large, "FSDP2", **bf16))
+    found.append(Setting(large, SDPConfig(level="neuron", param_dtype="bfloat16", **reshard), **bf16))
     found += [Setting(deep, engine) for engine in ("DDP", "FSDP2", "FSDP2, no reshard")]
     for level, coverage, sharding, rank in (
         ("block", 0.25, none, 3), ("block", 0.5, {}, 5), ("block", 0.75, reshard, 7),
@@ -81,7 +79,13 @@ def settings() -> list[Setting]:
     ):  # fmt: skip
         found.append(Setting(deep, SDPConfig(level=level, coverage=coverage, **sharding), rank=rank))
     found.append(Setting(deep, SDPConfig(level="block", masking="backward", **none), rank=4))
-    found.append(Setting(deep, SDPConfig(level="block", coverage=0.5), gradient_checkpointing=True, rank=1))
+    found.append(Setting(deep, SDPConfig(level="neuron", masking="backward", **reshard)))
+    found += [Setting(deep, engine, gradient_checkpointing=True) for engine in ("DDP", "FSDP2, no reshard")]
+    found.append(Setting(deep, SDPConfig(level="block"), gradient_checkpointing=True, rank=1))
+    found.append(Setting(deep, SDPConfig(level="neuron", **reshard), gradient_checkpointing=True))
+    found.append(Setting(deep, "FSDP2, no reshard", **bf16))
+    for level, sharding in (("block", none), ("neuron", {})):
+        found.append(Setting(deep, SDPConfig(level=level, param_dtype="bfloat16", **sharding), **bf16, rank=6))
     return found
 
 

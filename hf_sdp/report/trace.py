@@ -115,14 +115,10 @@ def trace_subnetwork(
 
     some = {structure: layer for layer, structure in enumerate(of_layer)}
     alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
-    # What is freed after the last layer depends on what the first one saves (the embedded tokens) and any of them (the
-    # rotary embeddings).
-    most = max(range(len(of_layer)), key=lambda layer: _saved(alike[of_layer[layer]].layer_forward))
-    return [alike[structure] for structure in of_layer], traced(0, most, len(of_layer) - 1)
-
-
-def _saved(stream: Stream) -> int:
-    return sum(item.delta for item in stream if isinstance(item, Segment))
+    # What is freed after the last layer depends on what the first one saves (the embedded tokens), and on whether any has
+    # attention (and saves the rotary embeddings).
+    attends = [m.layer for m in plan.modules if m.kind != "mlp" and _runs(plan, subnetwork, m.name)]
+    return [alike[structure] for structure in of_layer], traced(0, attends[0] if attends else 0, len(of_layer) - 1)
 
 
 def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple, patch) -> Trace:
@@ -134,7 +130,8 @@ def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple
     if key not in _cache:
         model = meta_model(shallow_config(model_config))
         patch(model)
-        _cache[key] = _trace(model, workload)
+        prefix, _ = decoder_layers(model, family_of(model.config))
+        _cache[key] = _cut(_trace_stream(model, workload), prefix)
     return _cache[key]
 
 
@@ -179,13 +176,16 @@ def _plan_of_layers(plan: Plan, layers: tuple[int, ...], model: nn.Module) -> Pl
     return dataclasses.replace(plan, shapes=shapes, modules=tuple(modules), unit_holders=unit_holders)
 
 
-def _trace(model: nn.Module, workload: Workload) -> Trace:
+def _trace_stream(model: nn.Module, workload: Workload) -> list[Segment | Mark]:
+    """One step of a model on the meta device. It is not to be used any more."""
     for p in model.parameters():
         p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
     model.config.use_cache = False
     model.config._attn_implementation = _ATTENTION
     if workload.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The newest transformers has another name for it, and warns.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     model.train()
     ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
     recorder = _Recorder([*model.parameters(), *model.buffers(), ids])
@@ -195,8 +195,7 @@ def _trace(model: nn.Module, workload: Workload) -> Trace:
         loss.backward()
         del loss
         recorder.mark("end", "")
-    prefix, _ = decoder_layers(model, family_of(model.config))
-    return _cut(recorder.stream, prefix)
+    return recorder.stream
 
 
 def _cut(stream: list[Segment | Mark], prefix: str) -> Trace:
