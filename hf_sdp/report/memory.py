@@ -5,6 +5,7 @@ moments what FSDP2 allocates and frees: gathered parameters, buffers of collecti
 order of computation and communication for ``time.py``. Every formula with its source: ``FORMULAS.md``.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig
 from ..plan import Plan
 from ..workload import DTYPES, OPTIMIZER_STATES, Workload
 from .groups import Group, Skeleton, fsdp_groups, sdp_groups, skeleton
-from .trace import Mark, Segment, Trace, trace, trace_subnetwork
+from .trace import TRACED_LAYERS, Mark, Segment, Trace, trace, trace_subnetwork
 
 DDP_BUCKET_BYTES = 25 * 2**20
 
@@ -127,10 +128,11 @@ def fsdp_step(
 
 
 def replicated_step(model_config: PretrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
-    """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters."""
+    """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters. Another dtype of computation than the
+    stored one means autocast for DDP, and for ZeRO parameters and gradients in that dtype."""
     shapes = skeleton(model_config)
     engine = _Replicated(shapes, workload, world_size, zero_stage)
-    layers = trace(model_config, workload)
+    layers = trace(model_config, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)
     return _walk(shapes, layers, layers[0], engine)
 
 
@@ -352,22 +354,23 @@ class _Replicated(_Engine):
     def __init__(self, shapes: Skeleton, workload: Workload, world_size: int, zero_stage: int):
         super().__init__()
         self.world_size, self.zero_stage = world_size, zero_stage
+        self._untraced_copies = 0
         sizes = [Group((), {name: shape}, world_size, 1, 0) for name, shape in shapes.shapes.items()]
         numel = sum(group.largest_numel for group in sizes)
         stored_bytes, computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
         mixed = stored_bytes != computed_bytes
         num_states = OPTIMIZER_STATES[workload.optimizer]
         if zero_stage == 0:
-            # autocast keeps a copy of the weights in the dtype of computation; the gradients are in the stored dtype
-            self.gradient_scale = stored_bytes / computed_bytes
             self.parameters = self.gradients_stored = numel * stored_bytes
             self.optimizer = self.parameters * num_states
-            self.gathered = numel * computed_bytes if mixed else 0
             self.gradients = self.gradients_stored  # the buckets
             self.share = 1
+            if mixed and workload.gradient_checkpointing:
+                # Autocast's copies of the weights go when forward ends; the trace has seen those of few layers.
+                weights = sum(math.prod(shape) for shape in shapes.layer_shapes.values() if len(shape) == 2)
+                self._untraced_copies = (shapes.num_layers - TRACED_LAYERS) * weights * computed_bytes
         else:
             # ZeRO: parameters and gradients in the dtype of computation; the sharded optimizer has the stored ones
-            self.gradient_scale = 1
             shard = -(-numel // world_size)
             self.parameters = numel * computed_bytes
             self.gradients_stored = (numel if zero_stage == 1 else shard) * computed_bytes
@@ -377,7 +380,6 @@ class _Replicated(_Engine):
         self.parameter_bytes = numel * computed_bytes
 
     def gradient(self, name: str, nbytes: int) -> None:
-        nbytes = int(nbytes * self.gradient_scale)
         self.gradients += nbytes
         self._bucket += nbytes
         if self._bucket >= DDP_BUCKET_BYTES:
@@ -391,6 +393,8 @@ class _Replicated(_Engine):
         self._bucket = 0
 
     def mark(self, kind: str, module: str) -> None:
+        if kind == "end_of_forward":
+            self.activations -= self._untraced_copies
         if kind != "end":
             return
         if self._bucket:

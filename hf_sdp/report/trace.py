@@ -9,11 +9,13 @@ Source: torch/distributed/_tools/mem_tracker.py (storages by weak reference), to
 
 import copy
 import dataclasses
+import functools
 import json
 import weakref
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -28,8 +30,9 @@ from ..plan import Holders, Plan, meta_model
 from ..units import decoder_layers
 from ..workload import Workload
 
-_NUM_LAYERS = 3  # one in the middle, with a layer on both sides
+TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
 _ATTENTION = "hf_sdp_flash_on_meta"
+_AUTOCAST = "_hf_sdp_autocast"
 _aten = torch.ops.aten
 
 
@@ -88,9 +91,20 @@ class Trace:
 _cache: dict[tuple, Trace] = {}
 
 
-def trace(model_config: PretrainedConfig, workload: Workload) -> list[Trace]:
-    """For each decoder layer the trace of the full model. Kept: asking again costs nothing."""
-    return [_cached(model_config, workload, (), lambda model: None)] * model_config.num_hidden_layers
+def trace(model_config: PretrainedConfig, workload: Workload, *, autocast: bool = False) -> list[Trace]:
+    """For each decoder layer the trace of the full model. Kept: asking again costs nothing.
+
+    Args:
+        autocast: parameters and the residual stream stay float32, linear layers and attention compute in
+            ``workload.dtype``, as under ``torch.autocast``; else everything is in that dtype.
+    """
+
+    def prepare(model: nn.Module) -> None:
+        if autocast:
+            _autocast_linear_layers(model, getattr(torch, workload.dtype))
+
+    one = _cached(model_config, workload, ("autocast",) if autocast else (), prepare)
+    return [one] * model_config.num_hidden_layers
 
 
 def trace_subnetwork(
@@ -115,14 +129,10 @@ def trace_subnetwork(
 
     some = {structure: layer for layer, structure in enumerate(of_layer)}
     alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
-    # What is freed after the last layer depends on what the first one saves (the embedded tokens) and any of them (the
-    # rotary embeddings).
-    most = max(range(len(of_layer)), key=lambda layer: _saved(alike[of_layer[layer]].layer_forward))
-    return [alike[structure] for structure in of_layer], traced(0, most, len(of_layer) - 1)
-
-
-def _saved(stream: Stream) -> int:
-    return sum(item.delta for item in stream if isinstance(item, Segment))
+    # What is freed after the last layer depends on what the first one saves (the embedded tokens), and on whether any has
+    # attention (and saves the rotary embeddings).
+    attends = [m.layer for m in plan.modules if m.kind != "mlp" and _runs(plan, subnetwork, m.name)]
+    return [alike[structure] for structure in of_layer], traced(0, attends[0] if attends else 0, len(of_layer) - 1)
 
 
 def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple, patch) -> Trace:
@@ -134,7 +144,8 @@ def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple
     if key not in _cache:
         model = meta_model(shallow_config(model_config))
         patch(model)
-        _cache[key] = _trace(model, workload)
+        prefix, _ = decoder_layers(model, family_of(model.config))
+        _cache[key] = _cut(_trace_stream(model, workload), prefix)
     return _cache[key]
 
 
@@ -158,9 +169,9 @@ def _runs(plan: Plan, subnetwork: int, module: str) -> tuple[int, ...]:
 def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
     """The same model with few decoder layers."""
     config = copy.deepcopy(model_config)
-    config.num_hidden_layers = _NUM_LAYERS
+    config.num_hidden_layers = TRACED_LAYERS
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * _NUM_LAYERS
+        config.layer_types = config.layer_types[:1] * TRACED_LAYERS
     return config
 
 
@@ -179,24 +190,29 @@ def _plan_of_layers(plan: Plan, layers: tuple[int, ...], model: nn.Module) -> Pl
     return dataclasses.replace(plan, shapes=shapes, modules=tuple(modules), unit_holders=unit_holders)
 
 
-def _trace(model: nn.Module, workload: Workload) -> Trace:
-    for p in model.parameters():
-        p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
+def _trace_stream(model: nn.Module, workload: Workload) -> list[Segment | Mark]:
+    """One step of a model on the meta device. It is not to be used any more."""
+    if _AUTOCAST not in vars(model):
+        for p in model.parameters():
+            p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
     model.config.use_cache = False
     model.config._attn_implementation = _ATTENTION
     if workload.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The newest transformers has another name for it, and warns.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     model.train()
     ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
     recorder = _Recorder([*model.parameters(), *model.buffers(), ids])
     _watch(model, recorder)
     with recorder:
         loss = model(input_ids=ids, labels=ids).loss
+        vars(model).get(_AUTOCAST, {}).clear()  # as autocast does when it is left
+        recorder.mark("end_of_forward", "")
         loss.backward()
         del loss
         recorder.mark("end", "")
-    prefix, _ = decoder_layers(model, family_of(model.config))
-    return _cut(recorder.stream, prefix)
+    return recorder.stream
 
 
 def _cut(stream: list[Segment | Mark], prefix: str) -> Trace:
@@ -215,7 +231,7 @@ def _cut(stream: list[Segment | Mark], prefix: str) -> Trace:
                 )
         return tuple(result)
 
-    last = _NUM_LAYERS - 1
+    last = TRACED_LAYERS - 1
     return Trace(
         before=tuple(stream[: at("pre_forward", 0)]),
         layer_forward=relative(stream[at("pre_forward", 1) : at("post_forward", 1) + 1]),
@@ -335,9 +351,33 @@ class _MarkBackward(torch.autograd.Function):
         return None, None, *grads
 
 
+def _autocast_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """What ``torch.autocast``, which knows no meta device, does to linear layers: inputs are cast each time, and weights
+    once in a forward. The copies of the weights are kept until its end, those for recomputation as long as they are used.
+    Source: aten/src/ATen/autocast_mode.cpp (``cached_cast``)."""
+    copies: dict[nn.Parameter, torch.Tensor] = {}
+    object.__setattr__(model, _AUTOCAST, copies)
+
+    def forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        weight = copies.get(linear.weight)
+        if weight is None:
+            weight = linear.weight.to(dtype)
+            if torch._C._current_graph_task_id() == -1:  # not within backward
+                copies[linear.weight] = weight
+        return F.linear(x.to(dtype), weight, None if linear.bias is None else linear.bias.to(dtype))
+
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = functools.partial(forward, module)
+    model.config._hf_sdp_attention_dtype = dtype
+
+
 def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention that saves query, key, value, output and the logarithms of the sums, as the flash kernels of CPU and
     CUDA do; on the meta device PyTorch would take the path that saves the scores."""
+    dtype = getattr(module.config, "_hf_sdp_attention_dtype", None)
+    if dtype is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
