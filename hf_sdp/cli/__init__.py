@@ -21,15 +21,15 @@ commands = click.Group(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit: 0; 1 when what was run or checked failed; 2 with one line on stderr for bad input."""
+    """Run the command. Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input."""
     try:
         code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)  # an int: of context.exit(code)
+        if isinstance(code, int) and code:  # of context.exit(code)
+            sys.exit(code)
     except (SDPConfigError, SDPStateError, CommandError) as error:
         _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
-        sys.exit(0)
     except click.ClickException as error:
         _refuse(error.format_message())
     except click.Abort:
