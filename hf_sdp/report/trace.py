@@ -27,7 +27,7 @@ from ..config import SDPConfig
 from ..families import family_of
 from ..layers import PartSum, SharedBias
 from ..plan import Holders, Plan, meta_model
-from ..units import decoder_layers
+from ..units import MaskableModule, decoder_layers
 from ..workload import Workload
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
@@ -63,6 +63,7 @@ class Mark:
 
 
 Stream = tuple[Segment | Mark, ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def trace_subnetwork(
     outside of the layers. Layers of the same structure, of whatever plan, are traced once."""
     of_layer: list[tuple] = [()] * model_config.num_hidden_layers
     for module in plan.modules:
-        of_layer[module.layer] += (module.kind, module.num_units, _runs(plan, subnetwork, module.name))
+        runs = _runs(plan, subnetwork, module.name)
+        of_layer[module.layer] += (module.kind, module.num_units, runs, is_sum(plan, module, len(runs)))
 
     def traced(*layers: int) -> Trace:
         structure = (plan.level, plan.masking, *(of_layer[layer] for layer in layers))
@@ -164,6 +166,28 @@ def _runs(plan: Plan, subnetwork: int, module: str) -> tuple[int, ...]:
             runs.append(1)
         previous = holders
     return tuple(runs)
+
+
+def is_sum(plan: Plan, module: MaskableModule, num_parts: int) -> bool:
+    """Whether ``patch_model`` makes a PartSum of a module held in ``num_parts``: of several parts, and where others sum
+    several parts and then add shared biases (the order is global)."""
+    return num_parts > 1 or num_parts == 1 and bool(shared_biases(plan, module)) and is_split(plan, module)
+
+
+def shared_biases(plan: Plan, module: MaskableModule) -> dict[str, Shape]:
+    """Child name -> shape of its bias, of children whose weight is cut and whose bias is not (row-wise layers)."""
+    if plan.level != "neuron" or plan.masking != "forward":
+        return {}
+    children = {name.removeprefix(module.name + ".").rpartition(".")[0] for name in module.dims}
+    biases = {child: f"{module.name}.{child}.bias" for child in sorted(children)}
+    return {child: plan.shapes[b] for child, b in biases.items() if b in plan.shapes and b not in module.dims}
+
+
+def is_split(plan: Plan, module: MaskableModule) -> bool:
+    """Whether some subnetwork holds several parts of a module."""
+    units = plan.unit_holders[module.name]
+    runs = [holders for i, holders in enumerate(units) if i == 0 or holders != units[i - 1]]
+    return sum(map(len, runs)) > len(set().union(*runs))
 
 
 def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
