@@ -131,6 +131,8 @@ def trace_subnetwork(
 
     some = {structure: layer for layer, structure in enumerate(of_layer)}
     alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
+    if plan.level == "neuron":  # every layer has something of everything
+        return [alike[structure] for structure in of_layer], alike[of_layer[-1]]
     # What is freed after the last layer depends on what the first one saves (the embedded tokens), and on whether any has
     # attention (and saves the rotary embeddings).
     attends = [m.layer for m in plan.modules if m.kind != "mlp" and _runs(plan, subnetwork, m.name)]
