@@ -1,5 +1,6 @@
 """Estimates against what the real engines allocate, store and send, on torch's fake process group."""
 
+import contextlib
 import json
 import resource
 
@@ -188,21 +189,27 @@ def test_step_time_of_two_queues():
     assert step_time(step, bandwidth=1e12, flops=1).total == pytest.approx(35)
 
 
+def run(capsys, *arguments) -> str:
+    """What ``hf-sdp estimate`` prints when all is well."""
+    with contextlib.suppress(SystemExit):
+        main(["estimate", *map(str, arguments)])
+    printed = capsys.readouterr()
+    assert printed.out, printed.err
+    return printed.out
+
+
 def test_command_as_table_and_json(capsys, tmp_path):
     tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
     arguments = ["--workers", "4", "--level", "block", "--batch", "2", "--seq", "64"]
-    main(["estimate", str(tmp_path), *arguments])
-    assert "SDP, sharding none" in capsys.readouterr().out
+    assert "SDP, sharding none" in run(capsys, tmp_path, *arguments)
     arguments += ["--bandwidth", "1Gbit", "--flops", "1TFLOPS", "--json"]
-    main(["estimate", str(tmp_path), *arguments])
-    engines = {e["engine"]: e for e in json.loads(capsys.readouterr().out)["engines"]}
+    engines = {e["engine"]: e for e in json.loads(run(capsys, tmp_path, *arguments))["engines"]}
     assert len(engines) == 9
     ddp, full, none = (engines[name] for name in ("DDP", "SDP, sharding full", "SDP, sharding none"))
     assert full["peak_bytes"]["max"] < none["peak_bytes"]["max"] < ddp["peak_bytes"]["max"]
     assert ddp["step_time_s"]["total"] == pytest.approx(ddp["step_time_s"]["compute"] + ddp["step_time_s"]["exposed"])
     between = (full["peak_bytes"]["max"] + none["peak_bytes"]["max"]) / 2
-    main(["estimate", str(tmp_path), *arguments, "--gib", str(between / 2**30)])
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(run(capsys, tmp_path, *arguments, "--gib", between / 2**30))
     assert [e["fits"] for e in report["engines"] if e["engine"].startswith("SDP")] == [True, True, False]
     largest = report["largest_coverage_that_fits"]
     assert largest["SDP, sharding none"] == 0.25 and largest["SDP, sharding full"] >= 0.5
@@ -241,7 +248,7 @@ def test_a_model_of_70_billion_parameters_takes_little_memory(capsys, tmp_path):
         num_key_value_heads=8, max_position_embeddings=8192,
     ).save_pretrained(tmp_path)  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    main(["estimate", str(tmp_path), "--level", "block", "--json"])
+    report = json.loads(run(capsys, tmp_path, "--level", "block", "--json"))
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert json.loads(capsys.readouterr().out)["parameters"] > 70e9
+    assert report["parameters"] > 70e9
     assert grown_kib < 300 * 1024

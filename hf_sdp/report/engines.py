@@ -11,6 +11,7 @@ from ..errors import SDPConfigError
 from ..plan import Plan
 from ..workload import Workload
 from .memory import Step, fsdp_step, replicated_step, sdp_step
+from .trace import is_split
 
 MAX_WORKERS = 64
 SHARDINGS: dict[str, dict] = {
@@ -54,10 +55,8 @@ def sdp_rows(model_config: PretrainedConfig, plan: Plan, workload: Workload, wor
 
 def checkpointing_would_hang(plan: Plan, workload: Workload) -> bool:
     """What ``forward.refuse_unsafe_checkpointing`` refuses: recomputing a module in several parts that resharded."""
-    if not workload.gradient_checkpointing or plan.masking == "backward" or plan.level == "block":
-        return False
-    held = [(part.module, subnetwork) for part in plan.parts for subnetwork in part.holders]
-    return len(held) != len(set(held))
+    forward = plan.masking == "forward" and plan.level == "neuron"
+    return workload.gradient_checkpointing and forward and any(is_split(plan, module) for module in plan.modules)
 
 
 def other_rows(model_config: PretrainedConfig, workload: Workload, world_size: int) -> list[Row]:

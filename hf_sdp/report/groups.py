@@ -15,9 +15,7 @@ from transformers import PretrainedConfig
 from ..families import family_of
 from ..plan import Plan, meta_model
 from ..units import decoder_layers
-from .trace import shallow_config
-
-Shape = tuple[int, ...]
+from .trace import Shape, is_sum, shallow_config, shared_biases
 
 
 @dataclass(frozen=True)
@@ -215,21 +213,18 @@ def _local_parameters(plan: Plan, subnetwork: int):
         held.setdefault(part.module, []).append(part)
     local, biases = [], {}
     cut_by_patch = plan.masking == "forward" and plan.level == "neuron"
-    for name, parts in held.items():
+    for maskable in plan.modules:
+        name, parts = maskable.name, held.get(maskable.name, [])
+        is_a_sum = cut_by_patch and is_sum(plan, maskable, len(parts))
         for index, part in enumerate(parts):
-            module = name if len(parts) == 1 or not cut_by_patch else f"{name}.parts.{index}"
+            module = f"{name}.parts.{index}" if is_a_sum else name
             shapes = {}
             for full, (dim, start, stop) in part.ranges.items():
                 shape = list(plan.shapes[full])
                 shape[dim] = stop - start
                 shapes[module + full.removeprefix(name) if cut_by_patch else full] = tuple(shape)
             local.append((part, module, shapes))
-        if not cut_by_patch:
-            continue
-        children = {full.removeprefix(name + ".").rpartition(".")[0] for full in parts[0].ranges}
-        for child in sorted(children):
-            bias = f"{name}.{child}.bias"
-            if bias in plan.shapes and bias not in parts[0].ranges:
-                owner = f"{name}.{child}.shared_bias" if len(parts) == 1 else f"{name}.shared_biases.{child}"
-                biases[owner] = {f"{owner}.bias": plan.shapes[bias]}
+        for child, shape in shared_biases(plan, maskable).items():
+            owner = f"{name}.shared_biases.{child}" if is_a_sum else f"{name}.{child}.shared_bias"
+            biases[owner] = {f"{owner}.bias": shape}
     return local, biases

@@ -1,34 +1,27 @@
 """What a step of one worker computes, traced on the meta device: bytes that live between two points, and FLOPs.
 
-Forward and backward of the real (sub)network run without memory, on three decoder layers. A dispatch mode sees every
-storage come and go; hooks at module boundaries mark where a sharding engine acts. What comes between two marks is one
-:class:`Segment`. Decoder layers of one structure are alike, so a model of any depth is put together from pieces
-(:class:`Trace`) in ``memory.py``.
-Source: torch/distributed/_tools/mem_tracker.py (storages by weak reference), torch/utils/flop_counter.py.
+Forward and backward of the real (sub)network run without memory, on three decoder layers (``recorder.py``). Layers of one
+structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``.
 """
 
 import copy
 import dataclasses
 import functools
 import json
-import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import SDPConfig
 from ..families import family_of
-from ..layers import PartSum, SharedBias
 from ..plan import Holders, Plan, meta_model
-from ..units import decoder_layers
+from ..units import MaskableModule, decoder_layers
 from ..workload import Workload
+from .recorder import Mark, Recorder, Segment, watch
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
 _ATTENTION = "hf_sdp_flash_on_meta"
@@ -36,33 +29,8 @@ _AUTOCAST = "_hf_sdp_autocast"
 _aten = torch.ops.aten
 
 
-@dataclass
-class Segment:
-    """Between two marks.
-
-    Attributes:
-        delta: bytes that live after it, less those before it; gradients of parameters left out.
-        peak: the most bytes that live within it, less those before it; with the gradients of this segment.
-        flops: of matrix products and attention.
-        gradients: local parameter name -> bytes of its gradient, which comes to be in this segment.
-    """
-
-    delta: int = 0
-    peak: int = 0
-    flops: int = 0
-    gradients: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """``kind``: pre_forward, post_forward, pre_backward (the gradient of the output is there) or post_backward (that of
-    the inputs is there): the moments at which FSDP2's hooks run. ``module``: its local name."""
-
-    kind: str
-    module: str
-
-
 Stream = tuple[Segment | Mark, ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +82,8 @@ def trace_subnetwork(
     outside of the layers. Layers of the same structure, of whatever plan, are traced once."""
     of_layer: list[tuple] = [()] * model_config.num_hidden_layers
     for module in plan.modules:
-        of_layer[module.layer] += (module.kind, module.num_units, _runs(plan, subnetwork, module.name))
+        runs = _runs(plan, subnetwork, module.name)
+        of_layer[module.layer] += (module.kind, module.num_units, runs, is_sum(plan, module, len(runs)))
 
     def traced(*layers: int) -> Trace:
         structure = (plan.level, plan.masking, *(of_layer[layer] for layer in layers))
@@ -129,6 +98,8 @@ def trace_subnetwork(
 
     some = {structure: layer for layer, structure in enumerate(of_layer)}
     alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
+    if plan.level == "neuron":  # every layer has something of everything
+        return [alike[structure] for structure in of_layer], alike[of_layer[-1]]
     # What is freed after the last layer depends on what the first one saves (the embedded tokens), and on whether any has
     # attention (and saves the rotary embeddings).
     attends = [m.layer for m in plan.modules if m.kind != "mlp" and _runs(plan, subnetwork, m.name)]
@@ -164,6 +135,28 @@ def _runs(plan: Plan, subnetwork: int, module: str) -> tuple[int, ...]:
             runs.append(1)
         previous = holders
     return tuple(runs)
+
+
+def is_sum(plan: Plan, module: MaskableModule, num_parts: int) -> bool:
+    """Whether ``patch_model`` makes a PartSum of a module held in ``num_parts``: of several parts, and where others sum
+    several parts and then add shared biases (the order is global)."""
+    return num_parts > 1 or num_parts == 1 and bool(shared_biases(plan, module)) and is_split(plan, module)
+
+
+def shared_biases(plan: Plan, module: MaskableModule) -> dict[str, Shape]:
+    """Child name -> shape of its bias, of children whose weight is cut and whose bias is not (row-wise layers)."""
+    if plan.level != "neuron" or plan.masking != "forward":
+        return {}
+    children = {name.removeprefix(module.name + ".").rpartition(".")[0] for name in module.dims}
+    biases = {child: f"{module.name}.{child}.bias" for child in sorted(children)}
+    return {child: plan.shapes[b] for child, b in biases.items() if b in plan.shapes and b not in module.dims}
+
+
+def is_split(plan: Plan, module: MaskableModule) -> bool:
+    """Whether some subnetwork holds several parts of a module."""
+    units = plan.unit_holders[module.name]
+    runs = [holders for i, holders in enumerate(units) if i == 0 or holders != units[i - 1]]
+    return sum(map(len, runs)) > len(set().union(*runs))
 
 
 def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
@@ -203,8 +196,8 @@ def _trace_stream(model: nn.Module, workload: Workload) -> list[Segment | Mark]:
         enable({"use_reentrant": False})
     model.train()
     ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
-    recorder = _Recorder([*model.parameters(), *model.buffers(), ids])
-    _watch(model, recorder)
+    recorder = Recorder([*model.parameters(), *model.buffers(), ids])
+    watch(model, recorder)
     with recorder:
         loss = model(input_ids=ids, labels=ids).loss
         vars(model).get(_AUTOCAST, {}).clear()  # as autocast does when it is left
@@ -249,108 +242,6 @@ def _without(prefix: str, name: str) -> str:
     return name.removeprefix(prefix)
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every storage come and go. ``stream``: segments and marks so far."""
-
-    def __init__(self, not_counted: list[torch.Tensor]):
-        super().__init__()
-        self.stream: list[Segment | Mark] = []
-        self._ignored = {t.untyped_storage()._cdata for t in not_counted}
-        self._alive: dict[int, tuple[weakref.ref, int]] = {}
-        self._live = 0
-        self._segment, self._before = Segment(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self._segment.flops += _flops(func, args, kwargs, out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
-        return out
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive or key in self._ignored:
-            return
-        nbytes = storage.nbytes()
-        self._alive[key] = (weakref.ref(storage, lambda _: self._freed(key)), nbytes)
-        self._live += nbytes
-        here = self._live - self._before + sum(self._segment.gradients.values())
-        self._segment.peak = max(self._segment.peak, here)
-
-    def _freed(self, key: int) -> None:
-        self._live -= self._alive.pop(key)[1]
-
-    def gradient(self, name: str, parameter: nn.Parameter) -> None:
-        """The gradient of a parameter is complete: from here on the sharding engine's."""
-        nbytes = self._alive.pop(parameter.grad.untyped_storage()._cdata)[1]
-        self._live -= nbytes
-        self._segment.gradients[name] = nbytes
-        parameter.grad = None
-
-    def mark(self, kind: str, module: str) -> None:
-        self._segment.delta = self._live - self._before
-        if self._segment != Segment():
-            self.stream.append(self._segment)
-        self.stream.append(Mark(kind, module))
-        self._segment, self._before = Segment(), self._live
-
-
-def _watch(model: nn.Module, recorder: _Recorder) -> None:
-    """Hooks at every module that may be sharded on its own, as FSDP2 places them (``_fsdp_state.py``)."""
-    _, layers = decoder_layers(model, family_of(model.config))
-    watched = [model, model.get_input_embeddings(), model.get_output_embeddings()]
-    for layer in layers:
-        watched += [layer, *layer.children()]
-        for module in layer.modules():
-            if isinstance(module, PartSum):
-                watched += module.parts
-            elif isinstance(module, SharedBias):
-                watched.append(module)
-    names = {module: name for name, module in model.named_modules()}
-    for module in dict.fromkeys(m for m in watched if m is not None):
-        _watch_module(module, names[module], recorder)
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: recorder.gradient(name, p))
-
-
-def _watch_module(module: nn.Module, name: str, recorder: _Recorder) -> None:
-    def before(_, args, kwargs):
-        recorder.mark("pre_forward", name)
-        leaves, spec = tree_flatten((args, kwargs))
-        learned = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if learned and torch.is_grad_enabled():
-            watched = _MarkBackward.apply(recorder, name, *(leaves[i] for i in learned))
-            for i, tensor in zip(learned, watched, strict=True):
-                leaves[i] = tensor
-        return tree_unflatten(leaves, spec)
-
-    def after(_, args, output):
-        recorder.mark("post_forward", name)
-        for tensor in tree_leaves(output if isinstance(output, torch.Tensor | tuple) else list(output.values())):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda grad: recorder.mark("pre_backward", name))
-
-    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    module.register_forward_hook(after)
-
-
-class _MarkBackward(torch.autograd.Function):
-    """The inputs as they are; marks when their gradients are there. Source: FSDP2's RegisterPostBackwardFunction."""
-
-    @staticmethod
-    def forward(ctx, recorder: _Recorder, name: str, *inputs: torch.Tensor):
-        ctx.recorder, ctx.name = recorder, name
-        return inputs
-
-    @staticmethod
-    def backward(ctx, *grads):
-        ctx.recorder.mark("post_backward", ctx.name)
-        return None, None, *grads
-
-
 def _autocast_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """What ``torch.autocast``, which knows no meta device, does to linear layers: inputs are cast each time, and weights
     once in a forward. The copies of the weights are kept until its end, those for recomputation as long as they are used.
@@ -383,18 +274,3 @@ def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, drop
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _flash_on_meta)
-
-
-def _flops(func, args, kwargs, out) -> int:
-    """Multiplications and additions of matrix products. Attention: all scores are counted, as if it were not causal."""
-    packet = func.overloadpacket
-    if packet in (
-        _aten._scaled_dot_product_flash_attention_for_cpu,
-        _aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    ):
-        backward = packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward
-        query, key = args[1:3] if backward else args[:2]
-        product = 2 * query.shape[:-1].numel() * key.shape[-2] * query.shape[-1]
-        return product * (5 if backward else 2)  # backward computes the scores again
-    formula = flop_registry.get(packet)
-    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
