@@ -79,7 +79,13 @@ def test_predicted_equals_measured(engine, dtype, checkpointing, rank, world_siz
     )
     peak = measured["parameters"] + measured["optimizer"] + measured["buckets"] + measured["step"]
     assert memory.peak == pytest.approx(peak, rel=0.01)
-    parts = (memory.parameters, memory.optimizer, memory.gathered, memory.activations, memory.gradients_at_peak)
+    parts = (
+        memory.parameters,
+        memory.optimizer,
+        memory.gathered_at_peak,
+        memory.activations_at_peak,
+        memory.gradients_at_peak,
+    )
     assert memory.peak == sum(parts)
     if isinstance(engine, SDPConfig):
         assert step.bytes_sent == measured["bytes_sent"]

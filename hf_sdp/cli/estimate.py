@@ -1,5 +1,6 @@
 """``hf-sdp estimate``."""
 
+import dataclasses
 import json
 
 import click
@@ -9,6 +10,7 @@ from rich.table import Table
 from .. import make_plan
 from ..errors import SDPConfigError
 from ..plan import Plan, meta_model
+from ..report.allocations import WorkerMemory
 from ..report.engines import Row, config_of, largest_coverage, other_rows, sdp_rows, subnetworks
 from ..report.time import StepTime, step_time
 from ..workload import Workload
@@ -17,7 +19,7 @@ from .options import json_option, model_argument, sdp_config, sdp_options, worke
 from .units import Bandwidth, Flops
 
 GIB = 2**30
-_KINDS = ("parameters", "gradients", "optimizer", "gathered", "activations", "gradients_at_peak", "peak")
+_KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
 _WORKLOAD = ("batch", "sequence", "dtype", "param_dtype", "optimizer", "gradient_checkpointing")
 
 
@@ -116,7 +118,8 @@ def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, t
         highlight=False,
     )
     console.print(
-        "Gathered and activations are those at the peak, which also has gradients and buffers of collectives.",
+        "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and buffers "
+        "of collectives, and what of it all lives at one moment (--json: at_peak).",
         highlight=False,
     )
     if len(subnetworks(plan)) < plan.num_subnetworks:

@@ -19,10 +19,11 @@ class WorkerMemory:
 
     Attributes:
         parameters, gradients, optimizer: the state it stores: its shards, with gradients after backward.
-        gathered: at the peak: gathered parameters (or copies in another dtype) and all-gather buffers.
-        activations: at the peak: saved tensors and temporaries.
-        gradients_at_peak: at the peak: gradients so far, sharded or not, and buffers of their reduction.
-        peak: parameters + optimizer + gathered + activations + gradients_at_peak.
+        gathered: the most over the step: gathered parameters (or copies in another dtype) and all-gather buffers.
+        activations: the most over the step: saved tensors and temporaries.
+        gathered_at_peak, activations_at_peak: the same at the moment of the peak.
+        gradients_at_peak: gradients so far, sharded or not, and buffers of their reduction.
+        peak: parameters + optimizer + the three at the peak.
     """
 
     parameters: int
@@ -30,6 +31,8 @@ class WorkerMemory:
     gradients: int
     optimizer: int
     activations: int
+    gathered_at_peak: int
+    activations_at_peak: int
     gradients_at_peak: int
     peak: int
 
@@ -57,9 +60,12 @@ class Engine:
         self.activations = self.gathered = self.gradients = 0
         self.actions: list[Action] = []
         self._peak, self._at_peak = -1, (0, 0, 0)
+        self._most_gathered = self._most_activations = 0
 
     def note(self, temporary: int = 0) -> None:
         """``temporary``: further bytes of activations, for a moment."""
+        self._most_gathered = max(self._most_gathered, self.gathered)
+        self._most_activations = max(self._most_activations, self.activations + temporary)
         total = self.activations + temporary + self.gathered + self.gradients
         if total > self._peak:
             self._peak = total
@@ -75,10 +81,12 @@ class Engine:
         gathered, activations, gradients = self._at_peak
         return WorkerMemory(
             parameters=self.parameters,
-            gathered=gathered,
+            gathered=self._most_gathered,
             gradients=self.gradients_stored,
             optimizer=self.optimizer,
-            activations=activations,
+            activations=self._most_activations,
+            gathered_at_peak=gathered,
+            activations_at_peak=activations,
             gradients_at_peak=gradients,
             peak=self.parameters + self.optimizer + self._peak,
         )
