@@ -211,11 +211,19 @@ def _check_connected(plan: Plan, config: SDPConfig) -> None:
     if plan.replication[0] < 2:
         return
     shared_by = {id(h): h for m in plan.modules if m.layer not in plan.always_held for h in plan.unit_holders[m.name]}
-    graph = worker_graph(shared_by.values())
-    if not nx.is_connected(graph):
-        groups = [sorted(c) for c in nx.connected_components(graph)]
+    unreached, reached = list(shared_by.values()), {0}
+    while len(reached) < plan.num_subnetworks:  # at once where sets are large; a graph of them would be larger still
+        joined = [holders for holders in unreached if not reached.isdisjoint(holders)]
+        if not joined:
+            break
+        unreached = [holders for holders in unreached if reached.isdisjoint(holders)]
+        reached.update(*joined)
+    if len(reached) < plan.num_subnetworks:
+        groups = [
+            f"{sorted(c)[:8]}{'...' * (len(c) > 8)}" for c in nx.connected_components(worker_graph(shared_by.values()))
+        ]
         raise SDPConfigError(
             f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at coverage "
-            f"{config.coverage}: {groups} would share no unit and drift apart. Use a higher coverage, fewer "
+            f"{config.coverage}: {', '.join(groups[:8])} would share no unit and drift apart. Use a higher coverage, fewer "
             "subnetworks (num_subnetworks), or level='neuron'."
         )
