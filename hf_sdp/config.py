@@ -144,6 +144,12 @@ class SDPConfig:
                 f"memory_gib={list(self.memory_gib)} needs a workload: what fits depends on the activations. "
                 "Use workload=Workload(batch=4, sequence=1024)."
             )
+        gathered = self.param_dtype or self.workload.param_dtype
+        if self.simulate is None and gathered != self.workload.dtype:
+            raise SDPConfigError(
+                f"The workload computes in {self.workload.dtype}, parameters would be gathered in {gathered} "
+                f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the workload."
+            )
 
     def _refuse_options_without_effect(self):
         def refuse(option: str, because: str, remedy: str):

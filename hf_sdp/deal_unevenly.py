@@ -103,7 +103,7 @@ def deal_chunks(
     result = []
     for index, row in enumerate(shares):
         # Where lengths are no whole numbers, the shift lets each subnetwork round up as often as it is due.
-        shift = Fraction(index % fraction, fraction)
+        shift = Fraction(index // len(by_turn) % fraction, fraction)
         chunks = dealt((row * num_chunks).tobytes(), (index + kind_index) % len(by_turn), shift)
         size = num_units // num_chunks
         result.append([holders for holders in chunks for _ in range(size)])

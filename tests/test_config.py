@@ -53,9 +53,13 @@ def test_an_option_without_effect_is_an_error(options):
             SDPConfig(coverage=[0.75, 0.25], always_held=[0, -1], depth_profile="linear"),
         ),
         (
-            "--sdp_memory_gib 24 12 --sdp_workload batch=4,sequence=1024,dtype=bf16 --sdp_balance compute",
+            "--sdp_memory_gib 24 12 --sdp_workload batch=4,sequence=1024,dtype=bf16 --sdp_balance compute"
+            " --sdp_param_dtype bfloat16",
             SDPConfig(
-                memory_gib=[24, 12], workload=Workload(batch=4, sequence=1024, dtype="bfloat16"), balance="compute"
+                memory_gib=[24, 12],
+                workload=Workload(batch=4, sequence=1024, dtype="bfloat16"),
+                balance="compute",
+                param_dtype="bfloat16",
             ),
         ),
     ],
@@ -82,6 +86,8 @@ def test_a_workload_that_is_not_understood_is_an_error(text, message):
         SDPConfig(memory_gib=[1, 1], workload=text)
 
 
-def test_memory_needs_a_workload():
+def test_memory_needs_a_workload_that_the_run_will_have():
     with pytest.raises(SDPConfigError, match="needs a workload"):
         SDPConfig(memory_gib=[1, 1])
+    with pytest.raises(SDPConfigError, match="gathered in float32.*Use param_dtype='bfloat16'"):
+        SDPConfig(memory_gib=[1, 1], workload=Workload(batch=1, sequence=8, dtype="bfloat16"))
