@@ -37,7 +37,8 @@ def plot_curves(runs: dict[str, dict[str, dict]], path: Path, *, reference: str)
         for method, color in zip(methods, COLORS * len(methods), strict=False):
             _band(axis, runs[method], budget, color, method)
         axis.set_title(panel, loc="left", fontsize=10)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(fontsize=8, loc="upper right", framealpha=0.85, edgecolor="none")
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat:
         _plain(axis)
     for axis in list(axes.flat)[len(panels) or 1 :]:
