@@ -2,36 +2,12 @@
 
 import statistics
 
-import torch
-import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
+from hf_sdp.compare.engines import DDPTraffic
 from hf_sdp.metrics import STATE_KINDS, StepMeter
 from hf_sdp.traffic import Traffic
-
-
-class DDPTraffic:
-    """Counts the bytes a worker sends for gradients, bucket by bucket: a ring all-reduce sends each one twice,
-    but for the share that stays. ``buffer_bytes``: what the buckets occupy, for as long as the model lives."""
-
-    def __init__(self, model: DistributedDataParallel):
-        self.bytes_sent = 0
-        self._buffers: dict[int, int] = {}
-        model.register_comm_hook(None, self._all_reduce)
-
-    @property
-    def buffer_bytes(self) -> int:
-        return sum(self._buffers.values())
-
-    def _all_reduce(self, process_group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if bucket.index() == 0:
-            self._buffers.clear()  # DDP cuts its buckets anew after the first backward
-        size, num_workers = bucket.buffer().nbytes, dist.get_world_size()
-        self._buffers[bucket.index()] = size
-        self.bytes_sent += 2 * (num_workers - 1) * size // num_workers
-        return allreduce_hook(process_group, bucket)
 
 
 class MeterCallback(TrainerCallback):

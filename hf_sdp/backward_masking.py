@@ -6,6 +6,7 @@ each worker's share of a unit with r holders is scaled by N/r here: (1/N) Σ_i (
 Source: arXiv 2507.09029, section 3 (backward masking).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ class _ZeroGradients(torch.autograd.Function):
 def _autocast(*tensors):
     """What autocast would do to the operands of a linear layer (it does not look into autograd functions)."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in tensors)
@@ -103,7 +104,9 @@ class HeldLinear(nn.Linear):
     """
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, dim: int, held: list[Ranges], cursor: Cursor, copy_inputs: bool) -> "HeldLinear":
+    def of(
+        cls, linear: nn.Linear, *, dim: int, held: dict[int, Ranges], cursor: Cursor, copy_inputs: bool
+    ) -> "HeldLinear":
         """Shares the parameters of ``linear`` by identity."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -153,9 +156,12 @@ class HeldModule(nn.Module):
         return output if held else _ZeroGradients.apply(output, *parameters.values())
 
 
-def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
-    """Replace the layers of every maskable module, in place, keeping names and Parameters."""
-    held = held_ranges(plan)
+def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetworks: Iterable[int]) -> None:
+    """Replace the layers of every maskable module, in place, keeping names and Parameters.
+
+    ``subnetworks``: those that ``cursor`` may come to.
+    """
+    held = held_ranges(plan, subnetworks)
     for module_plan in plan.modules:
         owners = {name.rpartition(".")[0] for name in module_plan.dims}
         for owner in owners:
@@ -176,20 +182,25 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
                 module.__class__ = type(f"Held{type(module).__name__}", (HeldModule, type(module)), {})
 
 
-def held_ranges(plan: Plan) -> dict[str, list[Ranges]]:
-    """Full parameter name -> per subnetwork, the ranges it holds along the cut dim (neighbours with equally many holders
+def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, Ranges]]:
+    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim (neighbours with equally many holders
     joined)."""
-    result: dict[str, list[Ranges]] = {}
+    sets = {id(h): h for holders in plan.unit_holders.values() for h in holders}  # few: each is looked through once
+    holding = {w: {key for key, holders in sets.items() if w in holders} for w in subnetworks}
+    result: dict[str, dict[int, Ranges]] = {}
     for module in plan.modules:
         for name in module.dims:
-            ranges: list[list[tuple[int, int, float]]] = [[] for _ in range(plan.num_subnetworks)]
-            for s in plan.slices[name]:
-                scale = plan.num_subnetworks / len(s.holders)
-                for subnetwork in s.holders:
-                    mine = ranges[subnetwork]
-                    if mine and mine[-1][1:] == (s.start, scale):
-                        mine[-1] = (mine[-1][0], s.stop, scale)
-                    else:
-                        mine.append((s.start, s.stop, scale))
-            result[name] = [tuple(mine) for mine in ranges]
+            result[name] = {w: _joined(plan, name, held) for w, held in holding.items()}
     return result
+
+
+def _joined(plan: Plan, name: str, held: set[int]) -> Ranges:
+    ranges: list[tuple[int, int, float]] = []
+    for s in plan.slices[name]:
+        if id(s.holders) in held:
+            scale = plan.num_subnetworks / len(s.holders)
+            if ranges and ranges[-1][1:] == (s.start, scale):
+                ranges[-1] = (ranges[-1][0], s.stop, scale)
+            else:
+                ranges.append((s.start, s.stop, scale))
+    return tuple(ranges)

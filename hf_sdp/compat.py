@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 __all__ = [
     "DefaultAllGather",
     "DefaultReduceScatter",
+    "checkpoint_activations",
     "converts_checkpoints",
     "default_store",
     "reset_after_exception",
@@ -24,6 +25,14 @@ def reset_after_exception(model: nn.Module) -> None:
     """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
     if hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute decoder layers in backward, non-reentrant (the method's name is new in transformers 5.23)."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def converts_checkpoints(model: nn.Module) -> bool:

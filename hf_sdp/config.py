@@ -120,7 +120,7 @@ class SDPConfig:
         self._refuse_options_without_effect()
 
     def _check_coverage(self):
-        shares = self.coverage if _is_list(self.coverage, Real) else [self.coverage]
+        shares = _shares(self.coverage)
         if not shares or any(isinstance(c, bool) or not isinstance(c, Real) or not 0 < c <= 1 for c in shares):
             raise SDPConfigError(
                 f"coverage must be in (0, 1], or a list of such for each subnetwork, got {self.coverage!r}. "
@@ -144,6 +144,12 @@ class SDPConfig:
                 f"memory_gib={list(self.memory_gib)} needs a workload: what fits depends on the activations. "
                 "Use workload=Workload(batch=4, sequence=1024)."
             )
+        gathered = self.param_dtype or self.workload.param_dtype
+        if self.simulate is None and gathered != self.workload.dtype:
+            raise SDPConfigError(
+                f"The workload computes in {self.workload.dtype}, parameters would be gathered in {gathered} "
+                f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the workload."
+            )
 
     def _refuse_options_without_effect(self):
         def refuse(option: str, because: str, remedy: str):
@@ -163,6 +169,14 @@ class SDPConfig:
                 "masking='backward', whose forward is always the full model",
                 "Use evaluate='full'.",
             )
+        if self.memory_gib is None and set(_shares(self.coverage)) == {1.0}:
+            for name in ("depth_profile", "always_held"):
+                if getattr(self, name) != _DEFAULTS[name]:
+                    refuse(
+                        f"{name}={getattr(self, name)!r}",
+                        "coverage=1.0: every worker holds everything",
+                        "Leave it out.",
+                    )
         if self.memory_gib is not None and self.coverage != _DEFAULTS["coverage"]:
             refuse(f"coverage={self.coverage!r}", "memory_gib, which decides the coverage", "Leave one of them out.")
         if self.workload is not None and self.memory_gib is None and self.balance == "memory":
@@ -204,6 +218,10 @@ class SDPConfig:
         if len(values["coverage"]) == 1:
             (values["coverage"],) = values["coverage"]
         return cls(**values)
+
+
+def _shares(coverage) -> Sequence:
+    return coverage if _is_list(coverage, Real) else [coverage]
 
 
 def _is_list(value, element: type) -> bool:

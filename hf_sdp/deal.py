@@ -106,13 +106,6 @@ def unevenness(num_subnetworks: int, a: np.ndarray, b: np.ndarray, num_shared: n
     return components, int(pairs.sum()) * num_pairs - int(pairs[a == b].sum()) ** 2
 
 
-def window(position: int, m: int, k: int, num_units: int) -> list[tuple[int, int]]:
-    """Unit ranges ``[(start, stop), ...]`` of the m chunks from chunk ``position`` on (cyclic)."""
-    edges = [j * num_units // k for j in range(k + 1)]
-    chunks = [(edges[(position + j) % k], edges[(position + j) % k + 1]) for j in range(m)]
-    return [(a, b) for a, b in chunks if b > a]
-
-
 def deal(
     *, num_units: int, depth: int, kind_index: int, num_subnetworks: int, r: int, seed: int
 ) -> list[list[tuple[int, ...]]]:
@@ -137,22 +130,27 @@ def deal(
     # blocks of a layer: the full model is evaluated with both, so some workers must train them together.
     # Backwards, so that an MLP and the attention after it differ as well.
     partition_offset = -kind_index if num_units == 1 or math.ceil(depth / cycle) < 2 else 0
+    members = [_members(partition, m, k) for partition in family]
+    chunk_of_unit = [((unit + 1) * k - 1) // num_units for unit in range(num_units)]
     result = []
     for turn, step in places:
-        partition = family[(turn + partition_offset) % len(family)]
+        holders_of = members[(turn + partition_offset) % len(family)]
         start = random.Random(f"{seed}/{turn}").randrange(k) + kind_index * m
-        groups_of_unit: list[list[int]] = [[] for _ in range(num_units)]
-        for group in range(k):
-            for a, b in window(group + start + m * step, m, k, num_units):
-                for unit in range(a, b):
-                    groups_of_unit[unit].append(group)
-        result.append([_members(partition, tuple(groups)) for groups in groups_of_unit])
+        result.append([holders_of((chunk - start - m * step) % k) for chunk in chunk_of_unit])
     return result
 
 
-@cache
-def _members(partition: Partition, groups: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(w for w, group in enumerate(partition) if group in groups)
+def _members(partition: Partition, m: int, k: int):
+    """Window start -> the subnetworks whose m adjacent chunks, from the number of their group on, have that chunk."""
+    groups: list[list[int]] = [[] for _ in range(k)]
+    for subnetwork, group in enumerate(partition):
+        groups[group].append(subnetwork)
+
+    @cache
+    def members(chunk: int) -> tuple[int, ...]:
+        return tuple(sorted(w for j in range(m) for w in groups[(chunk - j) % k]))
+
+    return members
 
 
 def worker_graph(holder_sets) -> nx.Graph:

@@ -40,8 +40,8 @@ def depth_shares(coverage: np.ndarray, depth: int, profile: str) -> np.ndarray:
     """Shares by module and subnetwork, float64 of shape ``(depth, N)``; their mean over depth is ``coverage``, shape ``(N,)``.
 
     "linear" goes down from C + d to C - d, d = min(C, 1 - C) / 2, in three steps: finer ones would each bring holder
-    sets of their own. That early layers can be dropped least is found for inference of pruned and layer-dropped models
-    (LayerSkip, arXiv 2404.16710, section 4.1: dropout rates that grow with depth).
+    sets of their own. Early layers are dropped least in stochastic depth (arXiv 1603.09382, equation 4) and LayerSkip (arXiv
+    2404.16710, section 4.1), too.
     """
     shares = np.repeat(coverage[None, :], depth, axis=0)
     if profile == "linear":
@@ -103,7 +103,7 @@ def deal_chunks(
     result = []
     for index, row in enumerate(shares):
         # Where lengths are no whole numbers, the shift lets each subnetwork round up as often as it is due.
-        shift = Fraction(index % fraction, fraction)
+        shift = Fraction(index // len(by_turn) % fraction, fraction)
         chunks = dealt((row * num_chunks).tobytes(), (index + kind_index) % len(by_turn), shift)
         size = num_units // num_chunks
         result.append([holders for holders in chunks for _ in range(size)])

@@ -64,7 +64,7 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan
     if config.simulate:
         simulate(model, plan, family_of(model.config), state.cursor)
     elif config.masking == "backward":
-        mask_weight_gradients(model, plan, state.cursor)
+        mask_weight_gradients(model, plan, state.cursor, [state.subnetwork])
     else:
         _keep_held_parts(model, state)
     for name, p in model.named_parameters():

@@ -72,10 +72,11 @@ class Plan:
     def slices(self) -> dict[str, tuple[Slice, ...]]:
         """Full parameter name -> its slices, which tile it along one dim. Shared parameters have one."""
         cut = {name: (module, dim) for module in self.modules for name, dim in module.dims.items()}
+        everyone = self.everyone
         result = {}
         for name, shape in self.shapes.items():
             if name not in cut:
-                result[name] = (Slice(0, 0, shape[0] if shape else 1, None, self.everyone),)
+                result[name] = (Slice(0, 0, shape[0] if shape else 1, None, everyone),)
                 continue
             module, dim = cut[name]
             step = shape[dim] // module.num_units
@@ -88,7 +89,11 @@ class Plan:
     def held(self, subnetwork: int) -> dict[str, tuple[Slice, ...]]:
         """The slices that ``subnetwork`` holds; parameters of which it holds nothing are left out."""
         self._check(subnetwork)
-        held = {n: tuple(s for s in slices if subnetwork in s.holders) for n, slices in self.slices.items()}
+        holds = {id(h): subnetwork in h for h in self._distinct_holders()}
+        held = {
+            name: tuple(s for s in slices if s.unit is None or holds[id(s.holders)])
+            for name, slices in self.slices.items()
+        }
         return {name: slices for name, slices in held.items() if slices}
 
     @cached_property
@@ -127,12 +132,19 @@ class Plan:
     @cached_property
     def holder_sets(self) -> tuple[Holders, ...]:
         """All distinct holder sets, sorted; that of the shared parameters (everyone) is one of them."""
-        return tuple(sorted({self.everyone, *(h for holders in self.unit_holders.values() for h in holders)}))
+        return tuple(sorted({self.everyone, *self._distinct_holders()}))
+
+    def _distinct_holders(self) -> list[Holders]:
+        """The holder sets of units. Units share tuples, which are told apart by identity: to hash or to search one for each
+        unit would take seconds when thousands of subnetworks hold it."""
+        return list({id(h): h for holders in self.unit_holders.values() for h in holders}.values())
 
     @property
     def coverage(self) -> float:
         """Share of the maskable elements that a worker holds, mean over subnetworks."""
-        return sum(map(self.coverage_of, range(self.num_subnetworks))) / self.num_subnetworks
+        dealt = [part for part in self.parts if part.layer not in self.always_held]
+        held = sum(self._part_numel(part) * len(part.holders) for part in dealt)
+        return held / sum(map(self._part_numel, dealt)) / self.num_subnetworks
 
     def coverage_of(self, subnetwork: int) -> float:
         """Share of the maskable elements that ``subnetwork`` holds. Layers that are always held do not count."""
@@ -169,7 +181,8 @@ class Plan:
 
     @cached_property
     def shared_numel(self) -> int:
-        return sum(math.prod(self.shapes[n]) for n, slices in self.slices.items() if slices[0].unit is None)
+        cut = {name for module in self.modules for name in module.dims}
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in cut)
 
     @cached_property
     def full_numel(self) -> int:
@@ -182,7 +195,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Canonical JSON; ``Plan.from_json(plan.to_json()) == plan``."""
-        index = {holders: i for i, holders in enumerate(self.holder_sets)}
+        position = {holders: i for i, holders in enumerate(self.holder_sets)}
+        index = {id(holders): position[holders] for holders in self._distinct_holders()}
         data = {
             "level": self.level,
             "masking": self.masking,
@@ -191,7 +205,7 @@ class Plan:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "holder_sets": [list(holders) for holders in self.holder_sets],
             "modules": [
-                {**dataclasses.asdict(m), "holder_set_of_unit": [index[h] for h in self.unit_holders[m.name]]}
+                {**dataclasses.asdict(m), "holder_set_of_unit": [index[id(h)] for h in self.unit_holders[m.name]]}
                 for m in self.modules
             ],
         }

@@ -10,6 +10,7 @@ from .config import SDPConfig
 from .deal import deal, reduced, replication, worker_graph
 from .deal_unevenly import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
 from .errors import SDPConfigError
+from .fit import fit
 from .flops import training_flops
 from .plan import Holders, Plan, meta_model
 from .units import MaskableModule, maskable_modules
@@ -32,14 +33,17 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
         names the nearest coverage that can, or by how much the workers miss.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
-    return plan_of(model, config, _coverages(config, num_subnetworks))
+    if config.memory_gib is not None:
+        coverages = fit(model.config, config, num_subnetworks, lambda shares: plan_of(model, config, shares))
+    else:
+        coverages = _coverages(config, num_subnetworks)
+    return plan_of(model, config, coverages)
 
 
 def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     """The plan in which subnetwork w holds the share ``coverages[w]``, whatever ``config`` says of it."""
     num_subnetworks = len(coverages)
-    even = bool(np.all(coverages == coverages[0])) and config.depth_profile == "uniform" and config.balance == "memory"
-    if even:
+    if _is_even(config, coverages):
         r = replication(float(coverages[0]), num_subnetworks)
         chunks = reduced(r, num_subnetworks)[1]
     else:
@@ -58,7 +62,7 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     everyone = tuple(range(num_subnetworks))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     unit_holders: dict[str, tuple[Holders, ...]] = {m.name: (everyone,) * m.num_units for m in modules}
-    if even:
+    if _is_even(config, coverages):
         dealt = _deal_evenly(list(stacks.values()), config, num_subnetworks, r)
     else:
         weights = [_weight(stack[0], shapes, model.config, config) for stack in stacks.values()]
@@ -78,9 +82,17 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     return plan
 
 
+def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:
+    """Whether every unit of every layer has the same number of holders, and every subnetwork the same share."""
+    one_share = bool(np.all(coverages == coverages[0]))
+    whole = abs(coverages.sum() - round(coverages.sum())) < 1e-6
+    return one_share and whole and config.depth_profile == "uniform" and config.balance == "memory"
+
+
 def _coverages(config: SDPConfig, num_subnetworks: int) -> np.ndarray:
     """Share of each subnetwork, float64 of shape ``(N,)``."""
     if not isinstance(config.coverage, tuple):
+        replication(config.coverage, num_subnetworks)  # refuses what gives units no whole number of holders
         return np.full(num_subnetworks, float(config.coverage))
     if len(config.coverage) != num_subnetworks:
         raise SDPConfigError(
@@ -199,11 +211,19 @@ def _check_connected(plan: Plan, config: SDPConfig) -> None:
     if plan.replication[0] < 2:
         return
     shared_by = {id(h): h for m in plan.modules if m.layer not in plan.always_held for h in plan.unit_holders[m.name]}
-    graph = worker_graph(shared_by.values())
-    if not nx.is_connected(graph):
-        groups = [sorted(c) for c in nx.connected_components(graph)]
+    unreached, reached = list(shared_by.values()), {0}
+    while len(reached) < plan.num_subnetworks:  # at once where sets are large; a graph of them would be larger still
+        joined = [holders for holders in unreached if not reached.isdisjoint(holders)]
+        if not joined:
+            break
+        unreached = [holders for holders in unreached if reached.isdisjoint(holders)]
+        reached.update(*joined)
+    if len(reached) < plan.num_subnetworks:
+        groups = [
+            f"{sorted(c)[:8]}{'...' * (len(c) > 8)}" for c in nx.connected_components(worker_graph(shared_by.values()))
+        ]
         raise SDPConfigError(
             f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at coverage "
-            f"{config.coverage}: {groups} would share no unit and drift apart. Use a higher coverage, fewer "
+            f"{config.coverage}: {', '.join(groups[:8])} would share no unit and drift apart. Use a higher coverage, fewer "
             "subnetworks (num_subnetworks), or level='neuron'."
         )

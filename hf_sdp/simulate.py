@@ -22,7 +22,7 @@ class VirtualLinear(nn.Linear):
     """A full linear layer that computes, in training, with the slices of the current subnetwork only."""
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, dim: int, held: list[Ranges], cursor: Cursor) -> "VirtualLinear":
+    def of(cls, linear: nn.Linear, *, dim: int, held: dict[int, Ranges], cursor: Cursor) -> "VirtualLinear":
         """Shares the parameters of ``linear`` by identity."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -54,7 +54,7 @@ class MaybeSkipped(nn.Module):
 def simulate(model: nn.Module, plan: Plan, family: Family, cursor: Cursor) -> None:
     """Turn a full model into its simulation, in place; names and Parameters stay."""
     if plan.masking == "backward":
-        mask_weight_gradients(model, plan, cursor)
+        mask_weight_gradients(model, plan, cursor, range(plan.num_subnetworks))
     elif plan.level == "neuron":
         _virtual_linears(model, plan, cursor)
     else:
@@ -82,7 +82,7 @@ def _scale(plan: Plan, name: str, num_dims: int) -> float | torch.Tensor:
 
 
 def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
-    held = held_ranges(plan)
+    held = held_ranges(plan, range(plan.num_subnetworks))
     for module in plan.modules:
         for name, dim in module.dims.items():
             owner, _, kind = name.rpartition(".")

@@ -28,7 +28,8 @@ def test_values_out_of_range_are_errors_that_name_the_value(options):
     [
         dict(block_granularity="layer"), dict(sharding="none", reshard_after_forward=True),
         dict(masking="backward", evaluate="subnetwork"), dict(simulate=4, sharding="none"),
-        dict(workload=Workload(batch=1, sequence=8)),
+        dict(workload=Workload(batch=1, sequence=8)), dict(coverage=1.0, depth_profile="linear"),
+        dict(coverage=[1.0, 1.0], always_held=[0]),
         dict(memory_gib=[1, 1], workload=Workload(batch=1, sequence=8), coverage=0.25),
         dict(simulate=4, num_subnetworks=2), dict(simulate=4, param_dtype="bfloat16"),
     ],
@@ -52,9 +53,13 @@ def test_an_option_without_effect_is_an_error(options):
             SDPConfig(coverage=[0.75, 0.25], always_held=[0, -1], depth_profile="linear"),
         ),
         (
-            "--sdp_memory_gib 24 12 --sdp_workload batch=4,sequence=1024,dtype=bf16 --sdp_balance compute",
+            "--sdp_memory_gib 24 12 --sdp_workload batch=4,sequence=1024,dtype=bf16 --sdp_balance compute"
+            " --sdp_param_dtype bfloat16",
             SDPConfig(
-                memory_gib=[24, 12], workload=Workload(batch=4, sequence=1024, dtype="bfloat16"), balance="compute"
+                memory_gib=[24, 12],
+                workload=Workload(batch=4, sequence=1024, dtype="bfloat16"),
+                balance="compute",
+                param_dtype="bfloat16",
             ),
         ),
     ],
@@ -81,6 +86,8 @@ def test_a_workload_that_is_not_understood_is_an_error(text, message):
         SDPConfig(memory_gib=[1, 1], workload=text)
 
 
-def test_memory_needs_a_workload():
+def test_memory_needs_a_workload_that_the_run_will_have():
     with pytest.raises(SDPConfigError, match="needs a workload"):
         SDPConfig(memory_gib=[1, 1])
+    with pytest.raises(SDPConfigError, match="gathered in float32.*Use param_dtype='bfloat16'"):
+        SDPConfig(memory_gib=[1, 1], workload=Workload(batch=1, sequence=8, dtype="bfloat16"))

@@ -79,6 +79,13 @@ def test_every_uneven_plan_keeps_the_rules(coverage, layers, options, level):
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_shares_that_are_no_whole_heads_are_rounded_up_and_down_in_turn():
+    """5/8 of 4 key/value heads: two in one layer, three in another, whoever it is."""
+    config = config_of(8, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+    plan = make_plan(config, SDPConfig(coverage=[1.0, 0.625, 0.625, 0.25]), 4)
+    assert [plan.numel(w, "attention") / plan.numel(0, "attention") for w in range(4)] == [1.0, 0.625, 0.625, 0.25]
+
+
 def test_coverage_and_replication_leave_out_what_is_always_held():
     plan = make_plan(config_of(6), SDPConfig(always_held=[0, -1]), 4)
     assert plan.always_held == (0, 5) and plan.replication == (2, 2) and not plan.is_full

@@ -229,7 +229,7 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path):
         (["--methods", "forward-block@0.3"], "Nearest coverage that can be met: 0.25"),
         (["--methods", "stochastic-depth-linear@0.25"], "at least"),
         (["--steps", "-8"], "steps must be positive, got -8"),
-        (["--steps", "7"], "must be a multiple of evaluations=2. Nearest: 8"),
+        (["--steps", "7"], "must be a multiple of evaluations=2: the last evaluation is at the end. Nearest: 8"),
         (["--lr", "0"], "learning_rate must be positive"),
         (["--hidden", "36"], "multiple of twice"),
         (["--seeds", "0,-1"], "--seeds"),

@@ -72,7 +72,9 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
     "sdp",
     [
         *(dict(level=level, masking=masking) for level in ("neuron", "block") for masking in ("forward", "backward")),
-        dict(coverage=0.75, sharding="none"),  # several parts of one parameter
+        dict(
+            coverage=[0.75, 0.5, 0.5, 0.25], sharding="none"
+        ),  # several parts of one parameter, other ones on each worker
     ],
     ids=str,
 )
@@ -105,6 +107,7 @@ def load_and_save(folder, checkpoint, sdp, arguments=None):
 
 NEURON = dict(level="neuron", coverage=0.5)
 PARTS = dict(level="neuron", coverage=0.75)
+UNEQUAL = dict(level="block", coverage=[0.75, 0.5, 0.5, 0.5], always_held=[0])
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,9 @@ PARTS = dict(level="neuron", coverage=0.75)
         (dict(level="block", coverage=0.5), 4, dict(masking="backward"), 4),
         (dict(level="block", block_granularity="layer"), 4, {**PARTS, "sharding": "none"}, 4),
         (dict(masking="backward"), 4, {**NEURON, "num_subnetworks": 2}, 4),
-        (None, 1, PARTS, 4),
+        (None, 1, UNEQUAL, 4),
         (None, 4, dict(level="block"), 4),
+        (UNEQUAL, 4, dict(coverage=0.5), 2),
         (dict(coverage=0.5), 2, dict(coverage=0.25), 4),
         (NEURON, 4, None, 2),
     ],

@@ -157,7 +157,9 @@ def test_training_variants_keep_the_losses(tmp_path, variant, subnetwork):
 
 
 def checkpoint_parts(folder):
-    trainer = make_trainer(folder, dict(coverage=0.75, reshard_after_forward=True), dict(gradient_checkpointing=True))
+    trainer = make_trainer(
+        folder, dict(coverage=[0.75, 0.5, 0.5, 0.25], reshard_after_forward=True), dict(gradient_checkpointing=True)
+    )
     with pytest.raises(SDPConfigError, match="would hang"):
         trainer.train()
 

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from local_workers import launch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+from hf_sdp.compare.workers import launch
 
 SEQUENCES, BEFORE, AFTER = 16, 10, 20
 NEURON, BLOCK = dict(level="neuron", coverage=0.5), dict(level="block", coverage=0.5)

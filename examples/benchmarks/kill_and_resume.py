@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from local_workers import context, join_world
+from hf_sdp.compare.workers import context, join_world
 
 NUM_WORKERS, NUM_STEPS, SAVE_STEPS = 4, 10, 2
 CONFIGS = [

@@ -14,23 +14,15 @@ large as the gradients. Its reducer cannot wait for fake collectives, hence the 
 """
 
 import argparse
-import gc
 import itertools
 import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_sdp import SDPConfig, patch_model
-from hf_sdp.engine import shard
-from hf_sdp.metrics import measured_peak, state_bytes
-from hf_sdp.optimizer import repoint
+from hf_sdp import SDPConfig
+from hf_sdp.report.measure import fake_world, measure_steps, parallelize
 
 WORLD_SIZE = 8
 MODELS = {
@@ -60,60 +52,23 @@ def cases(coverages: list[float]) -> dict[str, SDPConfig | None]:
     return found
 
 
-def parallelize(name: str, config: SDPConfig | None, model: LlamaForCausalLM, device: torch.device):
-    """The model as rank 0 of the fake world has it, and its optimizer."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
-    if config is not None:
-        shard(patch_model(model, config), device)
-    elif name == "DDP":
-        model = DistributedDataParallel(model.to(device))
-        model.register_comm_hook(None, _finished)
-    else:
-        mesh = DeviceMesh(device.type, torch.arange(WORLD_SIZE))
-        for module in (*model.model.layers, model):
-            fully_shard(module.to(device), mesh=mesh, reshard_after_forward=name == "FSDP2")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    if config is not None:
-        repoint(optimizer, model)
-    return model, optimizer
-
-
-def _finished(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
 def measure(name: str, config: SDPConfig | None, model_name: str, device_name: str) -> dict[str, dict[str, int]]:
     """``{"4 x 512": {"parameters": bytes, "moments": bytes, "buckets": bytes, "step": bytes}, ...}``"""
-    gc.collect()  # nothing of the last case may be freed while this one is measured
     device = torch.device(device_name)
     model_config = LlamaConfig(**MODELS[model_name], tie_word_embeddings=False, use_cache=False)
-    model, optimizer = parallelize(name, config, LlamaForCausalLM(model_config), device)
-
-    def step(num_sequences: int, length: int) -> None:
-        ids = torch.zeros(num_sequences, length, dtype=torch.long, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(1, 16)
-    step(1, 16)
-    stored = state_bytes(model, optimizer)
-    result = {}
-    for num_sequences, length in BATCHES[device.type]:
-        with measured_peak(device) as peak:
-            step(num_sequences, length)
-        result[f"{num_sequences} x {length}"] = {
-            "parameters": stored["parameters"],
-            "moments": stored["optimizer"],
-            "buckets": stored["parameters"] if name == "DDP" else 0,
-            "step": peak[0],
+    batches = BATCHES[device.type]
+    with fake_world(WORLD_SIZE):
+        model, optimizer = parallelize(LlamaForCausalLM(model_config), config or name, device)
+        measured = measure_steps(model, optimizer, batches, device, autocast=device.type == "cuda")
+    return {
+        f"{num_sequences} x {length}": {
+            "parameters": row["parameters"],
+            "moments": row["optimizer"],
+            "buckets": row["buckets"],
+            "step": row["step"],
         }
-    dist.destroy_process_group()
-    return result
+        for (num_sequences, length), row in zip(batches, measured, strict=True)
+    }
 
 
 def table(rows: dict[str, dict]) -> str:

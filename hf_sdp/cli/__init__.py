@@ -1,26 +1,31 @@
-"""The command ``hf-sdp``: one file per subcommand; ``options.py`` and ``models.py`` are what they share."""
+"""The command ``hf-sdp``: one file per subcommand; ``options.py``, ``models.py`` and ``tables.py`` are what they share."""
 
 import sys
 
 import click
 
 from ..errors import SDPConfigError, SDPStateError
+from .compare import compare
 from .errors import CommandError
+from .estimate import estimate
 from .plan import plan
 from .simulate import simulate
+from .verify import verify
 
 commands = click.Group(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan, simulate],
+    commands=[plan, estimate, compare, simulate, verify],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit: 0; 1 when what was run or checked failed; 2 with one line on stderr for bad input."""
+    """Run the command. Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input."""
     try:
-        commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
+        code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
+        if isinstance(code, int) and code:  # of context.exit(code)
+            sys.exit(code)
     except (SDPConfigError, SDPStateError, CommandError) as error:
         _refuse(str(error))
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,10 +1,14 @@
 """MODEL of the command line: a named size, a local folder or config.json, or a name on the Hugging Face hub."""
 
-import json
 from pathlib import Path
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from torch import nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+from ..errors import SDPConfigError
+from ..families import family_of
+from ..plan import meta_model
 from .errors import CommandError
 
 _LLAMA = dict(vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=4096)
@@ -17,30 +21,65 @@ NAMED = {
     "llama-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
 }
 """Named sizes. ``llama-1b`` has TinyLlama-1.1B's shape, ``llama-7b`` Llama-2-7B's."""
+_HUB_TIMEOUT_S = 5
 
 
 def load_config(model: str) -> PretrainedConfig:
     """The transformers config of MODEL; no weights are read.
 
+    A name of the hub is looked up in the local cache first, and asked for once: without network there is an answer within
+    seconds.
+
     Raises: CommandError when there is no such model, the file cannot be read, or the hub cannot be reached.
     """
     if model in NAMED:
         return LlamaConfig(**_LLAMA, **NAMED[model], architectures=["LlamaForCausalLM"])
+    if not model:
+        raise CommandError("MODEL is empty.")
     path = Path(model).expanduser()
-    if path.is_file():
-        path = path.parent if path.name == "config.json" else path
-    if path.exists():
-        if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
             raise CommandError(f"{model} has no config.json.")
+    if path.is_file():
         try:
             return AutoConfig.from_pretrained(str(path))
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise CommandError(f"{model} cannot be read as a transformers config: {error}") from error
+        except Exception as error:  # unreadable, no JSON, an unknown model_type, values of wrong types: no common class
+            raise CommandError(f"{path} cannot be read as a transformers config: {first_line(error)}") from error
+    if path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json"):
+        raise CommandError(f"There is no folder or file {model}.")
     try:
+        return AutoConfig.from_pretrained(model, local_files_only=True)
+    except Exception:  # not in the cache, or no possible name: the hub says which
+        pass
+    try:
+        # transformers would try six times, half a minute in all, and write a warning each time.
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=_HUB_TIMEOUT_S)
         return AutoConfig.from_pretrained(model)
-    except Exception as error:  # the hub's errors have no common class: no network, no such name, no permission
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # no network, no such name, no permission: no common class
         raise CommandError(
             f"MODEL {model!r} is no named size ({', '.join(NAMED)}), no local folder or config.json, and could not be had "
-            f"from the hub: {reason}"
+            f"from the hub: {first_line(error)}"
         ) from error
+
+
+def load_meta_model(model: str) -> nn.Module:
+    """The full model of MODEL on the meta device: shapes, no memory.
+
+    Raises: as :func:`load_config`; SDPConfigError for a family that is not supported; CommandError when transformers can
+        make no model of the config.
+    """
+    config = load_config(model)
+    family_of(config)
+    try:
+        return meta_model(config)
+    except SDPConfigError:
+        raise
+    except Exception as error:  # negative sizes, heads that do not divide, ...: whatever the layers say
+        raise CommandError(f"No model can be made of the config of {model}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What the error says, in one line (and the next after a colon); its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import click
 
 from ..config import SDPConfig
+from ..errors import SDPConfigError
 from ..workload import OPTIMIZER_STATES, SHORT_DTYPES, Workload
 
 
@@ -66,6 +67,11 @@ sdp_options = add_options(
     click.option("--seed", type=int, default=0, help="Deals the subnetworks."),
 )
 """What decides a plan; the values are keyword arguments of :func:`sdp_config`."""
+sharding_options = add_options(
+    click.option("--sharding", type=click.Choice(["full", "none"]), default="full", help="Of state among the holders."),
+    click.option("--reshard-after-forward", is_flag=True, help="Gather again in backward: less memory, more traffic."),
+)
+"""How state is kept; keyword arguments of :func:`sdp_config` as well."""
 workload_options = add_options(
     click.option("--batch", type=click.IntRange(1), default=1, help="Sequences of a worker's micro-batch."),
     click.option("--seq", "sequence", type=click.IntRange(1), default=1024, help="Tokens of a sequence."),
@@ -89,4 +95,22 @@ def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
         options["coverage"] = coverage[0]
     if options.get("memory_gib") is not None or options.get("balance") == "compute":
         options["workload"] = workload
+        if options.get("memory_gib") is not None and workload.dtype != workload.param_dtype:
+            options["param_dtype"] = workload.dtype  # gathered in the dtype of computation
     return SDPConfig(**{name: value for name, value in options.items() if value is not None})
+
+
+def num_subnetworks(config: SDPConfig, workers: int) -> int:
+    """N of a world. Raises: SDPConfigError when it does not divide the workers."""
+    if workers % (config.num_subnetworks or workers):
+        raise SDPConfigError(f"--num-subnetworks {config.num_subnetworks} does not divide --workers {workers}.")
+    return config.num_subnetworks or workers
+
+
+def refuse_without_memory(context: click.Context, names: tuple[str, ...]) -> None:
+    """An option that only ``--memory-gib`` makes use of is an error without it: it would change nothing."""
+    if context.params["memory_gib"] is not None:
+        return
+    for name in names:
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect without --memory-gib.")

@@ -42,7 +42,12 @@ def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def blocks(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int, valid_share: float = 0.05) -> DatasetDict:
-    """The corpus as token blocks ``{"input_ids", "labels"}`` of ``length``; every twentieth file or so is ``valid``."""
+    """The corpus as token blocks ``{"input_ids", "labels"}`` of ``length``; every twentieth file or so is ``valid``.
+
+    Raises: ValueError for a corpus of one row.
+    """
+    if len(texts) < 2:
+        raise ValueError("one row of text cannot be split: the text is too short. Take more of it.")
 
     def tokenize(batch):
         return {"ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(batch["text"])["input_ids"]]}

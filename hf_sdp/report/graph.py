@@ -1,0 +1,47 @@
+"""The worker graph: who shares units with whom, in how many components, and how quickly what one learns reaches all."""
+
+import numpy as np
+
+from .holdings import Holdings
+
+MAX_EXACT = 2048
+"""Rows of the largest matrix whose eigenvalues are computed: seconds on one core."""
+
+
+def connected_components(holdings: Holdings, elements: np.ndarray) -> int:
+    """Groups of subnetworks between which no unit is shared; one that holds no unit is a group of its own.
+
+    Args:
+        elements: of the units with each holder set, shape ``(H,)``; sets with none do not count.
+    """
+    group = np.arange(len(holdings.members))
+    for members in holdings.members[:, elements > 0].T:
+        joined = np.unique(group[members])
+        group[np.isin(group, joined)] = joined[0]
+    return len(np.unique(group))
+
+
+def spectral_gap(holdings: Holdings, elements: np.ndarray) -> float | None:
+    """1 - the second largest eigenvalue of the walk worker -> unit -> worker: from a worker to one of the units it holds,
+    each as likely as it has elements, and on to one of that unit's holders, each as likely. 0: not connected; 1: everyone
+    holds everything.
+
+    With B (workers x holder sets) saying who is in which set, e_h elements and r_h holders of a set, and M_w elements of
+    a worker, the walk P = D(1/M) B D(e/r) B^T is similar to X X^T, X = D(1/M)^(1/2) B D(e/r)^(1/2). So no eigenvalue is
+    negative (the second largest is also the second by modulus), and those that are not zero are those of X^T X, which has
+    a row for each holder set: few, however many workers and units there are.
+
+    Args:
+        elements: as for :func:`connected_components`. Leave out what all hold: it would hide what the plan does.
+    Returns: None when there are more than ``MAX_EXACT`` workers and as many holder sets.
+    """
+    if connected_components(holdings, elements) > 1:
+        return 0.0
+    counts = elements > 0
+    x = holdings.members[:, counts] * np.sqrt(elements / holdings.num_holders)[counts]
+    x /= np.sqrt(holdings.members @ elements)[:, None]
+    if min(x.shape) > MAX_EXACT:
+        return None
+    eigenvalues = np.linalg.eigvalsh(x.T @ x if x.shape[0] > x.shape[1] else x @ x.T)  # ascending
+    second = eigenvalues[-2] if len(eigenvalues) > 1 else 0.0
+    return float(np.clip(1 - second, 0, 1))
