@@ -177,25 +177,20 @@ class TestTraining:
         assert dense == pytest.approx(full, abs=1e-4)
         assert [step for step, _ in runs[0]["curve"]] == [4, 8] and dense[1] < dense[0]
 
-    def test_runs_are_kept_and_not_repeated(self, text, tmp_path, capsys, monkeypatch):
+    def test_runs_are_kept_and_not_repeated(self, text, tmp_path, capsys):
         output = tmp_path / "out"
-        arguments = ["simulate", *TINY_OPTIONS, "--text", text, "--output", str(output), "--note", "first"]
-        main([*arguments, "--methods", "data-parallel,forward-block@0.5", "--processes", "2"])
-        stored = json.loads((output / "results.json").read_text())
-        assert set(stored["runs"]) == {"data-parallel", "forward-block@0.5"}
-        assert stored["runs"]["data-parallel"]["0"]["note"] == "first"
+        arguments = ["simulate", *TINY_OPTIONS, "--text", text, "--output", str(output)]
+        main([*arguments, "--methods", "data-parallel,forward-block@0.5", "--note", "first"])
+        stored = json.loads((output / "results.json").read_text())["runs"]
+        assert [runs["0"]["note"] for runs in stored.values()] == ["first", "first"]
         for name in ("table.md", "curves.png", "final.png"):
             assert (output / name).stat().st_size > 0
 
-        trained = []
-        run = stored["runs"]["data-parallel"]["0"]
-        monkeypatch.setattr(
-            results_module, "train", lambda method, seed, *_: trained.append((method.name, seed)) or run
-        )
-        main([*arguments, "--methods", "data-parallel,forward-block@0.5,small@0.5"])
-        assert trained == [("small@0.5", 0)]
-        again = json.loads((output / "results.json").read_text())
-        assert {m: again["runs"][m] for m in stored["runs"]} == stored["runs"]
+        more = "data-parallel,forward-block@0.5,small@0.5"
+        main([*arguments, "--methods", more, "--note", "second", "--processes", "2"])
+        runs = json.loads((output / "results.json").read_text())["runs"]
+        assert {method: runs[method] for method in stored} == stored  # time and note included
+        assert runs["small@0.5"]["0"]["note"] == "second"
         line = refused(capsys, *arguments[1:], "--lr", "1e-3")
         assert "learning_rate=0.004 there, 0.001 asked" in line
 

@@ -70,6 +70,17 @@ class Method:
         return model
 
 
+def sorted_runs(runs: dict[str, dict]) -> dict[str, dict]:
+    """Method name -> its runs, in the order of ``FAMILIES``, then of coverage."""
+    families = list(FAMILIES)
+
+    def place(name: str) -> tuple[int, float]:
+        family, _, coverage = name.partition("@")
+        return families.index(family), float(coverage or 1)
+
+    return {name: runs[name] for name in sorted(runs, key=place)}
+
+
 def parse_methods(names: Sequence[str], coverages: Sequence[float]) -> list[Method]:
     """Methods from ``FAMILY`` (at each of ``coverages``) or ``FAMILY@COVERAGE``, in this order, each once.
 

@@ -29,7 +29,14 @@ def plot_curves(runs: dict[str, dict[str, dict]], path: Path, *, reference: str)
     columns = min(3, max(1, len(panels)))
     lines = -(-len(panels) // columns) or 1
     figure, axes = plt.subplots(
-        lines, columns, figsize=(0.6 + 4.2 * columns, 3.6 * lines), dpi=130, squeeze=False, sharex=True, sharey=True
+        lines,
+        columns,
+        figsize=(0.6 + 4.2 * columns, 3.6 * lines),
+        dpi=130,
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for axis, (panel, methods) in zip(axes.flat, panels.items() or [(reference, [])], strict=False):
         if reference in runs:
@@ -37,14 +44,14 @@ def plot_curves(runs: dict[str, dict[str, dict]], path: Path, *, reference: str)
         for method, color in zip(methods, COLORS * len(methods), strict=False):
             _band(axis, runs[method], budget, color, method)
         axis.set_title(panel, loc="left", fontsize=10)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat:
         _plain(axis)
     for axis in list(axes.flat)[len(panels) or 1 :]:
         axis.set_visible(False)
     figure.supxlabel("training FLOPs, relative to the whole data parallel run", fontsize=10)
     figure.supylabel("evaluation loss of the full model (nats per token)", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 

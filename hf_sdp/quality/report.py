@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .methods import sorted_runs
 from .plots import plot_curves, plot_final
 from .results import Results
 
@@ -37,11 +38,11 @@ class Row:
 
 
 def rows(results: Results) -> list[Row]:
-    """A row for every method, in the order in which they were first trained."""
+    """A row for every method, in the order of ``FAMILIES``."""
     reference = results.runs.get(REFERENCE, {})
     whole = next(iter(reference.values()), None)
     found = []
-    for method, runs in results.runs.items():
+    for method, runs in sorted_runs(results.runs).items():
         first = next(iter(runs.values()))
         final = {seed: runs[seed]["curve"][-1][1] for seed in sorted(runs, key=int)}
         found.append(
@@ -123,7 +124,7 @@ def write_report(results: Results) -> list[Path]:
     folder = results.path.parent
     table = folder / "table.md"
     table.write_text(markdown(results), encoding="utf-8")
-    plot_curves(results.runs, folder / "curves.png", reference=REFERENCE)
+    plot_curves(sorted_runs(results.runs), folder / "curves.png", reference=REFERENCE)
     plot_final(
         {row.method: list(row.final.values()) for row in rows(results)}, folder / "final.png", reference=REFERENCE
     )
