@@ -38,8 +38,8 @@ def _bars(axis, names: list[str], stacks: dict[str, list[float]], colors=None, t
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_ylim(len(names) - 0.5, -0.5)
     for y, (end, total) in enumerate(zip(left, totals or left, strict=True)):
-        axis.text(end, y, f" {total:.3g}", va="center", fontsize=8)
-    axis.margins(x=0.12)
+        axis.text(end, y, f" {total:.0f}", va="center", fontsize=8)
+    axis.margins(x=0.16)
 
 
 def _save(figure, path: Path, legend_of=None) -> Path:
