@@ -10,7 +10,7 @@ UNEQUAL = [0.75, 0.5, 0.5, 0.25]
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 @pytest.mark.parametrize("level", ["neuron", "block"])
 def test_unequal_workers_equal_the_oracle(level, masking, sharding):
-    compare(dict(level=level, masking=masking, sharding=sharding, coverage=UNEQUAL), accumulation=2, steps=10)
+    compare(dict(level=level, masking=masking, sharding=sharding, coverage=UNEQUAL), accumulation=2, steps=6)
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,4 @@ def test_profiles_and_held_layers_equal_the_oracle(options):
 
 
 def test_replicas_of_unequal_subnetworks_equal_the_oracle():
-    compare(dict(coverage=[0.75, 0.25], num_subnetworks=2), steps=8, oracle=dict(simulate=2))
+    compare(dict(coverage=[0.75, 0.25], num_subnetworks=2), steps=6, oracle=dict(simulate=2))

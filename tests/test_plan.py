@@ -155,7 +155,7 @@ def test_the_hash_is_the_same_in_every_process():
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=os.path.dirname(__file__),
             capture_output=True, text=True, check=True, timeout=120,
         ).stdout.split()[-1]
-        for seed in ("1", "2")
+        for seed in ("1",)  # this process has another
     }  # fmt: skip
     assert hashes == {make_plan(tiny_config(), SDPConfig(seed=3), 4).hash}
 
