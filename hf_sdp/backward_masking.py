@@ -198,7 +198,7 @@ def _joined(plan: Plan, name: str, held: set[int]) -> Ranges:
     ranges: list[tuple[int, int, float]] = []
     for s in plan.slices[name]:
         if id(s.holders) in held:
-            scale = plan.num_subnetworks / len(s.holders)
+            scale = plan.gradient_scale(s.holders)
             if ranges and ranges[-1][1:] == (s.start, scale):
                 ranges[-1] = (ranges[-1][0], s.stop, scale)
             else:

@@ -163,6 +163,10 @@ class Plan:
         }
         return min(counts), max(counts)
 
+    def gradient_scale(self, holders: Holders) -> float:
+        """N/r: makes of a mean over N subnetworks, to which r contribute, the mean over those that hold."""
+        return self.num_subnetworks / len(holders)
+
     @property
     def is_full(self) -> bool:
         """Whether every subnetwork is the full model."""

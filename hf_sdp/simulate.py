@@ -73,7 +73,7 @@ def _scaled(grad: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
 def _scale(plan: Plan, name: str, num_dims: int) -> float | torch.Tensor:
     """N/r of every slice: one number, or a tensor that broadcasts against the parameter."""
     slices = plan.slices[name]
-    scales = [plan.num_subnetworks / len(s.holders) for s in slices]
+    scales = [plan.gradient_scale(s.holders) for s in slices]
     if len(set(scales)) == 1:
         return scales[0]
     sizes = torch.tensor([s.stop - s.start for s in slices])

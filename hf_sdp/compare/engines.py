@@ -6,7 +6,6 @@ clipping, and the fused AdamW of the Trainer's default.
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ from ..compat import checkpoint_activations
 from ..config import SDPConfig
 from ..families import family_of
 from ..patch import patch_model
+from ..plan import meta_model
 from ..planner import make_plan
+from ..report.plan import plan_figures
 from ..state import find_state, fsdp_modules
 from ..traffic import Traffic
 from ..units import decoder_layers
@@ -228,20 +229,10 @@ class _LocalScatter(_Local):
 
 def expected_bytes(name: str, sdp: SDPConfig | None, model: PretrainedConfig, world_size: int) -> float:
     """Bytes that the worker with the most to send sends in a step, by formula, with one subnetwork a worker.
-
-    Each pass over a tensor among n members (gather, gather again after resharding, reduce) sends (n-1)/n of it: the
-    maskable parameters a worker holds pass among their holders, shared ones in the world. fp32, no padding.
+    fp32, without padding; see ``report/plan.py``. DDP and FSDP2 are plans that hold everything.
     """
-    config = sdp if sdp is not None else SDPConfig(coverage=1.0)
-    plan = make_plan(model, config, world_size)
-    passes = 3 if name == "FSDP2" or config.reshard_after_forward else 2
-
-    def per_pass(worker: int) -> float:
-        maskable = sum(
-            (1 - 1 / len(part.holders)) * math.prod(plan.shapes[n]) / plan.shapes[n][dim] * (stop - start)
-            for part in plan.held_parts(worker)
-            for n, (dim, start, stop) in part.ranges.items()
-        )
-        return maskable + (1 - 1 / world_size) * plan.shared_numel
-
-    return passes * 4 * max(map(per_pass, range(world_size)))
+    config = sdp if sdp is not None else SDPConfig(coverage=1.0, reshard_after_forward=name == "FSDP2")
+    full = meta_model(model)
+    plan = make_plan(full, config, world_size)
+    figures = plan_figures(plan, full, config, num_workers=world_size, sequence=1, element_bytes=4)
+    return float(figures.bytes_sent.max())

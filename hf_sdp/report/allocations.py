@@ -4,6 +4,7 @@ Driven by the marks of a trace, the moments at which FSDP2's hooks run. Every fo
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ..workload import DTYPES, OPTIMIZER_STATES, Workload
@@ -51,7 +52,7 @@ class Action:
     group: int = -1
 
 
-class Engine:
+class Engine(ABC):
     """Counts bytes by kind, and keeps them as they are at the peak."""
 
     parameters = gradients_stored = optimizer = 0  # state
@@ -71,11 +72,13 @@ class Engine:
             self._peak = total
             self._at_peak = (self.gathered, self.activations + temporary, self.gradients)
 
+    @abstractmethod
     def mark(self, kind: str, module: str) -> None:
-        raise NotImplementedError
+        """A moment at which one of FSDP2's hooks runs (``recorder.Mark``)."""
 
+    @abstractmethod
     def gradient(self, name: str, nbytes: int) -> None:
-        raise NotImplementedError
+        """The gradient of a parameter is complete; it was counted among the activations until now."""
 
     def result(self) -> WorkerMemory:
         gathered, activations, gradients = self._at_peak
