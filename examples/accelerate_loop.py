@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, get_cosine_schedule_with_warmup
 
 from hf_sdp import SDPAccelerator, SDPConfig
-from hf_sdp.quality import corpus
+from hf_sdp.bench import corpus
 
 STEPS, ACCUMULATED, BATCH_SIZE = 20, 2, 8
 

@@ -5,9 +5,9 @@ import statistics
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from hf_sdp.compare.engines import DDPTraffic
-from hf_sdp.metrics import STATE_KINDS, StepMeter
-from hf_sdp.traffic import Traffic
+from hf_sdp.bench.compare.contenders import DDPTraffic
+from hf_sdp.engine.metrics import STATE_KINDS, StepMeter
+from hf_sdp.engine.traffic import Traffic
 
 
 class MeterCallback(TrainerCallback):

@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from hf_sdp import SDPCallback, SDPConfig, patch_model
-from hf_sdp.quality import corpus
+from hf_sdp.bench import corpus
 
 
 @dataclass

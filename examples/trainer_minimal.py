@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from hf_sdp import SDPCallback, SDPConfig, patch_model
-from hf_sdp.quality import corpus
+from hf_sdp.bench import corpus
 
 args = TrainingArguments(
     output_dir="runs/trainer_minimal",

@@ -1,18 +1,46 @@
-"""Subnetwork Data Parallelism (arXiv 2507.09029) for Hugging Face models."""
+"""Subnetwork Data Parallelism (arXiv 2507.09029) for Hugging Face models.
 
-from .accelerator import SDPAccelerator
-from .canonical import consolidate
-from .config import SDPConfig
-from .errors import SDPConfigError, SDPStateError
-from .export import export_subnetwork
-from .loading import from_config, from_pretrained
-from .patch import patch_model
-from .plan import Plan
-from .planner import make_plan
-from .saving import save_pretrained
-from .trainer import SDPCallback, enable
-from .verify import verify
-from .workload import Workload
+Names are imported when they are first used, so that ``import hf_sdp`` and ``hf-sdp --help`` need neither torch nor
+transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint.export import export_subnetwork
+    from .checkpoint.save import save_pretrained
+    from .config import SDPConfig
+    from .engine.consistency import verify
+    from .engine.exchange import consolidate
+    from .errors import SDPConfigError, SDPStateError
+    from .hosts.accelerator import SDPAccelerator
+    from .hosts.trainer import SDPCallback, enable
+    from .patch import patch_model
+    from .plan.plan import Plan
+    from .planner import make_plan
+    from .pretrained import from_config, from_pretrained
+    from .workload import Workload
+
+_HOMES = {
+    "Plan": "plan.plan",
+    "SDPAccelerator": "hosts.accelerator",
+    "SDPCallback": "hosts.trainer",
+    "SDPConfig": "config",
+    "SDPConfigError": "errors",
+    "SDPStateError": "errors",
+    "Workload": "workload",
+    "consolidate": "engine.exchange",
+    "enable": "hosts.trainer",
+    "export_subnetwork": "checkpoint.export",
+    "from_config": "pretrained",
+    "from_pretrained": "pretrained",
+    "make_plan": "planner",
+    "patch_model": "patch",
+    "save_pretrained": "checkpoint.save",
+    "verify": "engine.consistency",
+}
+"""Public name -> the module that it is in."""
 
 __all__ = [
     "Plan",
@@ -33,3 +61,15 @@ __all__ = [
     "verify",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,17 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .backward_masking import mask_weight_gradients
 from .config import SDPConfig
 from .errors import SDPConfigError
 from .families import family_of
-from .forward import install, refuse_reentrant_checkpointing
-from .layers import SKIPPED, PartSum, narrow_module
-from .plan import Plan
+from .model.backward_masking import mask_weight_gradients
+from .model.layers import SKIPPED, PartSum, narrow_module
+from .model.methods import install, refuse_reentrant_checkpointing
+from .model.simulation import simulate
+from .model.state import Held, LocalPart, SDPState, find_state, set_state
+from .plan.plan import Plan
 from .planner import make_plan
-from .simulate import simulate
-from .state import Held, LocalPart, SDPState, find_state, set_state
-from .together import process_group_is_up, raise_together
+from .world.agreement import process_group_is_up, raise_together
 
 
 def patch_model(

@@ -7,13 +7,14 @@ import numpy as np
 from torch import nn
 
 from .config import SDPConfig
-from .deal import deal, reduced, replication, worker_graph
-from .deal_unevenly import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
 from .errors import SDPConfigError
-from .fit import fit
-from .flops import training_flops
-from .plan import Holders, Plan, meta_model
-from .units import MaskableModule, maskable_modules
+from .estimate.capacity import fit
+from .families.meta_model import meta_model
+from .plan.even import deal, reduced, replication, worker_graph
+from .plan.flops import training_flops
+from .plan.plan import Holders, Plan
+from .plan.uneven import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
+from .plan.units import MaskableModule, maskable_modules
 
 Stack = list[MaskableModule]
 """The modules of one kind and number of units, in order of depth."""

@@ -6,7 +6,7 @@ from models import batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_sdp import SDPConfig, patch_model
-from hf_sdp.state import get_state
+from hf_sdp.model.state import get_state
 
 
 def backward_model(rank: int, dtype=torch.float32, **config):

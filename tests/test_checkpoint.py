@@ -6,7 +6,7 @@ import os
 import pytest
 
 from hf_sdp import SDPStateError
-from hf_sdp.checkpoint import MARKER, _fingerprint, _place_of, _take_place, check, finish_interrupted, give_up
+from hf_sdp.checkpoint.folder import MARKER, _fingerprint, _place_of, _take_place, check, finish_interrupted, give_up
 
 
 def sealed(folder, content: str):
@@ -33,10 +33,10 @@ def test_what_else_is_in_the_folder_survives_a_failure_at_any_renaming(tmp_path,
                 raise OSError(5, "Input/output error")
             rename(a, b)
 
-        monkeypatch.setattr("hf_sdp.checkpoint.os.rename", fail_once)
+        monkeypatch.setattr("hf_sdp.checkpoint.folder.os.rename", fail_once)
         with pytest.raises(OSError, match="Input/output"):
             _take_place(_place_of(folder), folder)
-        monkeypatch.setattr("hf_sdp.checkpoint.os.rename", rename)
+        monkeypatch.setattr("hf_sdp.checkpoint.folder.os.rename", rename)
         afterwards(folder)
         expected = "new" if afterwards is finish_interrupted or failing == 2 else "old"
         assert check(folder) and (folder / "model.safetensors").read_text() == expected

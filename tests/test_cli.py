@@ -15,7 +15,7 @@ from models import batch, tiny_config, tiny_model
 from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, make_plan, patch_model
-from hf_sdp.checkpoint import MARKER, PLAN, _fingerprint
+from hf_sdp.checkpoint.folder import MARKER, PLAN, _fingerprint
 from hf_sdp.cli import main
 from hf_sdp.cli.tables import short, short_bytes
 

@@ -14,16 +14,16 @@ from models import tiny_config
 from workers import run_workers
 
 from hf_sdp import SDPConfig
+from hf_sdp.bench.compare import network, run
+from hf_sdp.bench.compare.contenders import BASELINES, Engine, Workplace, expected_bytes, sdp_name
+from hf_sdp.bench.compare.losses import curves
+from hf_sdp.bench.compare.measure import Sample, Samples
+from hf_sdp.bench.compare.workers import WorkerError, launch
 from hf_sdp.cli import main
-from hf_sdp.cli.compare import parse_sdp
+from hf_sdp.cli.compare_command import parse_sdp
 from hf_sdp.cli.errors import CommandError
-from hf_sdp.compare import network, run
-from hf_sdp.compare.engines import BASELINES, Engine, Workplace, expected_bytes, sdp_name
-from hf_sdp.compare.losses import curves
-from hf_sdp.compare.measure import Sample, Samples
-from hf_sdp.compare.workers import WorkerError, launch
 from hf_sdp.errors import SDPConfigError
-from hf_sdp.plan import meta_model
+from hf_sdp.families.meta_model import meta_model
 
 TINY = "--hidden-size 32 --intermediate-size 64 --layers 4 --heads 4 --vocab-size 64 --seq 16 --workers 2".split()
 VARIANTS = [SDPConfig(coverage=0.5), SDPConfig(level="block", coverage=0.5, sharding="none")]

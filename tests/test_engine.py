@@ -10,11 +10,12 @@ from models import batch, tiny_config, tiny_model
 from test_oracle import compare
 from workers import run_workers
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, make_plan, patch_model, verify
-from hf_sdp.layout import numel, owned_boxes
-from hf_sdp.metrics import state_bytes
-from hf_sdp.resume import load_weights
-from hf_sdp.state import get_state, local_tensor
+from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, make_plan, patch_model
+from hf_sdp.checkpoint.load import load_weights
+from hf_sdp.engine import consistency as verify
+from hf_sdp.engine.metrics import state_bytes
+from hf_sdp.engine.placement import numel, owned_boxes
+from hf_sdp.model.state import get_state, local_tensor
 
 EVERYTHING = dict(
     num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True

@@ -10,17 +10,17 @@ from models import tiny_config
 from transformers import LlamaForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
+from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
 from hf_sdp.cli import main
 from hf_sdp.cli.units import Bandwidth
-from hf_sdp.engine import _sharding_groups
+from hf_sdp.engine.shard import _sharding_groups
+from hf_sdp.estimate.groups import sdp_groups, skeleton
+from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step, worker_memory
+from hf_sdp.estimate.time import step_time
+from hf_sdp.estimate.trace import Segment, _trace_stream, trace, trace_subnetwork
+from hf_sdp.families.meta_model import meta_model
+from hf_sdp.model.state import get_state
 from hf_sdp.patch import patch_meta_model
-from hf_sdp.plan import meta_model
-from hf_sdp.report.groups import sdp_groups, skeleton
-from hf_sdp.report.measure import fake_world, measure_steps, parallelize
-from hf_sdp.report.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step, worker_memory
-from hf_sdp.report.time import step_time
-from hf_sdp.report.trace import Segment, _trace_stream, trace, trace_subnetwork
-from hf_sdp.state import get_state
 from hf_sdp.workload import Workload
 
 CPU = torch.device("cpu")

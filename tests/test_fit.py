@@ -5,10 +5,10 @@ import pytest
 from models import tiny_config
 
 from hf_sdp import SDPConfig, SDPConfigError, Workload, make_plan
-from hf_sdp.fit import GIB, STEPS
-from hf_sdp.plan import meta_model
+from hf_sdp.estimate.capacity import GIB, STEPS
+from hf_sdp.estimate.memory import worker_memory
+from hf_sdp.families.meta_model import meta_model
 from hf_sdp.planner import plan_of
-from hf_sdp.report.memory import worker_memory
 
 WORKLOAD = Workload(batch=2, sequence=64)
 MODEL = tiny_config(

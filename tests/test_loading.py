@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from workers import run_workers
 
 import hf_sdp
-from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, consolidate, verify
-from hf_sdp.layout import local_box, numel
-from hf_sdp.state import get_state
-from hf_sdp.weights import Weights
+from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, consolidate
+from hf_sdp.checkpoint.weights import Weights
+from hf_sdp.engine import consistency as verify
+from hf_sdp.engine.placement import local_box, numel
+from hf_sdp.model.state import get_state
 
 EVERYTHING = dict(
     num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True

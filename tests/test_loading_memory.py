@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 from checkpoints import NEURON, big_checkpoint, load_and_watch  # noqa: E402
 
-from hf_sdp.compare.workers import launch  # noqa: E402
+from hf_sdp.bench.compare.workers import launch  # noqa: E402
 
 
 def test_a_process_needs_what_it_stores_and_one_tensor(tmp_path):

@@ -8,7 +8,7 @@ from test_engine import prepared
 from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, patch_model
-from hf_sdp.state import get_state, local_tensor
+from hf_sdp.model.state import get_state, local_tensor
 
 VARIANTS = {
     "AdamW for-loop": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
@@ -143,7 +143,7 @@ def test_norms_are_global_and_equal():
 
 def overflow(fused: bool):
     """Accelerate has no fp16 scaler on CPU, so it is put into its slot by hand."""
-    from hf_sdp.gradients import GlobalGradScaler
+    from hf_sdp.engine.gradients import GlobalGradScaler
 
     accelerator = SDPAccelerator()
     accelerator.scaler = GlobalGradScaler("cpu", init_scale=8.0, growth_interval=1000)

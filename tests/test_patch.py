@@ -9,7 +9,7 @@ from models import batch, tiny_config, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, make_plan, patch_model
-from hf_sdp.state import get_state
+from hf_sdp.model.state import get_state
 
 MODELS = {
     "plain": {},

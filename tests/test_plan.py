@@ -10,7 +10,7 @@ import pytest
 from models import tiny_config, tiny_model
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, make_plan
-from hf_sdp.deal import MAX_HOLDER_SETS, reduced, worker_graph
+from hf_sdp.plan.even import MAX_HOLDER_SETS, reduced, worker_graph
 
 SHAPES = [  # key/value heads, layers, neurons
     (2, 4, 96), (4, 1, 128), (5, 3, 100), (8, 8, 1376), (3, 7, 129),

@@ -8,7 +8,7 @@ import pytest
 from models import tiny_config
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, Workload, make_plan
-from hf_sdp.deal import worker_graph
+from hf_sdp.plan.even import worker_graph
 
 UNEQUAL = [0.75, 0.5, 0.5, 0.25]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from hf_sdp import SDPConfig, SDPConfigError, make_plan
+from hf_sdp.bench.quality import FAMILIES, Method, Results, Setting, number_of_steps, parse_methods, step_flops, train
+from hf_sdp.bench.quality import results as results_module
+from hf_sdp.bench.quality.baselines import narrowed, survival_probabilities
+from hf_sdp.bench.quality.report import markdown, rows, write_report
 from hf_sdp.cli import main
-from hf_sdp.quality import FAMILIES, Method, Results, Setting, number_of_steps, parse_methods, step_flops, train
-from hf_sdp.quality import results as results_module
-from hf_sdp.quality.baselines import narrowed, survival_probabilities
-from hf_sdp.quality.report import markdown, rows, write_report
 
 TINY = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,

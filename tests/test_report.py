@@ -9,12 +9,13 @@ import pytest
 from models import tiny_config
 
 from hf_sdp import SDPConfig, make_plan
-from hf_sdp.plan import Plan, meta_model
-from hf_sdp.report.graph import connected_components, spectral_gap
-from hf_sdp.report.holdings import Holdings
-from hf_sdp.report.picture import DPI, draw_plan
-from hf_sdp.report.plan import plan_figures
-from hf_sdp.units import MaskableModule
+from hf_sdp.bench.picture import DPI, draw_plan
+from hf_sdp.estimate.figures import plan_figures
+from hf_sdp.families.meta_model import meta_model
+from hf_sdp.plan.holdings import Holdings
+from hf_sdp.plan.plan import Plan
+from hf_sdp.plan.units import MaskableModule
+from hf_sdp.plan.worker_graph import connected_components, spectral_gap
 
 SEQUENCE = 48
 MODEL = dict(num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)

@@ -13,9 +13,10 @@ from test_trainer import Rows, losses_of, make_trainer, norms_of
 from workers import run_workers
 
 import hf_sdp
-from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, boxes
-from hf_sdp.checkpoint import OPTIMIZER, finish_all_interrupted, newest_complete
-from hf_sdp.optimizer_state import TENSORS
+from hf_sdp import SDPConfig, SDPConfigError, SDPStateError
+from hf_sdp.checkpoint import tensors as boxes
+from hf_sdp.checkpoint.folder import OPTIMIZER, finish_all_interrupted, newest_complete
+from hf_sdp.checkpoint.optimizer_state import TENSORS
 
 RUN = dict(
     max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=1, lr_scheduler_type="linear",
@@ -256,7 +257,7 @@ def fail_to_save(folder, what: str, rank: int):
     """One worker cannot write: no file of it may become larger than 60 kB, or one call fails as on a full disk."""
     import resource
 
-    import hf_sdp.trainer_checkpoint
+    import hf_sdp.hosts.trainer_checkpoint
 
     trainer = make_trainer(folder, NEURON, {**RUN, "save_steps": 1, "max_steps": 1})
     trainer.train()
@@ -274,7 +275,7 @@ def fail_to_save(folder, what: str, rank: int):
             elif what == "random numbers":
                 patch.setattr(trainer, "_save_rng_state", full)
             elif what == "marker":
-                patch.setattr("hf_sdp.checkpoint.os.replace", full)
+                patch.setattr("hf_sdp.checkpoint.folder.os.replace", full)
         try:
             with pytest.raises(Exception) as raised:  # noqa: PT011, the kind is that of whoever wrote
                 trainer._save_checkpoint(trainer.model, None)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
-from hf_sdp.gradients import GlobalGradScaler
+from hf_sdp.engine.gradients import GlobalGradScaler
 
 
 class Counter:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sdp import SDPConfigError
-from hf_sdp.weights import INDEX, SINGLE, Weights, WeightsWriter
+from hf_sdp.checkpoint.weights import INDEX, SINGLE, Weights, WeightsWriter
 
 TENSORS = {
     "a": torch.randn(7, 3),

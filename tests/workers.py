@@ -36,7 +36,9 @@ def stop_all() -> None:
 class Pool:
     def __init__(self, world_size: int):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["hf_sdp", "transformers.trainer", "transformers.models.llama.modeling_llama"])
+        context.set_forkserver_preload(
+            ["hf_sdp.hosts.trainer", "hf_sdp.pretrained", "transformers.models.llama.modeling_llama"]
+        )
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(world_size):

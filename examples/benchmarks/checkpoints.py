@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from hf_sdp.compare.workers import launch
+from hf_sdp.bench.compare.workers import launch
 
 SEQUENCES, BEFORE, AFTER = 16, 10, 20
 NEURON, BLOCK = dict(level="neuron", coverage=0.5), dict(level="block", coverage=0.5)
@@ -112,8 +112,8 @@ def write_and_go_on(folder: str, sdp: dict | None) -> float:
 
 
 def read_and_go_on(folder: str, copy: str, sdp: dict | None) -> float:
-    from hf_sdp.optimizer_state import load_optimizer
-    from hf_sdp.resume import open_optimizer_state
+    from hf_sdp.checkpoint.load import open_optimizer_state
+    from hf_sdp.checkpoint.optimizer_state import load_optimizer
 
     if sdp is None:  # plain training reads SDP's optimizer state through hf_sdp, and nothing else
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -131,7 +131,7 @@ def read_full(folder: Path) -> tuple[dict, dict]:
     """All parameters and all optimizer state of a folder that SDP or plain Accelerate wrote."""
     from safetensors.torch import load_file
 
-    from hf_sdp import boxes
+    from hf_sdp.checkpoint import tensors as boxes
 
     weights, state = load_file(folder / "model.safetensors"), {}
     if (folder / "optimizer.bin").is_file():
@@ -260,7 +260,7 @@ def resident() -> tuple[int, int]:
 def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
     import hf_sdp
     from hf_sdp import SDPAccelerator, SDPConfig
-    from hf_sdp.state import get_state, local_tensor
+    from hf_sdp.model.state import get_state, local_tensor
 
     accelerator = SDPAccelerator(cpu=True)
     before, watch = resident(), PeakMemory()

@@ -4,7 +4,7 @@
 
 Measured as in peak_memory.py: torch's fake process group, the CPU allocator's events of the third step or later. The peak
 is parameters and AdamW's moments, DDP's buckets, and the peak of one step above what was allocated before it. Predicted:
-``hf_sdp.report.memory``, on the meta device. One process; about half a minute for a setting of the larger model.
+``hf_sdp.estimate.memory``, on the meta device. One process; about half a minute for a setting of the larger model.
 With ``--measured estimate_accuracy.json`` what that file has is not measured again, only predicted.
 
 bfloat16 is FSDP2's mixed precision, for DDP autocast. The CPU's bfloat16 matrix products hold their result in float32 for a
@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
-from hf_sdp.report.measure import fake_world, measure_steps, parallelize
-from hf_sdp.report.memory import Step, fsdp_step, replicated_step, sdp_step
+from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.estimate.memory import Step, fsdp_step, replicated_step, sdp_step
 from hf_sdp.workload import Workload
 
 WORLD_SIZE = 8
@@ -38,7 +38,7 @@ BATCHES = [(2, 512), (1, 256)]
 
 @dataclass(frozen=True)
 class Setting:
-    """``engine``: as in ``hf_sdp.report.measure.parallelize``. ``rank``: the worker that is measured."""
+    """``engine``: as in ``hf_sdp.bench.fake_world.parallelize``. ``rank``: the worker that is measured."""
 
     model: str
     engine: str | SDPConfig

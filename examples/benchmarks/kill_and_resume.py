@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hf_sdp.compare.workers import context, join_world
+from hf_sdp.bench.compare.workers import context, join_world
 
 NUM_WORKERS, NUM_STEPS, SAVE_STEPS = 4, 10, 2
 CONFIGS = [
@@ -37,7 +37,7 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from hf_sdp import SDPCallback, SDPConfig, patch_model
-    from hf_sdp.checkpoint import newest_complete
+    from hf_sdp.checkpoint.folder import newest_complete
 
     log = open(f"{folder}.{rank}.log", "a")  # noqa: SIM115, for the life of the process
     os.dup2(log.fileno(), 1)

@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sdp import SDPConfig
-from hf_sdp.report.measure import fake_world, measure_steps, parallelize
+from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
 
 WORLD_SIZE = 8
 MODELS = {

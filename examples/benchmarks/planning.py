@@ -23,10 +23,10 @@ def one(options: argparse.Namespace) -> dict:
 
     from hf_sdp import SDPConfig, make_plan
     from hf_sdp.cli.models import load_config
-    from hf_sdp.plan import meta_model
-    from hf_sdp.report.graph import spectral_gap
-    from hf_sdp.report.holdings import Holdings
-    from hf_sdp.report.plan import plan_figures
+    from hf_sdp.estimate.figures import plan_figures
+    from hf_sdp.families.meta_model import meta_model
+    from hf_sdp.plan.holdings import Holdings
+    from hf_sdp.plan.worker_graph import spectral_gap
 
     (level,), (workers,) = options.levels, options.workers
     meta_model(load_config("llama-134m"))  # imports the family

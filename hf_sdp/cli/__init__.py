@@ -5,12 +5,12 @@ import sys
 import click
 
 from ..errors import SDPConfigError, SDPStateError
-from .compare import compare
+from .compare_command import compare
 from .errors import CommandError
-from .estimate import estimate
-from .plan import plan
-from .simulate import simulate
-from .verify import verify
+from .estimate_command import estimate
+from .plan_command import plan
+from .simulate_command import simulate
+from .verify_command import verify
 
 commands = click.Group(
     "hf-sdp",

@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from ..errors import SDPConfigError
 from ..families import family_of
-from ..plan import meta_model
+from ..families.meta_model import meta_model
 from .errors import CommandError
 
 _LLAMA = dict(vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=4096)

@@ -1,0 +1,1 @@
+"""Measuring tools and pictures. The core never imports them; they need the extra ``hf_sdp[bench]``."""

@@ -1,0 +1,106 @@
+"""One worker of a world in one process, without the others: what it allocates in a step.
+
+Collectives run on torch's fake process group: buffers are allocated as ever, no data moves, values are garbage.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ..config import SDPConfig
+from ..engine.metrics import measured_peak, state_bytes
+from ..engine.optimizer import repoint
+from ..engine.shard import shard
+from ..families import family_of
+from ..model.state import find_state
+from ..patch import patch_model
+from ..plan.units import decoder_layers
+
+
+@contextlib.contextmanager
+def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
+    """This process is one worker of a world whose others do not exist."""
+    gc.collect()  # nothing of an earlier world may be freed while this one is measured
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def parallelize(
+    model: nn.Module, engine: SDPConfig | str, device: torch.device, param_dtype: str | None = None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as this worker has it, and its AdamW. To be called within a world.
+
+    Args:
+        engine: an SDPConfig; or "DDP", "FSDP2" (reshards after forward, as Accelerate's default does), or "FSDP2, no
+            reshard".
+        param_dtype: FSDP2's mixed precision, for plain FSDP2; an SDPConfig has its own.
+    """
+    if isinstance(engine, SDPConfig):
+        shard(patch_model(model, engine), device)
+    elif engine == "DDP":
+        model = DistributedDataParallel(model.to(device))
+        model.register_comm_hook(None, _finished)  # the reducer cannot wait for fake collectives
+    else:
+        mesh = DeviceMesh(device.type, torch.arange(dist.get_world_size()))
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype and getattr(torch, param_dtype))
+        _, layers = decoder_layers(model, family_of(model.config))
+        for module in (*layers, model):
+            fully_shard(module.to(device), mesh=mesh, reshard_after_forward=engine == "FSDP2", mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if isinstance(engine, SDPConfig):
+        repoint(optimizer, model)
+    return model, optimizer
+
+
+def _finished(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def measure_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[int, int]],
+    device: torch.device,
+    *,
+    autocast: bool = False,
+) -> list[dict[str, int]]:
+    """Bytes for each batch (sequences, tokens of each): state by kind (of ``metrics.state_bytes``), DDP's buckets, which are
+    not measured but are as large as the gradients, ``step``: the peak of a step above what was allocated before it, and
+    ``bytes_sent`` (SDP). Two small steps come first: moments exist then, and DDP has rebuilt its buckets."""
+    state = find_state(model)
+    stored: dict[str, int] = {}
+
+    def step(num_sequences: int, length: int) -> None:
+        ids = torch.zeros(num_sequences, length, dtype=torch.long, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        stored["gradients"] = state_bytes(model, None)["gradients"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(1, 16)
+    step(1, 16)
+    stored |= {k: v for k, v in state_bytes(model, optimizer).items() if k != "gradients"}
+    stored["buckets"] = stored["gradients"] if isinstance(model, DistributedDataParallel) else 0
+    results = []
+    for num_sequences, length in batches:
+        sent = 0 if state is None else state.traffic.bytes_sent
+        with measured_peak(device) as peak:
+            step(num_sequences, length)
+        sent = 0 if state is None else state.traffic.bytes_sent - sent
+        results.append({**stored, "step": peak[0], "bytes_sent": sent})
+    return results

@@ -1,0 +1,137 @@
+"""The baselines that SDP is asked about: dropout, stochastic depth, and a small homogeneous model."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
+
+from ...config import SDPConfig
+from ...errors import SDPConfigError
+from ...families.meta_model import meta_model
+from ...model.layers import SKIPPED
+from ...plan.units import maskable_modules
+from ...planner import make_plan
+
+
+def add_dropout(model: nn.Module, probability: float) -> None:
+    """Ordinary dropout inside every residual branch, in place: in training each MLP neuron and each element of a head's
+    output is zero with ``probability``, token by token, and the others are scaled by 1/(1-probability).
+
+    These are the inputs of the row-wise layers (``down_proj``, ``o_proj``): what the neuron level of SDP cuts.
+    Source: Srivastava et al., JMLR 15 (2014), in the inverted form of ``torch.nn.functional.dropout``.
+    """
+
+    def drop(module: nn.Module, inputs: tuple) -> tuple:
+        return (F.dropout(inputs[0], probability, module.training), *inputs[1:])
+
+    for module in maskable_modules(model, level="neuron", block_granularity="sub-block", chunks=1):
+        for name, dim in module.dims.items():
+            if dim == 1:
+                model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(drop)
+
+
+class RandomlySkipped(nn.Module):
+    """Mixed into the class of a residual block's module.
+
+    In training the block is absent from a micro-batch with probability 1-``survival``; in evaluation its output is
+    multiplied by ``survival``. Source: arXiv 1603.09382, equations 2 and 5.
+    """
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            survives = torch.rand((), generator=self.generator) < self.survival
+            return super().forward(*args, **kwargs) if survives else self.skipped(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        return (output[0] * self.survival, *output[1:]) if isinstance(output, tuple) else output * self.survival
+
+
+def skip_at_random(model: nn.Module, survival: float, *, linear: bool, seed: int) -> None:
+    """Stochastic depth, in place, with a generator of its own (the order of the data does not depend on it).
+
+    Args:
+        survival: probability that a block survives; with ``linear`` the mean of probabilities that fall linearly
+            with depth (arXiv 1603.09382, equation 4).
+    Raises: SDPConfigError when the last block's probability would be negative.
+    """
+    blocks = maskable_modules(model, level="block", block_granularity="sub-block", chunks=1)
+    probabilities = survival_probabilities(survival, len(blocks), linear=linear)
+    generator = torch.Generator().manual_seed(seed)
+    for block, probability in zip(blocks, probabilities, strict=True):
+        module = model.get_submodule(block.name)
+        object.__setattr__(module, "skipped", SKIPPED[block.kind]())  # not a child: names stay
+        module.survival, module.generator = probability, generator
+        module.__class__ = type(type(module).__name__, (RandomlySkipped, type(module)), {})
+
+
+def survival_probabilities(mean: float, num_blocks: int, *, linear: bool) -> list[float]:
+    """Of each block, first to last. ``linear``: 1 - l/L (1 - p_L) for l = 1..L, with p_L such that the mean is right."""
+    if not linear:
+        return [mean] * num_blocks
+    last = 1 - 2 * num_blocks * (1 - mean) / (num_blocks + 1)
+    if last < 0:
+        lowest = 1 - (num_blocks + 1) / (2 * num_blocks)
+        raise SDPConfigError(
+            f"stochastic-depth-linear@{mean:g}: survival that falls linearly from 1 over {num_blocks} blocks has a mean "
+            f"of at least {lowest:.3g}. Use more, or stochastic-depth."
+        )
+    return [1 - index / num_blocks * (1 - last) for index in range(1, num_blocks + 1)]
+
+
+def expected_flops(model: nn.Module, count: Callable[[], int]) -> float:
+    """What ``count()`` (FLOPs of one micro-batch) is on average over the blocks that survive: it is a sum over blocks."""
+    blocks = [module for module in model.modules() if isinstance(module, RandomlySkipped)]
+    if not blocks:
+        return count()
+    probabilities = [block.survival for block in blocks]
+    try:
+        for block in blocks:
+            block.survival = 0.0
+        without = total = count()
+        for block, probability in zip(blocks, probabilities, strict=True):
+            block.survival = 1.0
+            total += probability * (count() - without)
+            block.survival = 0.0
+    finally:
+        for block, probability in zip(blocks, probabilities, strict=True):
+            block.survival = probability
+    return total
+
+
+def narrowed(config: PretrainedConfig, coverage: float, workers: int) -> PretrainedConfig:
+    """The config of a homogeneous model as large as one worker's subnetwork (neuron level) of ``coverage``.
+
+    Depth, vocabulary and numbers of heads stay. The width is the one with which the MLP's ratio to it, chosen to make
+    the number of parameters right, comes closest to the full model's.
+    Raises: SDPConfigError when there is none, or the coverage cannot be met.
+    """
+    plan = make_plan(config, SDPConfig(coverage=coverage), workers)
+    wanted = sum(map(plan.numel, range(workers))) / workers
+    ratio = config.intermediate_size / config.hidden_size
+    best, deviation = None, math.inf
+    for width in range(2 * config.num_attention_heads, config.hidden_size + 1, 2 * config.num_attention_heads):
+        candidate = copy.deepcopy(config)
+        candidate.hidden_size, candidate.head_dim = width, width // config.num_attention_heads
+        candidate.intermediate_size = 1
+        fixed, per_neuron = _numel(candidate), 0
+        candidate.intermediate_size = 2
+        per_neuron = _numel(candidate) - fixed
+        candidate.intermediate_size = round((wanted - fixed) / per_neuron) + 1
+        if candidate.intermediate_size < 1:
+            continue
+        off = abs(math.log(candidate.intermediate_size / width / ratio))
+        if off < deviation:
+            best, deviation = candidate, off
+    if best is None:
+        raise SDPConfigError(
+            f"small@{coverage:g}: no narrower model of {config.num_hidden_layers} layers and {config.num_attention_heads} "
+            f"heads has as few as {wanted:.0f} parameters. Use a higher coverage."
+        )
+    return best
+
+
+def _numel(config: PretrainedConfig) -> int:
+    return sum(p.numel() for p in meta_model(config).parameters())

@@ -1,0 +1,114 @@
+"""One run: a method, a seed, under the plain Trainer.
+
+All methods see the same tokens a step, in the same order, with the same learning rate, warm-up and cosine over their own
+length. FLOPs are those of matrix products in forward and backward, attention included; evaluation is not counted. A
+subnetwork of coverage C costs more than C of the full model, since embeddings and head are not cut.
+"""
+
+import tempfile
+import time
+from datetime import date
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
+
+from ...hosts.trainer import SDPCallback
+from ...model.state import find_state
+from .. import corpus
+from .baselines import expected_flops
+from .methods import Method
+from .setting import Setting
+
+DATA_PARALLEL = Method("data-parallel", None)
+
+
+def step_flops(model: nn.Module, setting: Setting) -> float:
+    """FLOPs of forward and backward of one step's micro-batches; expected ones where blocks are skipped at random."""
+    ids = torch.zeros(setting.batch, setting.sequence, dtype=torch.long)
+    state = find_state(model)
+    num_different = setting.workers if state is not None else 1
+
+    def count() -> int:
+        # The fused CPU attention is not known to the counter.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            for _ in range(num_different):
+                model(input_ids=ids, labels=ids).loss.backward()
+        return counter.get_total_flops()
+
+    model.train()
+    flops = expected_flops(model, count) * setting.workers / num_different
+    model.zero_grad()
+    return flops
+
+
+def number_of_steps(method: Method, setting: Setting, flops: float, seed: int) -> int:
+    """Steps of ``flops`` each that cost what ``setting.steps`` of data parallel cost; a multiple of the evaluations."""
+    if setting.equal == "steps" or method == DATA_PARALLEL:
+        return setting.steps
+    budget = setting.steps * step_flops(DATA_PARALLEL.build(setting, seed), setting)
+    return max(1, round(budget / flops / setting.evaluations)) * setting.evaluations
+
+
+def train(method: Method, seed: int, setting: Setting, text_file: str | None, cache: str) -> dict:
+    """One run on this machine.
+
+    Returns: ``parameters`` (of one worker's model, mean over workers), ``steps``, ``step_flops``, ``curve``
+        ([step, evaluation loss of the full model] pairs), ``seconds`` and what it ran on.
+    """
+    flops = step_flops(method.build(setting, seed), setting)
+    steps = number_of_steps(method, setting, flops, seed)
+    every = steps // setting.evaluations
+    model = method.build(setting, seed)
+    data, _ = corpus.prepared(cache, setting.vocab_size, setting.sequence, text_file=text_file)
+    micro_batches = 1 if method.treats_workers_alike else setting.workers
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder, max_steps=steps, seed=seed, learning_rate=setting.learning_rate,
+            **schedule(setting.schedule, steps), weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
+            per_device_train_batch_size=setting.batch * setting.workers // micro_batches,
+            gradient_accumulation_steps=micro_batches, per_device_eval_batch_size=16, eval_strategy="steps",
+            eval_steps=every, logging_steps=every, save_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            model, args, train_dataset=data["train"], eval_dataset=evaluated(data["valid"], setting.eval_sequences),
+            data_collator=default_data_collator, callbacks=[SDPCallback()] if method.is_sdp else None,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        trainer.train()
+    return {
+        "parameters": parameters_of_a_worker(model),
+        "steps": steps,
+        "step_flops": flops,
+        "curve": [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
+        "seconds": round(time.perf_counter() - started, 1),
+        "date": date.today().isoformat(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def schedule(name: str, steps: int) -> dict:
+    """The ``TrainingArguments`` of a schedule: 5% warm-up, then cosine, or constant and linear over the last 20%."""
+    if name == "cosine":
+        return {"lr_scheduler_type": "cosine", "warmup_steps": steps // 20}
+    decay = {"num_decay_steps": steps // 5, "decay_type": "linear"}
+    return {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": steps // 20, "lr_scheduler_kwargs": decay}
+
+
+def parameters_of_a_worker(model: nn.Module) -> float:
+    """Parameters that a worker trains: of its subnetwork (mean over them), or of the whole model."""
+    state = find_state(model)
+    if state is None:
+        return sum(p.numel() for p in model.parameters())
+    return sum(map(state.plan.numel, range(state.plan.num_subnetworks))) / state.plan.num_subnetworks
+
+
+def evaluated(valid, num_sequences: int):
+    """``num_sequences`` held-out sequences, or all where there are fewer, evenly from the whole."""
+    every = max(1, len(valid) // num_sequences)
+    return valid.select(range(0, len(valid), every)[:num_sequences])

@@ -1,0 +1,1 @@
+"""Checkpoint folders: what they contain, how they are written, read and checked."""

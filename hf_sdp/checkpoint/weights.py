@@ -1,0 +1,158 @@
+"""The weights of a standard Hugging Face folder: read by ranges, written tensor by tensor.
+
+``safetensors`` writes a file from tensors that are all in memory; a full model need not fit there, so the file is
+written here, in the order of its tensors. Format: 8 bytes length of the header (little endian), the header as JSON
+(name -> dtype, shape, range of bytes), the tensors' bytes. Source: huggingface/safetensors, README, "Format".
+"""
+
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+
+from ..engine.placement import Box
+from ..errors import SDPConfigError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Weights:
+    """Tensors of a folder's ``model.safetensors``, or of its shards and their index; read by range.
+
+    Raises: SDPConfigError that names the file: none there, cut short, or missing from the index.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._headers: dict[Path, dict[str, tuple[tuple[int, ...], str]]] = {}
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            self.files = {name: self.folder / file for name, file in weight_map.items()}
+        elif (self.folder / SINGLE).is_file():
+            self.files = dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
+        else:
+            raise SDPConfigError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+
+    def _header(self, file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> shape and dtype of the tensors of one file."""
+        if file not in self._headers:
+            try:
+                with safe_open(file, "pt") as opened:
+                    slices = {name: opened.get_slice(name) for name in opened.keys()}
+                    self._headers[file] = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            except (SafetensorError, OSError) as error:
+                raise SDPConfigError(f"{file} is missing, cut short or not a safetensors file: {error}") from error
+        return self._headers[file]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None when there is no such tensor."""
+        header = self._header(self.files[name]) if name in self.files else {}
+        return header[name][0] if name in header else None
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._header(self.files[name])[name][1]
+        return next(dtype for dtype, known in _DTYPES.items() if known == stored)
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises SDPConfigError that names the file, unless every one of ``shapes`` is there with this shape."""
+        for name, shape in shapes.items():
+            found = self.shape(name)
+            if found != tuple(shape):
+                what = "is missing" if found is None else f"has shape {found}"
+                raise SDPConfigError(
+                    f"{self.files.get(name, self.folder)}: {name} {what}, the model needs {tuple(shape)}. "
+                    "These are the weights of another model."
+                )
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        """The elements of ``box``; only they are read. The file is mapped for this call only: pages that have been read
+        would count as this process's memory for as long as it is open."""
+        with safe_open(self.files[name], "pt") as opened:
+            return opened.get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+
+
+class WeightsWriter:
+    """Writes a folder's weights tensor by tensor; what is there stays valid until :meth:`finish`. OSError leaves
+    nothing behind.
+
+    Args:
+        specs: name -> ``(shape, dtype)`` of everything that :meth:`write` will get, in whatever order.
+        max_shard_size: as in ``save_pretrained``, e.g. "5GB": above it, several files and an index.
+    """
+
+    def __init__(self, folder: str | os.PathLike, specs: dict[str, tuple], max_shard_size: int | str = "50GB"):
+        self.folder, self.specs = Path(folder), specs
+        meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
+        self.split = split_torch_state_dict_into_shards(
+            meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        self._files: dict[str, BinaryIO] = {}
+        self._offsets: dict[str, int] = {}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """``tensor``: on the CPU, of the shape and dtype announced."""
+        file_name = self.split.tensor_to_filename[name]
+        try:
+            if file_name not in self._files:
+                self._begin(file_name)
+            self._files[file_name].seek(self._offsets[name])
+            self._files[file_name].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        except OSError:
+            self._discard()
+            raise
+
+    def finish(self) -> None:
+        """Put the files in place of what was there."""
+        try:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        except OSError:
+            self._discard()
+            raise
+        for name in self.split.filename_to_tensors:
+            os.replace(self._unfinished(name), self.folder / name)
+        if self.split.is_sharded:
+            index = {"metadata": self.split.metadata, "weight_map": self.split.tensor_to_filename}
+            unfinished = self._unfinished(INDEX)
+            unfinished.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            os.replace(unfinished, self.folder / INDEX)
+        else:
+            (self.folder / INDEX).unlink(missing_ok=True)
+        for old in self.folder.iterdir():  # files of an earlier save that no index names any more
+            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
+                if old.name not in self.split.filename_to_tensors:
+                    old.unlink()
+
+    def _discard(self) -> None:
+        for name in self.split.filename_to_tensors:
+            self._unfinished(name).unlink(missing_ok=True)
+
+    def _unfinished(self, file_name: str) -> Path:
+        return self.folder / f".{file_name}.unfinished"
+
+    def _begin(self, file_name: str) -> None:
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name in self.split.filename_to_tensors[file_name]:
+            shape, dtype = self.specs[name]
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
+        self._files[file_name] = open(self._unfinished(file_name), "wb")
+        self._files[file_name].write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in self.split.filename_to_tensors[file_name]:
+            self._offsets[name] = 8 + len(encoded) + header[name]["data_offsets"][0]

@@ -1,0 +1,173 @@
+"""``hf-sdp estimate``."""
+
+import dataclasses
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from .. import make_plan
+from ..errors import SDPConfigError
+from ..estimate.allocations import WorkerMemory
+from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, sdp_rows, subnetworks
+from ..estimate.time import StepTime, step_time
+from ..families.meta_model import meta_model
+from ..plan.plan import Plan
+from ..workload import Workload
+from .models import load_config
+from .options import json_option, model_argument, sdp_config, sdp_options, workers_option, workload_options
+from .units import Bandwidth, Flops
+
+GIB = 2**30
+_KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
+_WORKLOAD = ("batch", "sequence", "dtype", "param_dtype", "optimizer", "gradient_checkpointing")
+
+
+@click.command()
+@model_argument
+@workers_option
+@sdp_options
+@workload_options
+@click.option("--gib", type=click.FloatRange(min=0, min_open=True), help="Memory of a worker, GiB: what fits?")
+@click.option("--bandwidth", type=Bandwidth(), help="Of a worker, to send and to receive: 10Gbit, 25GB/s.")
+@click.option("--flops", type=Flops(), help="That the device reaches: 100TFLOPS, 100e12.")
+@json_option
+def estimate(
+    model: str, workers: int, gib: float | None, bandwidth: float | None, flops: float | None, as_json: bool, **options
+) -> None:
+    """Memory, traffic and step time, beside DDP, ZeRO and FSDP2. Nothing is allocated.
+
+    A step is one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is what
+    the device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
+    """
+    if (bandwidth is None) != (flops is None):
+        raise click.UsageError("The step time needs both --bandwidth and --flops.")
+    workload = Workload(**{name: options.pop(name) for name in _WORKLOAD})
+    config = sdp_config(workload=workload, **options)
+    num_subnetworks = config.num_subnetworks or workers
+    if workers % num_subnetworks:
+        raise SDPConfigError(f"--num-subnetworks {num_subnetworks} does not divide --workers {workers}.")
+    model_config = load_config(model)
+    full = meta_model(model_config)
+    plan = make_plan(full, config, num_subnetworks)
+    rows = other_rows(model_config, workload, workers) + sdp_rows(model_config, plan, workload, workers)
+    times = {}
+    if bandwidth is not None:
+        times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
+    coverages = None
+    if gib is not None and num_subnetworks == workers:
+        coverages = largest_coverage(
+            lambda coverage: make_plan(full, config_of(config, coverage), workers),
+            model_config,
+            workload,
+            workers,
+            int(gib * GIB),
+        )
+    if as_json:
+        click.echo(json.dumps(_report(model, workers, workload, plan, rows, gib, times, coverages), indent=1))
+        return
+    console = Console(width=max(Console().width, 165))  # rows do not wrap: a terminal scrolls, a file does not care
+    console.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters", rows, gib, times))
+    _print_notes(console, workers, workload, plan, rows, gib, coverages, times)
+
+
+def _slowest(row: Row, bandwidth: float, flops: float) -> StepTime:
+    """All workers wait for the slowest."""
+    return max((step_time(step, bandwidth=bandwidth, flops=flops) for step in row.steps), key=lambda t: t.total)
+
+
+def _table(title: str, rows: list[Row], gib: float | None, times: dict[str, StepTime]) -> Table:
+    table = Table(title=title + ", GiB of the largest worker (smallest)")
+    table.add_column("engine", no_wrap=True)
+    columns = ["parameters", "gathered", "gradients", "optimizer", "activations", "peak"]
+    columns += [f"fits {gib:g} GiB"] if gib is not None else []
+    columns += ["sent", "step time", "exposed"] if times else ["sent"]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        memory = row.largest.memory
+        smallest = min(step.memory.peak for step in row.steps)
+        peak = _gib(memory.peak)
+        if _gib(smallest) != peak:
+            peak += f" ({_gib(smallest)})"
+        cells = [row.engine, *(_gib(getattr(memory, kind)) for kind in ("parameters", "gathered", "gradients"))]
+        cells += [_gib(memory.optimizer), _gib(memory.activations), peak]
+        if gib is not None:
+            cells.append("fits" if memory.peak <= gib * GIB else "does not fit")
+        cells.append(_gib(max(step.bytes_sent for step in row.steps)))
+        if times:
+            cells += [_seconds(times[row.engine].total), _seconds(times[row.engine].exposed)]
+        table.add_row(*cells)
+    return table
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}" if nbytes >= GIB / 10 or not nbytes else f"{nbytes / GIB:.4f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, times) -> None:
+    checkpointing = ", activation checkpointing" if workload.gradient_checkpointing else ""
+    console.print(
+        f"{workers} workers, batch {workload.batch} x {workload.sequence} each, {workload.dtype} (stored "
+        f"{workload.param_dtype}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} masking, coverage "
+        f"{plan.coverage:.3g}.",
+        highlight=False,
+    )
+    console.print(
+        "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and buffers "
+        "of collectives, and what of it all lives at one moment (--json: at_peak).",
+        highlight=False,
+    )
+    if len(subnetworks(plan)) < plan.num_subnetworks:
+        console.print(
+            f"SDP: {len(subnetworks(plan))} of {plan.num_subnetworks} subnetworks looked at.", highlight=False
+        )
+    if times:
+        console.print(
+            "Step time: a model of two queues (computation; collectives one after another), not a measurement.",
+            highlight=False,
+        )
+    if gib is not None and coverages is None:
+        console.print("The largest coverage that fits is looked for with one subnetwork per worker only.")
+    for name, coverage in (coverages or {}).items():
+        found = "no coverage fits" if coverage is None else f"largest coverage that fits {coverage:g}"
+        console.print(f"{name}: {found} {gib:g} GiB", highlight=False)
+
+
+def _report(model, workers, workload: Workload, plan: Plan, rows, gib, times, coverages) -> dict:
+    engines = []
+    for row in rows:
+        entry: dict = {"engine": row.engine}
+        for kind in _KINDS:
+            values = [getattr(step.memory, kind) for step in row.steps]
+            entry[f"{kind}_bytes"] = {"min": min(values), "max": max(values)}
+        sent = [step.bytes_sent for step in row.steps]
+        entry["bytes_sent_per_step"] = {"min": min(sent), "max": max(sent)}
+        flops = [step.flops for step in row.steps]
+        entry["flops_per_step"] = {"min": min(flops), "max": max(flops)}
+        if gib is not None:
+            entry["fits"] = row.largest.memory.peak <= gib * GIB
+        if times:
+            time = times[row.engine]
+            entry["step_time_s"] = {
+                "total": time.total,
+                "compute": time.compute,
+                "communication": time.communication,
+                "exposed": time.exposed,
+            }
+        engines.append(entry)
+    return {
+        "model": model,
+        "parameters": plan.full_numel,
+        "workers": workers,
+        "workload": {name: getattr(workload, name) for name in _WORKLOAD},
+        "plan": {"level": plan.level, "masking": plan.masking, "coverage": plan.coverage, "hash": plan.hash},
+        "gib": gib,
+        "engines": engines,
+        "largest_coverage_that_fits": coverages,
+    }

@@ -1,0 +1,141 @@
+"""``hf-sdp simulate``."""
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from ..bench.quality.setting import Setting, text_name
+from .errors import CommandError
+from .options import Numbers, add_options, workers_option
+
+_DEFAULT_METHODS = (
+    "data-parallel,forward-neuron,forward-block,backward-neuron,backward-block,forward-neuron-linear@0.5,"
+    "forward-block-linear@0.5,dropout@0.5,stochastic-depth@0.5,small@0.5"
+)
+_setting_options = add_options(
+    click.option("--hidden", "hidden_size", type=int, default=Setting.hidden_size, help="Width of the Llama."),
+    click.option("--mlp", "intermediate_size", type=int, default=Setting.intermediate_size, help="MLP neurons."),
+    click.option("--layers", "num_hidden_layers", type=int, default=Setting.num_hidden_layers),
+    click.option("--heads", "num_attention_heads", type=int, default=Setting.num_attention_heads),
+    click.option("--kv-heads", "num_key_value_heads", type=int, help="Key/value heads; default: as many as heads."),
+    click.option(
+        "--vocabulary", "vocab_size", type=click.IntRange(257), default=Setting.vocab_size, help="BPE tokens."
+    ),
+    click.option("--init-range", "initializer_range", type=float, default=Setting.initializer_range),
+    click.option("--batch", type=int, default=Setting.batch, help="Sequences of a worker's micro-batch."),
+    click.option("--seq", "sequence", type=int, default=Setting.sequence, help="Tokens of a sequence."),
+    click.option("--steps", type=int, default=Setting.steps, help="Optimizer steps of data parallel."),
+    click.option(
+        "--equal",
+        type=click.Choice(["flops", "steps"]),
+        default=Setting.equal,
+        help="Every method costs what data parallel costs, or takes as many steps.",
+    ),
+    click.option("--lr", "learning_rate", type=float, default=Setting.learning_rate, help="Peak, of every method."),
+    click.option(
+        "--schedule",
+        type=click.Choice(["stable", "cosine"]),
+        default=Setting.schedule,
+        help="Learning rate: constant, then linearly to zero over the last 20%; or cosine.",
+    ),
+    click.option("--evaluations", type=int, default=Setting.evaluations, help="Of the full model, over a run."),
+    click.option("--eval-sequences", type=int, default=Setting.eval_sequences, help="Held-out sequences of each."),
+)
+
+
+@click.command()
+@_setting_options
+@workers_option
+@click.option(
+    "--methods", default=_DEFAULT_METHODS, help="FAMILY (at every --coverage) or FAMILY@COVERAGE, with commas."
+)
+@click.option("--coverage", type=Numbers(float), default="0.25,0.5,0.75", help="For methods that name none.")
+@click.option("--seeds", type=Numbers(int), default="0,1,2", help="One run of every method for each.")
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="UTF-8; default: the source of Python's standard library.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of results.json, tables and plot.",
+)
+@click.option("--processes", type=click.IntRange(1), default=1, help="Runs at a time.")
+@click.option("--note", default="", help="Kept with every run: a commit, a machine.")
+@click.option("--report", "report_only", is_flag=True, help="Train nothing: tables and plot of the runs in --output.")
+def simulate(
+    methods: str,
+    coverage: tuple[float, ...],
+    seeds: tuple[int, ...],
+    text_file: str | None,
+    output: Path,
+    processes: int,
+    note: str,
+    report_only: bool,
+    **shape,
+) -> None:
+    """Quality at equal FLOPs or equal steps: data parallel, SDP and baselines, N virtual workers in one process.
+
+    Runs that --output has are not repeated, so the command can be stopped, and given more methods or seeds.
+    """
+    from ..bench.quality.report import show, write_report
+    from ..bench.quality.results import Results
+
+    results = Results(output)
+    if not report_only:
+        _train(results, methods, coverage, seeds, text_file, processes, note, shape)
+    elif not results.runs:
+        raise CommandError(f"{results.path} has no runs to report.")
+    show(results)
+    write_report(results)
+
+
+def _train(results, methods, coverage, seeds, text_file, processes, note, shape) -> None:
+    import datasets
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from ..bench import corpus
+    from ..bench.quality.methods import parse_methods
+    from ..bench.quality.results import jobs_in_order, train_missing
+
+    shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
+    setting = Setting(**shape, text=text_name(text_file))
+    if not seeds or min(seeds) < 0:
+        raise CommandError(f"--seeds must be at least 0, got {seeds}.")
+    chosen = parse_methods(methods.split(","), coverage)
+    for method in chosen:  # whatever cannot be built is said before the first run
+        method.build(setting, seeds[0])
+    results.expect(setting)
+    jobs = jobs_in_order(chosen, list(dict.fromkeys(seeds)))
+    missing = [job for job in jobs if not results.has(*job)]
+    console = Console(stderr=True)
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done.")
+    if not missing:
+        return
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as cache, console.status("preparing the text") as status:
+        try:
+            corpus.prepared(cache, setting.vocab_size, setting.sequence, text_file=text_file)
+        except ValueError as error:
+            raise CommandError(f"{text_file or setting.text}: {error}") from error
+        done = 0
+
+        def on_done(job, run):
+            nonlocal done
+            done += 1
+            method, seed = job
+            console.print(
+                f"{method.name}, seed {seed}: {run['curve'][-1][1]:.4f} after {run['steps']} steps, {run['seconds']:.0f} s"
+            )
+            status.update(f"{done} of {len(missing)} runs done")
+
+        status.update(f"0 of {len(missing)} runs done")
+        train_missing(
+            results, missing, setting, text_file=text_file, cache=cache, processes=processes, note=note, on_done=on_done
+        )

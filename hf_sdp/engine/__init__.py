@@ -1,0 +1,1 @@
+"""Sharded training over the holder meshes. Nearly everything here is collective."""

@@ -1,0 +1,121 @@
+"""The optimizer under SDP: points at the sharded parameters, steps on plain local shards.
+
+An optimizer made before sharding holds parameters that no longer are the model's; they are replaced in place, each
+once, so that param groups, their order and a scheduler made before stay as the user made them. During ``step`` the
+optimizer sees this worker's shards as plain tensors: one foreach or fused kernel then serves all meshes, where
+DTensors of several meshes would need a param group each. Exact for optimizers that work element by element.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import SDPConfigError, SDPStateError
+from ..model.state import find_state, get_state, local_tensor, unwrap
+
+ELEMENTWISE_OPTIMIZERS = {
+    "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "RMSprop", "Rprop", "ASGD", "Lion",
+}  # fmt: skip
+"""Class names of optimizers whose update of an element depends on that element alone, and that make their state in the
+first step (Adagrad makes it when it is made, for tensors that sharding replaces). Add the name of one of your own."""
+
+
+def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Raises SDPConfigError for an optimizer not known to be element-wise: on slices and shards of a matrix,
+    factored or orthogonalized updates (Adafactor, Muon, Shampoo, LAMB, ...) are silently different ones."""
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    if not names & ELEMENTWISE_OPTIMIZERS:
+        raise SDPConfigError(
+            f"{type(optimizer).__name__} is not known to update every element on its own; on slices of a parameter it would "
+            f"silently compute something else. Use one of {sorted(ELEMENTWISE_OPTIMIZERS)}; if yours is element-wise, add its "
+            "name to hf_sdp.engine.optimizer.ELEMENTWISE_OPTIMIZERS."
+        )
+
+
+def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Let ``optimizer`` train the parameters of the sharded ``model``: by identity, each exactly once.
+
+    Raises: SDPConfigError for an optimizer that is not element-wise or has parameters of something else;
+        SDPStateError when it already has state, which belongs to the old tensors. Nothing is changed then.
+    """
+    model = unwrap(model)
+    state = get_state(model)
+    if getattr(optimizer, "_sdp_model", None) is model:
+        return
+    refuse_unless_elementwise(optimizer)
+    current = state.parameters
+    ours = {id(p) for p in current.values()}
+    groups, seen = [], set()
+    for group in optimizer.param_groups:
+        parameters = []
+        for p in group["params"]:
+            if id(p) in ours:
+                new = [p]
+            elif p in state.replaced:
+                new = [current[name] for name in state.replaced[p]]
+            else:
+                raise SDPConfigError(
+                    f"The optimizer has a parameter of shape {tuple(p.shape)} that is not one of the model's, neither now nor "
+                    "before it was patched. Make the optimizer from model.parameters()."
+                )
+            # A full parameter kept in two parts appears in both; a shared one of many parts must not come twice.
+            parameters += [q for q in new if id(q) not in seen]
+            seen.update(id(q) for q in new)
+        groups.append(parameters)
+    if optimizer.state and any(id(p) not in ours for p in optimizer.state):
+        raise SDPStateError(
+            "The optimizer already has state for parameters that sharding replaced; it would be lost. Prepare model and "
+            "optimizer before the first step."
+        )
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = parameters
+    optimizer._sdp_model = model
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: _enter(opt))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
+
+
+@contextlib.contextmanager
+def local_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, ``optimizer.param_groups`` are plain local shards with local gradients. No effect on others."""
+    if find_state(getattr(optimizer, "_sdp_model", None)) is None:
+        yield
+        return
+    _enter(optimizer)
+    try:
+        yield
+    finally:
+        _leave(optimizer, stepped=False)
+
+
+@torch.no_grad()  # with gradients, every local shard would be made through autograd: 3 ms a step in a small model
+def _enter(optimizer: torch.optim.Optimizer) -> None:
+    _leave(optimizer, stepped=False)  # a step that raised left its shards in place
+    optimizer._sdp_shards = []
+    for group in optimizer.param_groups:
+        shards = []
+        for p in group["params"]:
+            shard = nn.Parameter(local_tensor(p).detach(), requires_grad=p.requires_grad)
+            if p.grad is not None:
+                shard.grad = local_tensor(p.grad)
+            if p in optimizer.state:
+                optimizer.state[shard] = optimizer.state.pop(p)
+            shards.append(shard)
+        optimizer._sdp_shards.append((group["params"], shards))
+        group["params"] = shards
+
+
+def _leave(optimizer: torch.optim.Optimizer, *, stepped: bool) -> None:
+    for group, (parameters, shards) in zip(optimizer.param_groups, getattr(optimizer, "_sdp_shards", []), strict=False):
+        for p, shard in zip(parameters, shards, strict=True):
+            if shard in optimizer.state:
+                optimizer.state[p] = optimizer.state.pop(shard)
+        group["params"] = parameters
+    optimizer._sdp_shards = []
+    if stepped:
+        state = get_state(optimizer._sdp_model)
+        state.version += 1
+        state.saved_weights = None
+        if state.shadow is not None:
+            state.shadow.release()

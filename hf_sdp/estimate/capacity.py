@@ -1,0 +1,101 @@
+"""``memory_gib``: how much of the model each worker can hold. The estimate of a step's peak decides, plan by plan."""
+
+from collections.abc import Callable
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from ..config import SDPConfig
+from ..errors import SDPConfigError
+from ..plan.plan import Plan
+from .memory import worker_memory
+
+STEPS = 8  # coverages are multiples of 1/8: as fine as a linear depth profile can halve again
+MAX_ESTIMATES = 64  # of the workers of one capacity, who hold equal shares
+GIB = 2**30
+
+
+def fit(
+    model_config: PretrainedConfig,
+    config: SDPConfig,
+    num_subnetworks: int,
+    plan_of: Callable[[np.ndarray], Plan],
+) -> np.ndarray:
+    """The share of each subnetwork, float64 of shape ``(N,)``: as much as fits, in steps of 1/8.
+
+    Whoever is over its capacity by the largest factor holds a step less, until all fit: less held by one is more state for
+    the other holders. With ``balance="compute"`` shares are then made as equal as capacities allow, so that no worker waits
+    for one with a larger share. What a worker needs is the peak of a step, as ``hf-sdp estimate`` says it for one worker a
+    subnetwork (replicas only lower it).
+
+    Args:
+        plan_of: shares -> plan; raises SDPConfigError for shares that cannot be dealt.
+    Raises: SDPConfigError when the workers cannot hold the model together, with what each of them would need.
+    """
+    capacities = np.array(config.memory_gib) * GIB
+    if len(capacities) != num_subnetworks:
+        raise SDPConfigError(
+            f"memory_gib lists {len(capacities)} subnetworks {list(config.memory_gib)}, there are {num_subnetworks}. Give one "
+            f"for each, or num_subnetworks={len(capacities)} for replicas of them."
+        )
+    search = _Search(model_config, config, capacities, plan_of)
+    steps, stuck, reason = np.full(num_subnetworks, STEPS), np.zeros(num_subnetworks, dtype=bool), None
+    while (over := (need := search.need(steps)) > capacities).any():
+        if (over <= stuck).all():
+            raise _shortage(config, steps, need - capacities, need, reason)
+        worst = capacities == capacities[np.where(over & ~stuck, need / capacities, 0).argmax()]
+        try:
+            plan_of((steps - worst) / STEPS)
+            steps = steps - worst
+        except SDPConfigError as error:  # cannot be dealt: not one unit each, or too few holders
+            stuck, reason = stuck | worst, error
+    return (search.level(steps) if config.balance == "compute" else steps) / STEPS
+
+
+def _shortage(
+    config: SDPConfig, steps: np.ndarray, over: np.ndarray, need: np.ndarray, reason: SDPConfigError | None
+) -> SDPConfigError:
+    return SDPConfigError(
+        f"memory_gib={list(config.memory_gib)} is {np.maximum(over, 0).sum() / GIB:.4g} GiB too little: with coverage "
+        f"{(steps / STEPS).tolist()} the workers need {[float(f'{n / GIB:.4g}') for n in need]} GiB, and with less: {reason}"
+    )
+
+
+class _Search:
+    def __init__(self, model_config, config: SDPConfig, capacities: np.ndarray, plan_of):
+        self.model_config, self.config, self.capacities, self.plan_of = model_config, config, capacities, plan_of
+
+    def need(self, steps: np.ndarray) -> np.ndarray:
+        """Peak bytes of each worker; of many with one capacity, the largest of some."""
+        plan = self.plan_of(steps / STEPS)
+        need = np.zeros(len(steps))
+        for capacity in np.unique(self.capacities):
+            members = np.flatnonzero(self.capacities == capacity)
+            asked = members[:: -(-len(members) // MAX_ESTIMATES)]
+            need[members] = max(self._peak(plan, int(w)) for w in asked)
+        return need
+
+    def _peak(self, plan: Plan, subnetwork: int) -> int:
+        return worker_memory(
+            self.model_config,
+            plan,
+            subnetwork,
+            self.config.workload,
+            sharding=self.config.sharding,
+            reshard_after_forward=self.config.reshard_after_forward,
+        ).peak
+
+    def fits(self, steps: np.ndarray) -> bool:
+        try:
+            return bool((self.need(steps) <= self.capacities).all())
+        except SDPConfigError:
+            return False
+
+    def level(self, steps: np.ndarray) -> np.ndarray:
+        """Shares that fit, and are as equal as that allows."""
+        for equal in range(STEPS, 0, -1):
+            if self.fits(np.full_like(steps, equal)):
+                return np.full_like(steps, equal)
+        while self.fits(lower := np.minimum(steps, steps.max() - 1)):
+            steps = lower
+        return steps

@@ -1,0 +1,197 @@
+"""The figures of a plan: what each subnetwork holds, computes and sends, and how evenly. Defined in PLAN.md."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from ..config import SDPConfig
+from ..plan.flops import training_flops
+from ..plan.holdings import Holdings
+from ..plan.plan import Plan
+from ..plan.worker_graph import connected_components, spectral_gap
+
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """Arrays have one number for each subnetwork, shape ``(N,)``; kinds are "attention", "mlp" (or "layer"), and "shared".
+
+    Attributes:
+        num_workers: W; worker w holds subnetwork w mod N.
+        sequence: tokens of a sequence, for attention's FLOPs.
+        element_bytes: of an element on the wire.
+        parameters, full_parameters: kind -> elements held, and those of the full model.
+        flops, full_flops: kind -> FLOPs of forward and backward for one token.
+        bytes_sent: by one worker in one optimizer step.
+        coverage: share held of the elements that are dealt: maskable ones, without layers that are always held.
+        unit_holders: holders of each unit that is dealt, in forward order, shape ``(units,)``.
+        num_holder_sets: distinct ones (each is a communicator), that of the shared parameters included.
+        num_components, spectral_gap: of the worker graph; the gap is None where it was too much to compute.
+    """
+
+    num_subnetworks: int
+    num_workers: int
+    sequence: int
+    element_bytes: int
+    parameters: dict[str, np.ndarray]
+    full_parameters: dict[str, int]
+    flops: dict[str, np.ndarray]
+    full_flops: dict[str, int]
+    bytes_sent: np.ndarray
+    coverage: np.ndarray
+    unit_holders: np.ndarray
+    num_holder_sets: int
+    num_components: int
+    spectral_gap: float | None
+
+    def summary(self) -> dict:
+        """Over subnetworks (replication: over units), as plain numbers."""
+        parameters, flops = sum(self.parameters.values()), sum(self.flops.values())
+        return {
+            "coverage": spread(self.coverage),
+            "replication": spread(self.unit_holders),
+            "num_units": len(self.unit_holders),
+            "num_holder_sets": self.num_holder_sets,
+            "parameters": spread(parameters),
+            "parameters_full": sum(self.full_parameters.values()),
+            "parameters_straggler_ratio": straggler_ratio(parameters),
+            "flops_per_token": spread(flops),
+            "flops_per_token_full": sum(self.full_flops.values()),
+            "flops_straggler_ratio": straggler_ratio(flops),
+            "bytes_sent_per_step": spread(self.bytes_sent),
+            "bytes_sent_straggler_ratio": straggler_ratio(self.bytes_sent),
+            "num_components": self.num_components,
+            "spectral_gap": self.spectral_gap,
+        }
+
+    def subnetwork(self, index: int) -> dict:
+        """The figures of one subnetwork, as plain numbers."""
+        parameters = {kind: int(held[index]) for kind, held in self.parameters.items()}
+        flops = {kind: int(held[index]) for kind, held in self.flops.items()}
+        return {
+            "subnetwork": index,
+            "workers": list(range(index, self.num_workers, self.num_subnetworks)),
+            "coverage": float(self.coverage[index]),
+            "parameters": {**parameters, "total": sum(parameters.values())},
+            "flops_per_token": {**flops, "total": sum(flops.values())},
+            "bytes_sent_per_step": float(self.bytes_sent[index]),
+        }
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {"min": values.min().item(), "mean": values.mean().item(), "max": values.max().item()}
+
+
+def straggler_ratio(values: np.ndarray) -> float:
+    """Largest over mean: 1 when all have the same. All wait for the largest."""
+    return float(values.max() / values.mean()) if values.any() else 1.0
+
+
+def plan_figures(
+    plan: Plan, model: nn.Module, config: SDPConfig, *, num_workers: int, sequence: int, element_bytes: int
+) -> PlanFigures:
+    """All figures of a plan; no processes needed.
+
+    Args:
+        model: the full model that was planned, on any device (meta included).
+        config: for how state is sharded.
+        num_workers: a multiple of the plan's N.
+        sequence: tokens of a sequence.
+        element_bytes: of parameters and gradients on the wire: 4, or 2 in half precision.
+    """
+    holdings = Holdings.of(plan)
+    numel = np.array([sum(math.prod(plan.shapes[name]) for name in m.dims) for m in plan.modules], dtype=np.int64)
+    num_units = np.array([m.num_units for m in plan.modules], dtype=np.int64)
+    fixed, by_share = module_flops(plan, model.config, sequence)
+    parameters, full_parameters, flops, full_flops = {}, {}, {}, {}
+    for kind in dict.fromkeys(m.kind for m in plan.modules):
+        of_kind = np.array([m.kind == kind for m in plan.modules])
+        parameters[kind] = holdings.held(np.where(of_kind, numel // num_units, 0))
+        full_parameters[kind] = int(numel[of_kind].sum())
+        flops[kind] = holdings.held(np.where(of_kind, by_share // num_units, 0)) + fixed[of_kind].sum()
+        full_flops[kind] = int((fixed + by_share)[of_kind].sum())
+    dealt = np.array([m.layer not in plan.always_held for m in plan.modules])
+    of_dealt_unit = np.where(dealt, numel // num_units, 0)
+    dealt_elements = of_dealt_unit @ holdings.units
+    everyone = np.ones(plan.num_subnetworks, dtype=np.int64)
+    parameters[SHARED], full_parameters[SHARED] = everyone * plan.shared_numel, plan.shared_numel
+    full_flops[SHARED] = 6 * _shared_linear_numel(plan, model)
+    flops[SHARED] = everyone * full_flops[SHARED]
+    return PlanFigures(
+        num_subnetworks=plan.num_subnetworks,
+        num_workers=num_workers,
+        sequence=sequence,
+        element_bytes=element_bytes,
+        parameters=parameters,
+        full_parameters=full_parameters,
+        flops=flops,
+        full_flops=full_flops,
+        bytes_sent=bytes_sent(plan, holdings, numel // num_units, config, num_workers, element_bytes),
+        coverage=holdings.held(of_dealt_unit) / dealt_elements.sum(),
+        unit_holders=np.concatenate(
+            [[len(h) for h in plan.unit_holders[m.name]] for m in plan.modules if m.layer not in plan.always_held]
+        ),
+        num_holder_sets=len({*holdings.sets, plan.everyone}),
+        num_components=connected_components(holdings, dealt_elements),
+        spectral_gap=spectral_gap(holdings, dealt_elements),
+    )
+
+
+def module_flops(plan: Plan, model_config, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs of forward and backward of each whole maskable module for one token, int64, shape ``(modules,)`` each: what
+    every worker computes whatever it holds, and what goes with the share it holds.
+
+    Forward masking: everything goes with the share. Backward masking: only the weight gradients do, a third of what linear
+    layers compute.
+    """
+    whole = [int(training_flops(module, plan.shapes, model_config, sequence)) for module in plan.modules]
+    if plan.masking == "forward":
+        return np.zeros(len(whole), dtype=np.int64), np.array(whole, dtype=np.int64)
+    weights = [
+        sum(math.prod(plan.shapes[name]) for name in module.dims if len(plan.shapes[name]) == 2)
+        for module in plan.modules
+    ]
+    by_share = 2 * np.array(weights, dtype=np.int64)
+    return np.array(whole, dtype=np.int64) - by_share, by_share
+
+
+def _shared_linear_numel(plan: Plan, model: nn.Module) -> int:
+    """Weights of linear layers outside the maskable modules: the head, also when it is tied to the embeddings."""
+    cut = {name for module in plan.modules for name in module.dims}
+    return sum(
+        layer.weight.numel()
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and f"{name}.weight" not in cut
+    )
+
+
+def bytes_sent(
+    plan: Plan,
+    holdings: Holdings,
+    unit_numel: np.ndarray,
+    config: SDPConfig,
+    num_workers: int,
+    element_bytes: int,
+) -> np.ndarray:
+    """Bytes that a worker of each subnetwork sends in one optimizer step, float64, shape ``(N,)``, as rings send them and
+    without FSDP2's padding; what :mod:`hf_sdp.engine.traffic` counts.
+
+    Args:
+        unit_numel: elements of one unit of each module, shape ``(modules,)``.
+    """
+    passes = 3 if config.reshard_after_forward else 2  # gather, (gather again,) reduce
+    whole_world = passes * (num_workers - 1) / num_workers
+    if plan.masking == "backward":
+        return np.full(plan.num_subnetworks, whole_world * plan.full_numel * element_bytes)
+    replicas = num_workers // plan.num_subnetworks
+    r = holdings.num_holders
+    if config.sharding == "none":
+        per_element = 2 * (r * replicas - 1) / (r * replicas)
+    else:  # the reduced shard, 1/r, is all-reduced among the replicas
+        per_element = passes * (r - 1) / r + 2 * (replicas - 1) / replicas / r
+    per_element = np.where(r == plan.num_subnetworks, whole_world, per_element)
+    sent = holdings.members @ (unit_numel @ holdings.units * per_element)
+    return element_bytes * (sent + whole_world * plan.shared_numel)

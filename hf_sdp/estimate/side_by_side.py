@@ -1,0 +1,126 @@
+"""The engines side by side: what a step of each takes, of every worker."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from ..config import SDPConfig
+from ..errors import SDPConfigError
+from ..plan.plan import Plan
+from ..workload import Workload
+from .memory import Step, fsdp_step, replicated_step, sdp_step
+from .trace import is_split
+
+MAX_WORKERS = 64
+SHARDINGS: dict[str, dict] = {
+    "SDP, sharding full": dict(sharding="full"),
+    "SDP, sharding full, reshard": dict(sharding="full", reshard_after_forward=True),
+    "SDP, sharding none": dict(sharding="none"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """``steps``: one for each subnetwork that was looked at (one where all workers are alike)."""
+
+    engine: str
+    steps: tuple[Step, ...]
+
+    @property
+    def largest(self) -> Step:
+        """Of the worker with the highest peak."""
+        return max(self.steps, key=lambda step: step.memory.peak)
+
+
+def subnetworks(plan: Plan) -> list[int]:
+    """All subnetworks; of more than ``MAX_WORKERS`` as many, evenly spaced."""
+    number = min(plan.num_subnetworks, MAX_WORKERS)
+    return [i * plan.num_subnetworks // number for i in range(number)]
+
+
+def sdp_rows(model_config: PretrainedConfig, plan: Plan, workload: Workload, world_size: int) -> list[Row]:
+    """One row for each sharding that the engine runs."""
+    rows = []
+    for name, sharding in SHARDINGS.items():
+        if not (sharding.get("reshard_after_forward") and checkpointing_would_hang(plan, workload)):
+            steps = tuple(
+                sdp_step(model_config, plan, subnetwork, workload, world_size=world_size, **sharding)
+                for subnetwork in subnetworks(plan)
+            )
+            rows.append(Row(name, steps))
+    return rows
+
+
+def checkpointing_would_hang(plan: Plan, workload: Workload) -> bool:
+    """What ``forward.refuse_unsafe_checkpointing`` refuses: recomputing a module in several parts that resharded."""
+    forward = plan.masking == "forward" and plan.level == "neuron"
+    return workload.gradient_checkpointing and forward and any(is_split(plan, module) for module in plan.modules)
+
+
+def other_rows(model_config: PretrainedConfig, workload: Workload, world_size: int) -> list[Row]:
+    """What everyone asks about: DDP (with and without activation checkpointing), ZeRO-1, ZeRO-2, FSDP2."""
+
+    def replicated(zero_stage: int, of: Workload = workload) -> tuple[Step, ...]:
+        return (replicated_step(model_config, of, world_size, zero_stage=zero_stage),)
+
+    def sharded(reshard_after_forward: bool) -> tuple[Step, ...]:
+        return (fsdp_step(model_config, workload, world_size, reshard_after_forward=reshard_after_forward),)
+
+    saves_all, recomputes = (dataclasses.replace(workload, gradient_checkpointing=on) for on in (False, True))
+    return [
+        Row("DDP", replicated(0, saves_all)),
+        Row("DDP, activation checkpointing", replicated(0, recomputes)),
+        Row("ZeRO-1", replicated(1)),
+        Row("ZeRO-2", replicated(2)),
+        Row("FSDP2 (ZeRO-3), reshard", sharded(True)),
+        Row("FSDP2 (ZeRO-3)", sharded(False)),
+    ]
+
+
+def largest_coverage(
+    make: Callable[[float], Plan], model_config: PretrainedConfig, workload: Workload, world_size: int, limit: int
+) -> dict[str, float | None]:
+    """For each sharding the largest coverage r/N whose workers all stay within ``limit`` bytes; None when none does.
+
+    Args:
+        make: coverage -> plan; SDPConfigError where the planner cannot meet it. Peaks grow with coverage, so it is asked
+            for about log2(N) coverages.
+        world_size: also N.
+    """
+    plans: dict[int, Plan | None] = {}
+
+    def plan_of(holders: int) -> Plan | None:
+        if holders not in plans:
+            try:
+                plans[holders] = make(holders / world_size)
+            except SDPConfigError:
+                plans[holders] = None
+        return plans[holders]
+
+    def fits(holders: int, sharding: dict) -> bool:
+        plan = plan_of(holders)
+        return plan is not None and all(
+            sdp_step(model_config, plan, subnetwork, workload, world_size=world_size, **sharding).memory.peak <= limit
+            for subnetwork in subnetworks(plan)
+        )
+
+    found: dict[str, float | None] = {}
+    for name, sharding in SHARDINGS.items():
+        low, high = 0, world_size + 1  # low fits (0: nothing), high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if plan_of(middle) is None:  # too little for one unit: a smaller coverage cannot be met either
+                low = middle
+            elif fits(middle, sharding):
+                low = middle
+            else:
+                high = middle
+        found[name] = low / world_size if low and plan_of(low) is not None else None
+    return found
+
+
+def config_of(config: SDPConfig, coverage: float) -> SDPConfig:
+    """``config`` with one coverage for all."""
+    return dataclasses.replace(config, coverage=coverage, memory_gib=None, workload=None)

@@ -1,0 +1,1 @@
+"""Under the names of the host libraries: Accelerate's Accelerator and transformers' Trainer."""

@@ -1,0 +1,258 @@
+"""``SDPAccelerator``: an Accelerator that shards patched models by their plan instead of wrapping them in DDP."""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from ..checkpoint import folder as checkpoint
+from ..checkpoint.load import load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
+from ..checkpoint.save import save_pretrained
+from ..compat import reset_after_exception
+from ..config import SDPConfig
+from ..engine.exchange import consolidate
+from ..engine.gradients import GlobalGradScaler, clip_grad_norm
+from ..engine.optimizer import refuse_unless_elementwise, repoint
+from ..engine.shard import shard
+from ..errors import SDPConfigError, SDPStateError
+from ..model.state import find_state, unwrap
+from ..patch import patch_model
+from ..world.agreement import together
+
+_OTHER_ENGINES = {
+    DistributedType.FSDP: "FSDP",
+    DistributedType.DEEPSPEED: "DeepSpeed",
+    DistributedType.MEGATRON_LM: "Megatron-LM",
+    DistributedType.XLA: "XLA",
+}
+
+
+class SDPAccelerator(Accelerator):
+    """``accelerate.Accelerator`` for models patched with :func:`hf_sdp.patch_model`.
+
+    ``prepare`` shards the model, re-points its optimizers, and leaves dataloaders, schedulers, autocast, compilation
+    and gradient accumulation to Accelerate. Optimizers may be made before or after.
+
+    Args:
+        sdp_config: with it, ``prepare`` also patches a model that is not patched yet.
+    Raises: SDPConfigError on every worker, before anything is changed: FSDP, DeepSpeed or another engine configured
+        at the same time, a world of one worker, a world that is not what was launched, an unpatched model without
+        ``sdp_config``.
+    Source: accelerate/accelerator.py (prepare, prepare_model, clip_grad_norm_, get_state_dict, no_sync).
+    """
+
+    def __init__(self, *args, sdp_config: SDPConfig | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sdp_config = sdp_config
+        if self.scaler is not None and isinstance(self.scaler, torch.amp.GradScaler):
+            options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
+            self.scaler = GlobalGradScaler(self.device.type, **options)
+
+    def prepare(self, *args, device_placement=None):
+        models = [a for a in args if isinstance(a, nn.Module)]
+        optimizers = [a for a in args if isinstance(a, torch.optim.Optimizer)]
+        for model in models:
+            self._check(model)
+        if models or any(getattr(o, "_sdp_model", None) is not None for o in optimizers):
+            for optimizer in optimizers:
+                refuse_unless_elementwise(_inner(optimizer))
+        # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
+        for model in models:
+            self._shard(model)
+            for optimizer in optimizers:
+                if find_state(model).sharded:
+                    repoint(_inner(optimizer), model)
+        return super().prepare(*args, device_placement=device_placement)
+
+    def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
+        self._check(model)
+        self._shard(model)
+        simulated = find_state(model).simulated
+        return super().prepare_model(
+            model,
+            device_placement=device_placement if simulated else False,
+            evaluation_mode=evaluation_mode or not simulated,  # not in DDP: the engine synchronizes
+        )
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None):
+        if not getattr(optimizer, "_is_accelerate_prepared", False):
+            models = [m for m in self._models if (s := find_state(m)) is not None and s.sharded]
+            if models:
+                repoint(optimizer, models[-1])
+        return super().prepare_optimizer(optimizer, device_placement=device_placement)
+
+    def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
+        """Norm of the full averaged gradient of all workers, which is clipped to ``max_norm``. Collective."""
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if not self._has_sharded_model():
+            return super().clip_grad_norm_(parameters, max_norm, norm_type)
+        self.unscale_gradients()
+        return clip_grad_norm(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters, clip_value):
+        if self._has_sharded_model():
+            self.unscale_gradients()
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.to_local().clamp_(-clip_value, clip_value)
+            return
+        super().clip_grad_value_(parameters, clip_value)
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True):
+        """The full state dict on the CPU of rank 0, None elsewhere. Collective. See :func:`hf_sdp.consolidate`."""
+        if find_state(model) is None:
+            return super().get_state_dict(model, unwrap)
+        return consolidate(model)
+
+    def save_state(self, output_dir=None, safe_serialization: bool = True, **save_model_func_kwargs):
+        """As ``Accelerator.save_state``, into a folder that is whole or not there (see ``checkpoint.py``): the full
+        model as a standard checkpoint, optimizer state in the canonical layout, and what Accelerate saves. Collective.
+
+        Raises: SDPStateError on every worker when any of them cannot write; earlier checkpoints stay.
+        """
+        if not self._has_sharded_model():
+            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+        model = self._only_model()
+        automatic = self.project_configuration.automatic_checkpoint_naming
+        if automatic:
+            output_dir = os.path.join(self.project_dir, "checkpoints", f"checkpoint_{self.save_iteration}")
+            if os.path.exists(output_dir):
+                raise ValueError(
+                    f"{output_dir} already exists. Set project_configuration.iteration to the next number."
+                )
+        iteration = self.project_configuration.iteration
+        try:
+            with checkpoint.writing(output_dir, model) as unfinished:
+                save_pretrained(model, unfinished)
+                for index, optimizer in enumerate(self._optimizers):
+                    folder = unfinished / _numbered(checkpoint.OPTIMIZER, index)
+                    with together(find_state(model).control_group):
+                        folder.mkdir(exist_ok=True)
+                    save_optimizer(optimizer, model, folder)
+                with self._without_model(), _explicit_folder(self.project_configuration):
+                    super().save_state(str(unfinished), safe_serialization)
+        except BaseException:
+            self.project_configuration.iteration = iteration  # some workers have counted it
+            raise
+        with together(find_state(model).control_group):
+            if automatic and self.project_configuration.total_limit is not None and self.is_main_process:
+                for old in _automatic_folders(self.project_dir)[: -self.project_configuration.total_limit]:
+                    shutil.rmtree(old)
+        return output_dir
+
+    def load_state(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs):
+        """As ``Accelerator.load_state``, from a folder that :meth:`save_state` or a plain Accelerator wrote, in whatever
+        world and plan. Collective.
+
+        Raises: on every worker, before anything is changed: SDPStateError when the folder is incomplete or damaged or of
+            another optimizer, SDPConfigError when it is of another model.
+        """
+        if not self._has_sharded_model():
+            return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+        model = self._only_model()
+        if input_dir is None and self.project_configuration.automatic_checkpoint_naming:
+            folders = _automatic_folders(self.project_dir)
+            input_dir = folders[-1] if folders else None
+        if input_dir is None:
+            raise ValueError("No input_dir was given, and there is no automatically named checkpoint.")
+        with together(find_state(model).control_group):
+            if self.is_main_process:
+                checkpoint.finish_interrupted(Path(input_dir))
+        saved = [open_optimizer_state(optimizer, model, input_dir, i) for i, optimizer in enumerate(self._optimizers)]
+        load_weights(model, input_dir)
+        for optimizer, its_state in zip(self._optimizers, saved, strict=True):
+            load_optimizer(optimizer, model, its_state)
+        tell_changes(model, input_dir, self.num_processes, self.process_index)
+        with self._without_model():
+            return super().load_state(str(input_dir), load_kwargs, **load_model_func_kwargs)
+
+    @contextlib.contextmanager
+    def _without_model(self):
+        """Schedulers, dataloaders, scaler, random numbers and registered objects only."""
+        kept = self._models, self._optimizers
+        self._models, self._optimizers = [], []
+        try:
+            yield
+        finally:
+            self._models, self._optimizers = kept
+
+    def _only_model(self) -> nn.Module:
+        if len(self._models) > 1:
+            names = [type(unwrap(m)).__name__ for m in self._models]
+            raise SDPStateError(f"save_state and load_state handle one SDP model, this accelerator has {names}.")
+        return self._models[0]
+
+    def free_memory(self, *objects):
+        for model in self._models:
+            if find_state(model) is not None:
+                reset_after_exception(unwrap(model))  # a step that ran out of memory is tried again
+        return super().free_memory(*objects)
+
+    def _has_sharded_model(self) -> bool:
+        return any((s := find_state(m)) is not None and s.sharded for m in self._models)
+
+    def _check(self, model: nn.Module) -> None:
+        if self.distributed_type in _OTHER_ENGINES:
+            raise SDPConfigError(
+                f"{_OTHER_ENGINES[self.distributed_type]} is configured, but an SDP model is sharded by hf_sdp. Remove it "
+                "from the accelerate config (or TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the holders."
+            )
+        if getattr(self, "parallelism_config", None) is not None:
+            raise SDPConfigError("ParallelismConfig is set, but an SDP model is sharded by hf_sdp. Remove it.")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.num_processes:
+            raise SDPConfigError(
+                f"WORLD_SIZE={launched} workers were launched, but Accelerate runs with {self.num_processes}. "
+                "Launch with a file of configs/accelerate/ (on CPU: ACCELERATE_USE_CPU=true)."
+            )
+        state = find_state(model)
+        if state is None:
+            if self.sdp_config is None:
+                raise SDPConfigError(
+                    f"{type(model).__name__} is not patched. Call patch_model(model, SDPConfig(...)) before prepare, or use "
+                    "SDPAccelerator(sdp_config=SDPConfig(...))."
+                )
+            if self.num_processes == 1 and not self.sdp_config.simulate:
+                raise SDPConfigError(
+                    "SDP needs at least 2 workers, this world has 1. Use a file of configs/accelerate/."
+                )
+        elif self.sdp_config is not None and self.sdp_config != state.config:
+            raise SDPConfigError(f"The model was patched with {state.config}, the accelerator has {self.sdp_config}.")
+
+    def _shard(self, model: nn.Module) -> None:
+        if find_state(model) is None:
+            patch_model(model, self.sdp_config)
+        shard(model, self.device)
+
+
+def _inner(optimizer):
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{name}_{index}" if index else name
+
+
+def _automatic_folders(project_dir: str) -> list[Path]:
+    """Oldest first."""
+    found = {}
+    for path in Path(project_dir, "checkpoints").glob("checkpoint_*"):
+        if match := re.fullmatch(r"checkpoint_(\d+)", path.name):
+            found[int(match[1])] = path
+    return [path for _, path in sorted(found.items())]
+
+
+@contextlib.contextmanager
+def _explicit_folder(configuration):
+    automatic, configuration.automatic_checkpoint_naming = configuration.automatic_checkpoint_naming, False
+    try:
+        yield
+    finally:
+        configuration.automatic_checkpoint_naming = automatic

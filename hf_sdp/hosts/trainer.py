@@ -1,0 +1,158 @@
+"""The unmodified ``transformers.Trainer`` with SDP: a callback, and what :func:`enable` puts under the Trainer.
+
+Trainer builds ``Accelerator(**args)`` from its module's global, so that name is set to an SDPAccelerator. A few
+methods are wrapped; each wrap does nothing for a model that is not patched. Source: transformers/trainer.py.
+"""
+
+import functools
+import inspect
+
+import transformers.trainer as host
+from torch import nn
+from transformers import TrainerCallback
+
+from ..config import SDPConfig
+from ..engine.metrics import StepMeter
+from ..errors import SDPConfigError, SDPStateError
+from ..model.state import SDPState, find_state
+from ..patch import patch_model
+from .accelerator import SDPAccelerator
+from .trainer_checkpoint import WRAPS, get_last_checkpoint, keep_weights, sharded
+
+
+class _TrainerAccelerator(SDPAccelerator):
+    """Leaves models that are not patched to Accelerate: :func:`enable` is for the whole process."""
+
+    def prepare(self, *args, device_placement=None):
+        if any(isinstance(a, nn.Module) and find_state(a) is None for a in args):
+            return super(SDPAccelerator, self).prepare(*args, device_placement=device_placement)
+        return super().prepare(*args, device_placement=device_placement)
+
+    def prepare_model(self, model, device_placement=None, evaluation_mode=False):
+        if find_state(model) is None:
+            return super(SDPAccelerator, self).prepare_model(model, device_placement, evaluation_mode)
+        return super().prepare_model(model, device_placement, evaluation_mode)
+
+
+class SDPCallback(TrainerCallback):
+    """Trains a patched model under the Trainer, and logs what a worker stores, sends and waits for.
+
+    Makes sure before training that SDP is really on. Logged with the loss: ``sdp/bytes_sent_per_step``,
+    ``sdp/peak_bytes`` of a step, ``sdp/step_time_s``, and once, as they stay the same, ``sdp/state_bytes*_min`` and
+    ``*_max`` over the workers (parameters, gradients, optimizer); ``grad_norm`` is the global one.
+
+    Args:
+        config: patch the Trainer's model with it, instead of a call of ``patch_model`` in the script.
+    """
+
+    def __init__(self, config: SDPConfig | None = None):
+        enable()
+        self.config = config
+        self.meter: StepMeter | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if find_state(model) is None:
+            if self.config is None:
+                raise SDPConfigError(
+                    f"SDPCallback: the Trainer's model ({type(model).__name__}) is not patched. Call "
+                    "patch_model(model, SDPConfig(...)) before the Trainer is made, or pass SDPCallback(SDPConfig(...))."
+                )
+            patch_model(model, self.config)
+        elif self.config is not None and self.config != find_state(model).config:
+            raise SDPConfigError(
+                f"The model was patched with {find_state(model).config}, SDPCallback has {self.config}."
+            )
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        sdp = _check_training(args, model)
+        if not sdp.simulated:
+            sdp.meter = StepMeter(model, args.device, sdp.traffic)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        sdp = find_state(model)
+        sdp.next_micro_batch = 0  # a short last window of an epoch must not shift the next one
+        if sdp.meter is not None:
+            sdp.meter.step_begin()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if (meter := find_state(model).meter) is not None:
+            meter.gradients_ready()
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if (meter := find_state(model).meter) is not None:
+            meter.step_end(optimizer)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        sdp = find_state(model)
+        if not sdp.simulated:
+            keep_weights(model, sdp)  # afterwards rank 0 may save alone
+
+
+def _check_training(args, model) -> SDPState:
+    state = find_state(model)
+    if state is None:
+        raise SDPConfigError("The model that trains is not patched (model_init must patch it, too).")
+    if state.simulated:
+        if args.gradient_accumulation_steps % state.config.simulate:
+            raise SDPConfigError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} must be a multiple of "
+                f"simulate={state.config.simulate}: each virtual worker takes one micro-batch in turn."
+            )
+    elif not state.sharded:
+        raise SDPStateError(
+            "The model was not sharded: make SDPCallback() (or call hf_sdp.enable()) before the Trainer."
+        )
+    return state
+
+
+def enable() -> None:
+    """Let every Trainer made from now on in this process handle patched models. Called by ``SDPCallback()``.
+
+    Raises: SDPStateError when the installed transformers has other Trainer methods than this version knows.
+    """
+    if host.Accelerator is _TrainerAccelerator:
+        return
+    wraps = {**WRAPS, "evaluate": _evaluate, "log": _log}
+    if hasattr(host.Trainer, "_has_mixed_mesh_grads"):
+        wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
+    for name, wrap in wraps.items():
+        method = getattr(host.Trainer, name, None)
+        expected = list(inspect.signature(wrap(None)).parameters)
+        if method is None or list(inspect.signature(method).parameters)[: len(expected)] != expected:
+            raise SDPStateError(
+                f"transformers {host.__version__}: Trainer.{name} is not what hf_sdp was written for "
+                f"({'missing' if method is None else inspect.signature(method)}, expected {expected})."
+            )
+    for name, wrap in wraps.items():
+        original = getattr(host.Trainer, name)
+        setattr(host.Trainer, name, functools.wraps(original)(wrap(original)))
+    host.get_last_checkpoint = get_last_checkpoint
+    host.Accelerator = _TrainerAccelerator
+
+
+def _evaluate(original):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        state = sharded(self)
+        if state is not None and state.config.evaluate == "subnetwork":
+            metric_key_prefix += "_subnetwork"
+        return original(self, eval_dataset, ignore_keys, metric_key_prefix)
+
+    return evaluate
+
+
+def _log(original):
+    def log(self, logs, start_time=None):
+        state = sharded(self)
+        if state is not None and "loss" in logs and state.meter is not None:
+            logs.update(state.meter.report(world=True))
+        return original(self, logs, start_time)
+
+    return log
+
+
+def _use_the_accelerators_norm(original):
+    def _has_mixed_mesh_grads(self, model):
+        # The host's norm per mesh sees this worker's meshes only; SDPAccelerator.clip_grad_norm_ sees them all.
+        return False if sharded(self) is not None else original(self, model)
+
+    return _has_mixed_mesh_grads

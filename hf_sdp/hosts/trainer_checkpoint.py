@@ -1,0 +1,212 @@
+"""What :func:`hf_sdp.enable` puts under the Trainer's saving and resuming. Source: transformers/trainer.py.
+
+Every wrap leaves a Trainer whose model is not sharded by SDP to the host, but for resuming from a checkpoint that SDP
+wrote. Names and signatures are those of the methods they wrap; ``enable`` compares them.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers.trainer as host
+
+from ..checkpoint import folder as checkpoint
+from ..checkpoint.load import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
+from ..checkpoint.save import save_pretrained
+from ..compat import saves_on_every_rank
+from ..engine.exchange import consolidate
+from ..model.state import SDPState, find_state
+from ..world.agreement import process_group_is_up, together
+
+_ALL_ARE_HERE = "_sdp_all_are_here"
+
+
+def sharded(trainer) -> SDPState | None:
+    state = find_state(trainer.model)
+    return state if state is not None and state.sharded else None
+
+
+def keep_weights(model, state: SDPState) -> None:
+    """Put the full weights on the CPU of rank 0, where the Trainer may then save alone. Collective, unless they are
+    there already: versions are equal on all workers."""
+    if not state.saved_weights_are_current:
+        weights = consolidate(model)
+        state.saved_weights, state.saved_version = {} if weights is None else weights, state.version
+
+
+def save_model(original):
+    on_every_rank = saves_on_every_rank(host.Trainer)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not on_every_rank and not self.args.should_save and sharded(self) is not None:
+            self._save(output_dir if output_dir is not None else self.args.output_dir)
+        return original(self, output_dir, _internal_call)
+
+    return save_model
+
+
+def _save(original):
+    def _save(self, output_dir=None, state_dict=None):
+        state = sharded(self)
+        if state is None or state_dict is not None:
+            return original(self, output_dir, state_dict)
+        # After training rank 0 has the weights, and may be here alone; but for a checkpoint all workers come.
+        if state.saved_weights_are_current and not hasattr(self, _ALL_ARE_HERE):
+            if not self.args.should_save:
+                return
+            # A copy: the host empties the dict it is given.
+            return original(self, output_dir, dict(state.saved_weights))
+        save_pretrained(self.model, output_dir if output_dir is not None else self.args.output_dir)
+        with together(state.control_group), _without_weights(self.model):
+            if self.args.should_save:
+                original(self, output_dir, {})
+
+    return _save
+
+
+@contextlib.contextmanager
+def _without_weights(model):
+    """The rest of ``_save`` (tokenizer, arguments), with weights and configs already there."""
+    save = model.save_pretrained
+    model.save_pretrained = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        model.save_pretrained = save
+
+
+def _save_checkpoint(original):
+    def _save_checkpoint(self, model, trial):
+        state = sharded(self)
+        if state is None:
+            return original(self, model, trial)
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir, f"{host.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        best = self.state.best_model_checkpoint
+        try:
+            with checkpoint.writing(folder, self.model) as unfinished:
+                with _redirected(self, unfinished):
+                    original(self, model, trial)
+                # The host has looked for the best one where this one is being written.
+                best_step = self.state.best_global_step
+                best_folder = os.path.join(run_dir, f"{host.PREFIX_CHECKPOINT_DIR}-{best_step}")
+                self.state.best_model_checkpoint = best
+                if best_step and (best_step == self.state.global_step or os.path.isdir(best_folder)):
+                    self.state.best_model_checkpoint = best_folder
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / host.TRAINER_STATE_NAME))
+        except BaseException:
+            self.state.best_model_checkpoint = best
+            raise
+        with together(state.control_group):
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder))
+            if self.args.should_save:  # only now: the new checkpoint is complete
+                host.rotate_checkpoints(
+                    output_dir=run_dir,
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+
+    return _save_checkpoint
+
+
+@contextlib.contextmanager
+def _redirected(trainer, unfinished: Path):
+    """The host writes its checkpoint to ``unfinished``, rotates nothing and pushes nothing."""
+    trainer._get_output_dir = lambda trial: str(unfinished.parent)
+    trainer._push_from_checkpoint = lambda folder: None
+    setattr(trainer, _ALL_ARE_HERE, True)
+    try:
+        yield
+    finally:
+        del trainer._get_output_dir, trainer._push_from_checkpoint
+        delattr(trainer, _ALL_ARE_HERE)
+
+
+def _save_optimizer_and_scheduler(original):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        state = sharded(self)
+        if state is None:
+            return original(self, output_dir)
+        folder = Path(output_dir)
+        with together(state.control_group):
+            if state.rank == 0:
+                (folder / checkpoint.OPTIMIZER).mkdir(parents=True, exist_ok=True)
+        save_optimizer(self.optimizer, self.model, folder / checkpoint.OPTIMIZER)
+        with together(state.control_group):
+            if state.rank == 0:
+                # Without hf_sdp the Trainer fails here ("different number of parameter groups"), instead of going on
+                # with a fresh optimizer.
+                torch.save({"state": {}, "param_groups": []}, folder / host.OPTIMIZER_NAME)
+                torch.save(self.lr_scheduler.state_dict(), folder / host.SCHEDULER_NAME)
+
+    return _save_optimizer_and_scheduler
+
+
+def _load_from_checkpoint(original):
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        state = find_state(self.model)
+        plain = state is None or state.simulated
+        with together():
+            if not process_group_is_up() or dist.get_rank() == 0:
+                checkpoint.finish_interrupted(Path(resume_from_checkpoint))
+        with together():
+            checkpoint.check(resume_from_checkpoint)
+            if not plain:  # the Trainer loads weights first: do not change them when the rest is not there
+                find_optimizer_state(resume_from_checkpoint)
+        if plain:
+            return original(self, resume_from_checkpoint, model)
+        load_weights(self.model, resume_from_checkpoint)
+
+    return _load_from_checkpoint
+
+
+def _load_optimizer_and_scheduler(original):
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not _ours(self, checkpoint):
+            return original(self, checkpoint)
+        load_optimizer(self.optimizer, self.model, open_optimizer_state(self.optimizer, self.model, checkpoint))
+        with together():
+            file = os.path.join(checkpoint, host.SCHEDULER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+        tell_changes(self.model, checkpoint, self.args.world_size, self.args.process_index)
+
+    return _load_optimizer_and_scheduler
+
+
+def _ours(trainer, folder: str) -> bool:
+    return sharded(trainer) is not None or os.path.isdir(os.path.join(folder, checkpoint.OPTIMIZER))
+
+
+def _load_best_model(original):
+    def _load_best_model(self):
+        if sharded(self) is None:
+            return original(self)
+        load_weights(self.model, self.state.best_model_checkpoint)
+
+    return _load_best_model
+
+
+def get_last_checkpoint(folder: str) -> str | None:
+    """In place of the host's: the newest complete checkpoint. Collective: rank 0 finishes what a kill interrupted."""
+    with together():
+        if not process_group_is_up() or dist.get_rank() == 0:
+            checkpoint.finish_all_interrupted(folder)
+    return checkpoint.newest_complete(folder)
+
+
+WRAPS = {
+    "save_model": save_model,
+    "_save": _save,
+    "_save_checkpoint": _save_checkpoint,
+    "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
+    "_load_from_checkpoint": _load_from_checkpoint,
+    "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
+    "_load_best_model": _load_best_model,
+}
+"""Trainer method -> its wrap."""

@@ -1,0 +1,1 @@
+"""The full model becomes a subnetwork, in place."""

@@ -1,0 +1,206 @@
+"""Backward masking: the full forward, weight gradients of the held slices only.
+
+A linear layer computes ``grad_weight`` for what the worker holds and saves only the inputs that takes; all other
+entries of the gradient are zero. Gradients are averaged over the world and have to be the mean over the holders, so
+each worker's share of a unit with r holders is scaled by N/r here: (1/N) Σ_i (N/r) g_ij = (1/r) Σ_{i holds j} g_ij.
+Source: arXiv 2507.09029, section 3 (backward masking).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..plan.plan import Plan
+
+Ranges = tuple[tuple[int, int, float], ...]
+"""``(start, stop, N/r)``: ranges along the cut dim that are held, and the factor of their gradients."""
+
+
+@dataclass
+class Cursor:
+    """Which subnetwork is being trained: this worker's own, or under simulation that of the current micro-batch."""
+
+    subnetwork: int
+
+
+class _HeldLinearFunction(torch.autograd.Function):
+    """``x (..., in), weight (out, in) -> (..., out)``; rows or columns of ``grad_weight`` outside ``ranges`` are zero."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dim: int, ranges: Ranges, copy_inputs: bool):
+        ctx.dim, ctx.ranges = dim, ranges
+        ctx.has_bias = bias is not None
+        if dim == 0:
+            ctx.save_for_backward(weight, x)
+        else:
+            inputs = (x[..., a:b] for a, b, _ in ranges)
+            ctx.save_for_backward(weight, *((i.contiguous() for i in inputs) if copy_inputs else inputs))
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        weight, *inputs = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output.matmul(weight)
+        grad_2d = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            for i, (a, b, scale) in enumerate(ctx.ranges):
+                out = grad_weight.narrow(ctx.dim, a, b - a)
+                if ctx.dim == 0:
+                    torch.mm(grad_2d[:, a:b].t(), inputs[0].reshape(-1, inputs[0].shape[-1]), out=out)
+                else:
+                    out.copy_(grad_2d.t().mm(inputs[i].reshape(-1, b - a)))
+                if scale != 1:
+                    out.mul_(scale)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            # A bias along the cut dim is cut as well; that of a row-wise layer is shared by all workers.
+            grad_bias = grad_2d.sum(0)
+            if ctx.dim == 0:
+                held_bias = torch.zeros_like(grad_bias)
+                for a, b, scale in ctx.ranges:
+                    held_bias[a:b] = grad_bias[a:b] * scale
+                grad_bias = held_bias
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Passes ``output`` on, and gives the parameters zero gradients: every worker must reduce every parameter."""
+
+    @staticmethod
+    def forward(ctx, output, *parameters):
+        ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
+        return output.view_as(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes]
+        return grad_output, *zeros
+
+
+def _autocast(*tensors):
+    """What autocast would do to the operands of a linear layer (it does not look into autograd functions)."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in tensors)
+
+
+class HeldLinear(nn.Linear):
+    """A full linear layer that learns only the slices its subnetwork holds.
+
+    Attributes:
+        dim: 0 for column-wise layers (rows of ``weight``), 1 for row-wise ones.
+        held: per subnetwork, the ranges along ``dim``; empty where nothing is held.
+        copy_inputs: row-wise layers save copies of the held columns, so that the full input can be freed. Not after
+            scaled_dot_product_attention: it saves its output anyway, views of it cost nothing.
+    """
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, *, dim: int, held: dict[int, Ranges], cursor: Cursor, copy_inputs: bool
+    ) -> "HeldLinear":
+        """Shares the parameters of ``linear`` by identity."""
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.dim, layer.held, layer.cursor, layer.copy_inputs = dim, held, cursor, copy_inputs
+        return layer.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        ranges = self.held[self.cursor.subnetwork]
+        x, weight, bias = _autocast(x, self.weight, self.bias)
+        if ranges:
+            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
+        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
+        return _ZeroGradients.apply(output, *(p for p in (self.weight, self.bias) if p is not None))
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The parameter itself; its gradient is multiplied by ``scale``."""
+
+    @staticmethod
+    def forward(ctx, parameter, scale: float):
+        ctx.scale = scale
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+
+class HeldModule(nn.Module):
+    """Mixed into the class of a module that is held as a whole or not at all (the norm of a block): where it is not
+    held, its parameters get zero gradients and nothing is saved for them."""
+
+    def forward(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        parameters = {name: p for name, p in self._parameters.items() if p is not None}
+        held = self.held[self.cursor.subnetwork]
+        try:
+            for name, p in parameters.items():
+                self._parameters[name] = _ScaledGradient.apply(p, held[0][2]) if held else p.detach()
+            output = super().forward(*args, **kwargs)
+        finally:
+            self._parameters.update(parameters)
+        return output if held else _ZeroGradients.apply(output, *parameters.values())
+
+
+def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetworks: Iterable[int]) -> None:
+    """Replace the layers of every maskable module, in place, keeping names and Parameters.
+
+    ``subnetworks``: those that ``cursor`` may come to.
+    """
+    held = held_ranges(plan, subnetworks)
+    for module_plan in plan.modules:
+        owners = {name.rpartition(".")[0] for name in module_plan.dims}
+        for owner in owners:
+            module = model.get_submodule(owner)
+            weight = f"{owner}.weight"
+            if isinstance(module, nn.Linear):
+                layer = HeldLinear.of(
+                    module,
+                    dim=module_plan.dims[weight],
+                    held=held[weight],
+                    cursor=cursor,
+                    copy_inputs=module_plan.kind != "attention",
+                )
+                parent, _, child = owner.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer)
+            else:
+                module.held, module.cursor = held[weight], cursor
+                module.__class__ = type(f"Held{type(module).__name__}", (HeldModule, type(module)), {})
+
+
+def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, Ranges]]:
+    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim (neighbours with equally many holders
+    joined)."""
+    sets = {id(h): h for holders in plan.unit_holders.values() for h in holders}  # few: each is looked through once
+    holding = {w: {key for key, holders in sets.items() if w in holders} for w in subnetworks}
+    result: dict[str, dict[int, Ranges]] = {}
+    for module in plan.modules:
+        for name in module.dims:
+            result[name] = {w: _joined(plan, name, held) for w, held in holding.items()}
+    return result
+
+
+def _joined(plan: Plan, name: str, held: set[int]) -> Ranges:
+    ranges: list[tuple[int, int, float]] = []
+    for s in plan.slices[name]:
+        if id(s.holders) in held:
+            scale = plan.gradient_scale(s.holders)
+            if ranges and ranges[-1][1:] == (s.start, scale):
+                ranges[-1] = (ranges[-1][0], s.stop, scale)
+            else:
+                ranges.append((s.start, s.stop, scale))
+    return tuple(ranges)
