@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checkpoint.save import save_pretrained
     from .config import SDPConfig
     from .engine.consistency import verify
-    from .engine.exchange import consolidate
+    from .engine.consolidate import consolidate
     from .errors import SDPConfigError, SDPStateError
     from .hosts.accelerator import SDPAccelerator
     from .hosts.trainer import SDPCallback, enable
@@ -30,7 +30,7 @@ _HOMES = {
     "SDPConfigError": "errors",
     "SDPStateError": "errors",
     "Workload": "workload",
-    "consolidate": "engine.exchange",
+    "consolidate": "engine.consolidate",
     "enable": "hosts.trainer",
     "export_subnetwork": "checkpoint.export",
     "from_config": "pretrained",

@@ -3,6 +3,7 @@
 Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
+import importlib.metadata
 import inspect
 
 from torch import nn
@@ -18,6 +19,7 @@ __all__ = [
     "default_store",
     "reset_after_exception",
     "saves_on_every_rank",
+    "versions",
 ]
 
 
@@ -44,3 +46,8 @@ def converts_checkpoints(model: nn.Module) -> bool:
 def saves_on_every_rank(trainer_class: type) -> bool:
     """Whether ``Trainer.save_model`` enters ``_save`` on every rank (later versions of transformers), or on rank 0 only."""
     return "not self.args.should_save" in inspect.getsource(trainer_class._save)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides how a checkpoint is written."""
+    return {name: importlib.metadata.version(name) for name in ("hf_sdp", "torch", "transformers", "accelerate")}

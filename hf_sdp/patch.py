@@ -1,21 +1,24 @@
 """``patch_model``: a full transformers model becomes one worker's subnetwork, in place."""
 
 import os
-import re
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .checkpoint.save import install_save_pretrained
 from .config import SDPConfig
 from .errors import SDPConfigError
-from .families import family_of
+from .families.structure import structure_of
 from .model.backward_masking import mask_weight_gradients
-from .model.layers import SKIPPED, PartSum, narrow_module
-from .model.methods import install, refuse_reentrant_checkpointing
+from .model.cut import cut
+from .model.forward import install_forward
+from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
-from .model.state import Held, LocalPart, SDPState, find_state, set_state
+from .model.state import Cursor, Held, Run, SDPState, find_state, set_state
+from .plan.placement import Placement
 from .plan.plan import Plan
+from .plan.subnetwork import subnetwork_of, whole_model
 from .planner import make_plan
 from .world.agreement import process_group_is_up, raise_together
 
@@ -43,37 +46,51 @@ def patch_model(
 
 
 def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
-    """As :func:`patch_model`, for a model whose values come later (``loading.py``)."""
+    """As :func:`patch_model`, for a model whose values come later (``pretrained.py``)."""
     return _patch(model, config, *_agree(model, config, rank, world_size, meta=True))
 
 
 def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> nn.Module:
     named = dict(model.named_parameters())
     names = {id(p): name for name, p in named.items()}
-    state = SDPState(
+    index = rank % plan.num_subnetworks
+    is_cut = config.masking == "forward" and not config.simulate
+    held = Held(
         config=config,
         plan=plan,
         rank=rank,
-        world_size=world_size,
+        placement=Placement(world_size, plan.num_subnetworks, config.sharding),
+        structure=structure_of(model),
+        subnetwork=subnetwork_of(plan, index) if is_cut else whole_model(plan),
         model_class=type(model),
         model_name=type(model).__name__,
         full_config=model.config,
         tied={n: names[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in named},
     )
-    state.cursor.subnetwork = state.subnetwork
+    run = Run(Cursor(index))
     if config.simulate:
-        simulate(model, plan, family_of(model.config), state.cursor)
+        simulate(model, plan, run.cursor)
     elif config.masking == "backward":
-        mask_weight_gradients(model, plan, state.cursor, [state.subnetwork])
+        mask_weight_gradients(model, plan, run.cursor, [index])
     else:
-        _keep_held_parts(model, state)
-    for name, p in model.named_parameters():
-        if name not in state.held:
-            state.held[name] = _whole(plan, name, p)
-    _remember_replaced(state, named)
-    set_state(model, state)
-    install(model)
+        cut(model, held.subnetwork)
+    _check_shapes(model, held)
+    for name, parameter in named.items():  # an optimizer made before patching refers to the full parameters
+        run.replaced[parameter] = held.subnetwork.local_names[name]
+    set_state(model, SDPState(held, run))
+    install_forward(model)
+    if not config.simulate:
+        install_save_pretrained(model)
     return model
+
+
+def _check_shapes(model: nn.Module, held: Held) -> None:
+    """The model must have become what the plan says."""
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tensor.region.shape for name, tensor in held.subnetwork.tensors.items()}
+    if found != expected:
+        name = next(n for n in sorted(found.keys() | expected.keys()) if found.get(n) != expected.get(n))
+        raise AssertionError(f"{name} has shape {found.get(name)}, the plan says {expected.get(name)}")
 
 
 def _agree(
@@ -185,73 +202,3 @@ def _send_values_of_rank_0(model: nn.Module) -> None:
                 tensor.copy_(staged)
             else:
                 dist.broadcast(tensor.data, src=0)
-
-
-def _keep_held_parts(model: nn.Module, state: SDPState) -> None:
-    """Forward masking: replace every maskable module by what this worker holds of it."""
-    family = family_of(model.config)
-    norms = {block.kind: (block.module, block.norm) for block in family.blocks}
-    held: dict[str, list] = {}
-    for part in state.plan.held_parts(state.subnetwork):
-        held.setdefault(part.module, []).append(part)
-    for module_plan in state.plan.modules:
-        name, parts = module_plan.name, held.get(module_plan.name, [])
-        parent, _, child = name.rpartition(".")
-        if state.plan.level == "neuron":
-            biases = _shared_biases(state.plan, model.get_submodule(name), name)
-            # Where others sum several parts and then add the biases, so does who has one part: the order is global.
-            is_sum = len(parts) > 1 or bool(biases) and name in state.plan.split_modules
-            modules = _narrow(model, name, parts, adds_bias=not is_sum)
-            if is_sum:
-                setattr(model.get_submodule(parent), child, PartSum(modules, biases))
-            for index, (part, module) in enumerate(zip(parts, modules, strict=True)):
-                local_name = f"{name}.parts.{index}" if is_sum else name
-                for full, cut in part.ranges.items():
-                    state.held[local_name + full.removeprefix(name)] = Held(full, *cut, part.holders)
-                state.local_parts.append(LocalPart(part, [module]))
-            continue
-        norm = f"{parent}.{norms[module_plan.kind][1]}" if module_plan.kind in norms else None
-        if parts:
-            modules = [model.get_submodule(norm)] if norm else []
-            state.local_parts.append(LocalPart(parts[0], [*modules, model.get_submodule(name)]))
-            for full, cut in parts[0].ranges.items():
-                state.held[full] = Held(full, *cut, parts[0].holders)
-        else:
-            setattr(model.get_submodule(parent), child, SKIPPED[module_plan.kind]())
-            if norm:
-                setattr(model.get_submodule(parent), norm.rpartition(".")[2], nn.Identity())
-
-
-def _narrow(model: nn.Module, name: str, parts: list, *, adds_bias: bool) -> list[nn.Module]:
-    module = model.get_submodule(name)
-    narrowed = [narrow_module(module, part, adds_bias=adds_bias) for part in parts]
-    if len(narrowed) == 1:  # keep the module object itself: hooks and references of the host stay valid
-        module._modules = narrowed[0]._modules
-        return [module]
-    return narrowed
-
-
-def _shared_biases(plan: Plan, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Child name -> bias, of the children whose weight is cut and whose bias is not (row-wise layers)."""
-    return {
-        child: linear.bias
-        for child, linear in module.named_children()
-        if getattr(linear, "bias", None) is not None and plan.slices[f"{name}.{child}.bias"][0].unit is None
-    }
-
-
-def _whole(plan: Plan, local_name: str, parameter: nn.Parameter) -> Held:
-    """A local parameter that is a full parameter: shared, or (backward masking, simulation) not cut locally."""
-    name = re.sub(r"\.shared_bias(es)?(?=\.)", "", local_name)
-    if plan.shapes[name] != tuple(parameter.shape):
-        raise AssertionError(f"{local_name}: {tuple(parameter.shape)} is not the full shape {plan.shapes[name]}")
-    return Held(name, 0, 0, parameter.shape[0], plan.everyone)
-
-
-def _remember_replaced(state: SDPState, named: dict[str, nn.Parameter]) -> None:
-    """An optimizer made before patching refers to the full parameters."""
-    local_names: dict[str, list[str]] = {name: [] for name in named}
-    for local_name, held in state.held.items():
-        local_names[held.name].append(local_name)
-    for name, parameter in named.items():
-        state.replaced[parameter] = local_names[name]

@@ -1,20 +1,21 @@
 """``make_plan``: from a model and an SDPConfig to the Plan. A pure function, no processes."""
 
 import math
+from collections.abc import Sequence
 
-import networkx as nx
 import numpy as np
 from torch import nn
 
 from .config import SDPConfig
 from .errors import SDPConfigError
-from .estimate.capacity import fit
 from .families.meta_model import meta_model
-from .plan.even import deal, reduced, replication, worker_graph
+from .plan.even import deal, reduced, replication
 from .plan.flops import training_flops
-from .plan.plan import Holders, Plan
+from .plan.holders import Holders
+from .plan.plan import Plan
 from .plan.uneven import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
 from .plan.units import MaskableModule, maskable_modules
+from .plan.worker_graph import components
 
 Stack = list[MaskableModule]
 """The modules of one kind and number of units, in order of depth."""
@@ -35,6 +36,8 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
     if config.memory_gib is not None:
+        from .estimate.capacity import fit  # the estimate traces a model: plans of given shares need none of it
+
         coverages = fit(model.config, config, num_subnetworks, lambda shares: plan_of(model, config, shares))
     else:
         coverages = _coverages(config, num_subnetworks)
@@ -62,15 +65,15 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
             stacks.setdefault((module.kind, module.num_units), []).append(module)
     everyone = tuple(range(num_subnetworks))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    unit_holders: dict[str, tuple[Holders, ...]] = {m.name: (everyone,) * m.num_units for m in modules}
+    unit_holders: dict[str, Sequence[Holders]] = {m.name: (everyone,) * m.num_units for m in modules}
     if _is_even(config, coverages):
         dealt = _deal_evenly(list(stacks.values()), config, num_subnetworks, r)
     else:
         weights = [_weight(stack[0], shapes, model.config, config) for stack in stacks.values()]
         dealt = _deal_unevenly(list(stacks.values()), config, coverages, chunks, weights)
     for stack, holders in zip(stacks.values(), dealt, strict=True):
-        unit_holders.update({m.name: tuple(of_units) for m, of_units in zip(stack, holders, strict=True)})
-    plan = Plan(
+        unit_holders.update({m.name: of_units for m, of_units in zip(stack, holders, strict=True)})
+    plan = Plan.of_units(
         level=config.level,
         masking=config.masking,
         num_subnetworks=num_subnetworks,
@@ -174,7 +177,7 @@ def _deal_unevenly(
 def _weight(module: MaskableModule, shapes: dict[str, tuple[int, ...]], model_config, config: SDPConfig) -> float:
     """What ``config.balance`` balances, of one module."""
     if config.balance == "memory":
-        return float(sum(math.prod(shapes[name]) for name in module.dims))
+        return float(module.numel(shapes))
     sequence = config.workload.sequence if config.workload else model_config.max_position_embeddings
     return training_flops(module, shapes, model_config, sequence)
 
@@ -196,12 +199,12 @@ def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float,
     ``share``: the least that a subnetwork has of the stack, at neuron level of one of its modules. ``step``: coverages are
     multiples of it.
     """
-    kind = stack[0].kind
+    kind = stack[0].of_kind
     units = stack[0].num_units if config.level == "neuron" else len(stack)
     if units * share >= 1 - 1e-9:
         return
     nearest = math.ceil(1 / (units * step) - 1e-9) * step
-    what = f"{units} key/value heads" if kind == "attention" and config.level == "neuron" else f"{units} {kind} units"
+    what = f"{units} {kind.unit_name if config.level == 'neuron' else f'{kind.name} units'}"
     remedy = (
         f"Nearest coverage that can be met: {nearest:g}." if nearest <= 1 else "No coverage of this model can be met."
     )
@@ -211,20 +214,12 @@ def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float,
 def _check_connected(plan: Plan, config: SDPConfig) -> None:
     if plan.replication[0] < 2:
         return
-    shared_by = {id(h): h for m in plan.modules if m.layer not in plan.always_held for h in plan.unit_holders[m.name]}
-    unreached, reached = list(shared_by.values()), {0}
-    while len(reached) < plan.num_subnetworks:  # at once where sets are large; a graph of them would be larger still
-        joined = [holders for holders in unreached if not reached.isdisjoint(holders)]
-        if not joined:
-            break
-        unreached = [holders for holders in unreached if reached.isdisjoint(holders)]
-        reached.update(*joined)
-    if len(reached) < plan.num_subnetworks:
-        groups = [
-            f"{sorted(c)[:8]}{'...' * (len(c) > 8)}" for c in nx.connected_components(worker_graph(shared_by.values()))
-        ]
+    dealt = {number for module in plan.dealt for number in plan.set_of_unit[module.name]}
+    groups = components(plan.num_subnetworks, (plan.holder_sets[number] for number in sorted(dealt)))
+    if len(groups) > 1:
+        shown = [f"{sorted(group)[:8]}{'...' * (len(group) > 8)}" for group in sorted(groups, key=min)[:8]]
         raise SDPConfigError(
             f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at coverage "
-            f"{config.coverage}: {', '.join(groups[:8])} would share no unit and drift apart. Use a higher coverage, fewer "
+            f"{config.coverage}: {', '.join(shown)} would share no unit and drift apart. Use a higher coverage, fewer "
             "subnetworks (num_subnetworks), or level='neuron'."
         )

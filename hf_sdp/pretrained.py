@@ -15,12 +15,13 @@ from .checkpoint.load import load_weights
 from .checkpoint.weights import Weights
 from .compat import converts_checkpoints
 from .config import SDPConfig
-from .engine.placement import local_box, numel
 from .engine.shard import shard
+from .engine.sharded import control_group, stored_tensors
 from .errors import SDPConfigError
 from .families.meta_model import meta_model
-from .model.state import SDPState, get_state, local_tensor
+from .model.state import get_state
 from .patch import patch_meta_model, patch_model
+from .plan.region import Region
 from .world.agreement import process_group_is_up, together
 
 _WEIGHTS_AND_CONFIGS = ["model*.safetensors", "*.json"]
@@ -121,9 +122,8 @@ def from_config(
     else:
         _materialize(model, sdp_config, rank, world_size, device)
     _fill_buffers(model)
-    state = get_state(model)
-    with together(state.control_group):
-        _initialize(model, state, seed, next(model.parameters()).dtype)
+    with together(control_group(model)):
+        _initialize(model, seed, next(model.parameters()).dtype)
     return model
 
 
@@ -155,22 +155,16 @@ def _fill_buffers(model: nn.Module) -> None:
             model._init_weights(module)
 
 
-def _initialize(model: nn.Module, state: SDPState, seed: int, dtype: torch.dtype) -> None:
-    wanted: dict[str, list[tuple]] = {}
-    for local_name, parameter in (state.parameters or dict(model.named_parameters())).items():
-        held = state.held[local_name]
-        wanted.setdefault(held.name, []).append((local_box(state, held), local_tensor(parameter.detach())))
-    full = meta_model(state.full_config).to(dtype)
+def _initialize(model: nn.Module, seed: int, dtype: torch.dtype) -> None:
+    wanted: dict[str, list[tuple[Region, torch.Tensor]]] = {}
+    for region, tensor in stored_tensors(model):
+        wanted.setdefault(region.name, []).append((region, tensor))
+    full = meta_model(get_state(model).held.full_config).to(dtype)
     for prefix, module in full.named_modules():
         names = {n: f"{prefix}.{n}" if prefix else n for n, p in module._parameters.items() if p is not None}
         if not wanted.keys() & names.values():
             continue
-        for n, p in list(module._parameters.items()):
-            if p is not None:
-                module._parameters[n] = nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype, device="cpu"))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{prefix}".encode()).digest()[:8]))
-            full._init_weights(module)
+        _initialize_module(full, module, f"{seed}/{prefix}")
         for n, name in names.items():
             values = module._parameters[n].detach()
             if values.isnan().any():
@@ -178,7 +172,16 @@ def _initialize(model: nn.Module, state: SDPState, seed: int, dtype: torch.dtype
                     f"{type(full).__name__} does not initialize {name} by its own module ({type(module).__name__}). "
                     "Make the model in full and call patch_model."
                 )
-            for box, tensor in wanted.get(name, ()):
-                if numel(box):
-                    tensor.copy_(values[tuple(slice(a, b) for a, b in box)])
+            for region, tensor in wanted.get(name, ()):
+                tensor.copy_(region.of(values))
             module._parameters[n] = nn.Parameter(values.to("meta"))
+
+
+def _initialize_module(full: nn.Module, module: nn.Module, seed: str) -> None:
+    """Give the parameters of one module of a meta model memory and values; those that are not initialized are NaN."""
+    for n, p in list(module._parameters.items()):
+        if p is not None:
+            module._parameters[n] = nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype, device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]))
+        full._init_weights(module)

@@ -39,7 +39,7 @@ def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
         output = model(**batch(0), use_cache=False)
         output.loss.backward()
         assert torch.equal(output.logits, expected.logits)
-        plan = get_state(model).plan
+        plan = get_state(model).held.plan
         for name, slices in plan.slices.items():
             got, want = model.get_parameter(name).grad, full.get_parameter(name).grad
             for s in slices:
@@ -89,7 +89,7 @@ def test_weight_gradient_compute_falls_to_the_coverage(level):
         model = patch_model(tiny_model(), SDPConfig(level=level, masking="backward"), rank=rank, world_size=4)
         held = sum(p.numel() for p in full.parameters())  # the same embeddings and head in both
         saved = backward_flops(full) - backward_flops(model)
-        plan = get_state(model).plan
+        plan = get_state(model).held.plan
         share = (plan.numel(rank) - plan.shared_numel) / (plan.full_numel - plan.shared_numel)
         assert saved == pytest.approx((1 - share) * weight_gradients, rel=2e-3) and held
 

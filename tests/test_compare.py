@@ -15,7 +15,7 @@ from workers import run_workers
 
 from hf_sdp import SDPConfig
 from hf_sdp.bench.compare import network, run
-from hf_sdp.bench.compare.contenders import BASELINES, Engine, Workplace, expected_bytes, sdp_name
+from hf_sdp.bench.compare.contenders import BASELINES, Contender, Workplace, expected_bytes, sdp_name
 from hf_sdp.bench.compare.losses import curves
 from hf_sdp.bench.compare.measure import Sample, Samples
 from hf_sdp.bench.compare.workers import WorkerError, launch
@@ -73,7 +73,7 @@ def engines_alone() -> dict[str, dict]:
     workplace = Workplace(model=tiny_config(use_cache=False), workers=2, batch=2, sequence=16)
     found = {}
     for name, sdp in ENGINES.items():
-        engine = Engine(name, sdp, workplace)
+        engine = Contender(name, sdp, workplace)
         ids = workplace.random_ids(torch.Generator().manual_seed(dist.get_rank()))
         first = engine.forward(ids)
         first.backward()

@@ -13,7 +13,7 @@ from workers import run_workers
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, make_plan, patch_model, verify
 from hf_sdp.checkpoint.load import load_weights
 from hf_sdp.engine.metrics import state_bytes
-from hf_sdp.engine.placement import numel, owned_boxes
+from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.model.state import get_state, local_tensor
 
 EVERYTHING = dict(
@@ -75,7 +75,7 @@ def measure_state(config, model_options):
     gradients = state_bytes(model, None)["gradients"]
     optimizer.step()
     measured = {**state_bytes(model, optimizer), "gradients": gradients}
-    padded = sum(local_tensor(p.detach()).untyped_storage().nbytes() for p in get_state(model).parameters.values())
+    padded = sum(local_tensor(p.detach()).untyped_storage().nbytes() for p in find_sharded(model).parameters.values())
     return measured, padded
 
 
@@ -93,7 +93,7 @@ def test_uneven_shards_store_everything_once_and_pad_at_most_a_row_each():
     plan = make_plan(tiny_config(**odd), SDPConfig(coverage=2 / 3), 3)
     results = run_workers(measure_state, dict(coverage=2 / 3), odd, world_size=3)
     assert sum(m["parameters"] for m, _ in results) == plan.full_numel * 4
-    rows = sum(plan.shapes[n][-1] if len(plan.shapes[n]) > 1 else 1 for p in plan.held_parts(0) for n in p.ranges)
+    rows = sum(plan.shapes[n][-1] if len(plan.shapes[n]) > 1 else 1 for p in plan.held_parts(0) for n in p.regions)
     rows += sum(
         plan.shapes[n][-1] if len(plan.shapes[n]) > 1 else 1 for n, s in plan.slices.items() if s[0].unit is None
     )
@@ -140,7 +140,7 @@ def count_collectives(config, micro_batches, model_options=None):
     ]  # fmt: skip
     accelerator, model, optimizer = prepared(config, model_options, gradient_accumulation_steps=micro_batches)
     one_step(accelerator, model, optimizer, micro_batches)
-    before = get_state(model).traffic.bytes_sent
+    before = find_sharded(model).traffic.bytes_sent
     try:
         for name, _, call in spies:
             setattr(dist, name, call)
@@ -148,7 +148,7 @@ def count_collectives(config, micro_batches, model_options=None):
     finally:
         for name, original, _ in spies:
             setattr(dist, name, original)
-    return get_state(model).traffic.bytes_sent - before, seen[0], calls
+    return find_sharded(model).traffic.bytes_sent - before, seen[0], calls
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -204,29 +204,29 @@ def accumulate_by_hand():
     rank = dist.get_rank()
     with accelerator.no_sync(model):
         model(**batch(rank)).loss.backward()
-        assert all(p.grad is None for p in get_state(model).parameters.values())
+        assert all(p.grad is None for p in find_sharded(model).parameters.values())
     try:
         with model.no_sync():
             raise KeyError
     except KeyError:
         pass
     model(**batch(4 + rank)).loss.backward()  # syncs although the block before raised
-    assert all(p.grad is not None for p in get_state(model).parameters.values())
+    assert all(p.grad is not None for p in find_sharded(model).parameters.values())
     name = "model.layers.0.mlp.up_proj.weight"
-    held = get_state(model).held[name]
-    return held.holders, held.start, local_tensor(get_state(model).parameters[name].grad)
+    tensor = get_state(model).held.subnetwork.tensors[name]
+    return tensor.holders, local_tensor(find_sharded(model).parameters[name].grad)
 
 
 def test_gradients_are_local_under_no_sync_and_the_mean_over_holders_after():
     results = run_workers(accumulate_by_hand)
-    for holders in {h for h, _, _ in results}:
+    for holders in {h for h, _ in results}:
         expected = 0
         for worker in holders:
             local = patch_model(tiny_model(), SDPConfig(), rank=worker, world_size=4)
             for micro in (worker, 4 + worker):
                 local(**batch(micro)).loss.backward()
             expected = expected + local.model.layers[0].mlp.up_proj.weight.grad / len(holders)
-        shards = [results[worker][2] for worker in holders]  # rows, in the order of the holders
+        shards = [results[worker][1] for worker in holders]  # rows, in the order of the holders
         torch.testing.assert_close(torch.cat(shards), expected, rtol=0, atol=1e-6)
 
 
@@ -250,8 +250,8 @@ def same_start(config):
     accelerator = SDPAccelerator()
     model = accelerator.prepare(patch_model(tiny_model(seed=dist.get_rank()), SDPConfig(**config)))
     verify(model)
-    owned = sum(numel(box) for pieces in owned_boxes(get_state(model)).values() for _, box in pieces)
-    assert owned == get_state(model).plan.full_numel
+    held = get_state(model).held
+    assert sum(region.numel for regions in held.owners.values() for _, region in regions) == held.plan.full_numel
     weights, again = consolidate(model), accelerator.get_state_dict(model)
     if weights is not None:
         assert weights.keys() == again.keys() and all(torch.equal(weights[n], again[n]) for n in weights)
@@ -272,12 +272,12 @@ def test_consolidated_values_are_those_of_rank_0_bit_for_bit(config):
 
 def tamper(how: str):
     accelerator, model, _ = prepared(dict(sharding="none"))
-    state = get_state(model)
+    sharded = find_sharded(model)
     with torch.no_grad():
         if how == "replica" and dist.get_rank() == 2:
-            local_tensor(state.parameters["model.norm.weight"].detach())[3] += 1e-7
+            local_tensor(sharded.parameters["model.norm.weight"].detach())[3] += 1e-7
         if how == "version" and dist.get_rank() == 2:
-            state.version += 1
+            sharded.run.version += 1
     try:
         verify(model)
     except SDPStateError as error:
@@ -353,7 +353,7 @@ def mixed_precision(config, dtype):
     one_step(accelerator, model, optimizer)
     model.eval()
     loss = model(**batch(0)).loss
-    assert {p.dtype for p in get_state(model).parameters.values()} == {torch.float32}
+    assert {p.dtype for p in find_sharded(model).parameters.values()} == {torch.float32}
     return seen, loss.item()
 
 

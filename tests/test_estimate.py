@@ -13,14 +13,18 @@ from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
 from hf_sdp.cli import main
 from hf_sdp.cli.units import Bandwidth
-from hf_sdp.engine.shard import _sharding_groups
-from hf_sdp.estimate.groups import sdp_groups, skeleton
+from hf_sdp.engine.fsdp import fsdp_modules
+from hf_sdp.engine.shard import shard
+from hf_sdp.engine.sharded import find_sharded
+from hf_sdp.estimate.groups import stored_groups
 from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step, worker_memory
+from hf_sdp.estimate.shapes import shapes_of
 from hf_sdp.estimate.time import step_time
 from hf_sdp.estimate.trace import Segment, _trace_stream, trace, trace_subnetwork
 from hf_sdp.families.meta_model import meta_model
 from hf_sdp.model.state import get_state
 from hf_sdp.patch import patch_meta_model
+from hf_sdp.plan.groups import shardable_modules
 from hf_sdp.workload import Workload
 
 CPU = torch.device("cpu")
@@ -103,29 +107,29 @@ def test_predicted_equals_measured(engine, dtype, checkpointing, rank, world_siz
     ],
     ids=str,
 )
-def test_groups_are_the_engines(config, changes):
-    """The same parameters under the same names and in the same shapes as the engine shards together."""
+def test_groups_are_what_fsdp2_shards_together(config, changes):
+    """The plan's groups, as the estimate counts them: FSDP2 has the same parameters, members and bytes in each."""
     model_config = tiny_config(**changes)
-    plan = make_plan(model_config, config, 4)
-    model = patch_meta_model(meta_model(model_config), config, rank=1, world_size=4)
-    names = {module: name for name, module in model.named_modules()}
-    expected, taken = [], set()
-    for modules, holders in _sharding_groups(model, get_state(model)):
-        parameters = {
-            p: f"{names[module]}.{name}".removeprefix(".")
-            for module in modules
-            for name, p in module.named_parameters()
-            if p not in taken
-        }
-        taken |= set(parameters)
-        shapes = {name: tuple(p.shape) for p, name in parameters.items()}
-        expected.append((len(holders), {names[module] for module in modules}, sorted(shapes.values())))
-    found = [
-        (group.members, set(group.modules), sorted(group.shapes.values()))
-        for group in sdp_groups(plan, 1, skeleton(model_config), 4, "full")
-    ]
-    key = lambda group: (sorted(group[1]), group[0])  # noqa: E731
-    assert sorted(found, key=key) == sorted(expected, key=key)
+    with fake_world(4, rank=1):
+        model = patch_meta_model(meta_model(model_config), config, rank=None, world_size=None)
+        shard(model, torch.device("cpu"))
+        held = get_state(model).held
+        names = {id(p): name for name, p in find_sharded(model).parameters.items()}
+        made = [group for module in fsdp_modules(model) for group in module._get_fsdp_state()._fsdp_param_groups]
+        expected = sorted(
+            (
+                sorted(names[id(p.sharded_param)] for p in group.fsdp_params),
+                group.mesh_info.shard_mesh_size,
+                sum(p.padded_sharded_param_size.numel() for p in group.fsdp_params),
+                sum(p.sharded_size.numel() for p in group.fsdp_params),
+            )
+            for group in made
+        )
+    found = sorted(
+        (sorted(group.group.tensors), group.members, group.shard_numel, group.stored_numel)
+        for group in stored_groups(held.groups, held.placement, rank=1)
+    )
+    assert found == [entry for entry in expected if entry[0]]
 
 
 def test_a_deep_model_is_put_together_from_shallow_traces():
@@ -145,8 +149,10 @@ def test_a_deep_model_is_put_together_from_shallow_traces():
 
     for subnetwork in range(0, 8, 3):
         model = patch_meta_model(meta_model(config), sdp, rank=subnetwork, world_size=8)
-        composed = _stream(skeleton(config), *trace_subnetwork(config, workload, plan, subnetwork))
-        assert peak(item for item, _ in composed) == peak(_trace_stream(model, workload))
+        held = get_state(model).held
+        watched = shardable_modules(held.subnetwork, held.structure)
+        composed = _stream(shapes_of(config).structure, *trace_subnetwork(config, workload, plan, subnetwork))
+        assert peak(item for item, _ in composed) == peak(_trace_stream(model, workload, watched))
 
 
 def test_memory_grows_with_coverage_and_shrinks_with_sharding():

@@ -13,8 +13,7 @@ from workers import run_workers
 import hf_sdp
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, consolidate, verify
 from hf_sdp.checkpoint.weights import Weights
-from hf_sdp.engine.placement import local_box, numel
-from hf_sdp.model.state import get_state
+from hf_sdp.engine.sharded import find_sharded
 
 EVERYTHING = dict(
     num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
@@ -26,9 +25,9 @@ def load(folder, config):
     read = []
     original = Weights.read
 
-    def counted(self, name, box):
-        read.append(numel(box))
-        return original(self, name, box)
+    def counted(self, region, into):
+        read.append(region.numel)
+        return original(self, region, into)
 
     Weights.read = counted
     accelerator = SDPAccelerator()
@@ -37,8 +36,7 @@ def load(folder, config):
     finally:
         Weights.read = original
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    state = get_state(model)
-    stored = sum(numel(local_box(state, held)) for held in state.held.values())
+    stored = sum(region.numel for region, _ in find_sharded(model).stored())
     assert sum(read) == stored
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     logits = model(**batch(0)).logits.detach()

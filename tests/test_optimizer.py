@@ -8,7 +8,8 @@ from test_engine import prepared
 from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, patch_model
-from hf_sdp.model.state import get_state, local_tensor
+from hf_sdp.engine.sharded import find_sharded
+from hf_sdp.model.state import local_tensor
 
 VARIANTS = {
     "AdamW for-loop": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
@@ -37,7 +38,7 @@ def train_with(names: list[str]):
             len(decay),
             len(other),
         ]  # groups stay as the user and the scheduler know them
-        ours = list(get_state(model).parameters.values())
+        ours = list(find_sharded(model).parameters.values())
         assert sorted(map(id, sum(groups, []))) == sorted(map(id, ours))  # each once, by identity
         for step in range(3):
             accelerator.backward(model(**batch(step * 4 + dist.get_rank())).loss)
@@ -75,7 +76,7 @@ def refuse():
         with pytest.raises(SDPConfigError, match="not known to update every element") as error:
             SDPAccelerator().prepare(model, optimizer)
         messages.append(str(error.value).split()[0])
-        assert not get_state(model).sharded  # before anything is changed
+        assert find_sharded(model) is None  # before anything is changed
     accelerator = SDPAccelerator()
     foreign = torch.optim.SGD(tiny_model().parameters(), lr=1)
     stale = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9)
@@ -154,7 +155,7 @@ def overflow(fused: bool):
     for step in range(3):
         accelerator.backward(model(**batch(step * 4 + dist.get_rank())).loss)
         if step == 0 and dist.get_rank() == 1:  # one element of one worker's shard
-            local_tensor(next(iter(get_state(model).parameters.values())).grad)[0, 0] = float("inf")
+            local_tensor(next(iter(find_sharded(model).parameters.values())).grad)[0, 0] = float("inf")
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         skipped.append(optimizer.step_was_skipped)

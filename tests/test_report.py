@@ -15,7 +15,7 @@ from hf_sdp.families.meta_model import meta_model
 from hf_sdp.plan.holdings import Holdings
 from hf_sdp.plan.plan import Plan
 from hf_sdp.plan.units import MaskableModule
-from hf_sdp.plan.worker_graph import connected_components, spectral_gap
+from hf_sdp.plan.worker_graph import components, spectral_gap
 
 SEQUENCE = 48
 MODEL = dict(num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
@@ -132,12 +132,14 @@ def hand_made(num_subnetworks: int, *holders: tuple[int, ...]) -> Plan:
         2,
     )
     units = {module.name: (h,) for module, h in zip(plan.modules, holders, strict=True)}
-    values = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return Plan(**{**values, "num_subnetworks": num_subnetworks, "unit_holders": units})
+    return Plan.of_units(
+        level=plan.level, masking=plan.masking, always_held=(), shapes=plan.shapes, modules=plan.modules,
+        num_subnetworks=num_subnetworks, unit_holders=units,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("holders", "components", "gap"),
+    ("holders", "num_components", "gap"),
     [
         (((0, 1), (2, 3)), 2, 0.0),
         (((0, 1), (1, 2)), 2, 0.0),  # 3 holds nothing
@@ -147,12 +149,12 @@ def hand_made(num_subnetworks: int, *holders: tuple[int, ...]) -> Plan:
         (((0, 1, 2, 3), (0,), (1,), (2,), (3,)), 1, 0.5),  # more holder sets than workers
     ],
 )
-def test_components_and_gap_of_plans_made_by_hand(holders, components, gap):
+def test_components_and_gap_of_plans_made_by_hand(holders, num_components, gap):
     plan = hand_made(4, *holders)
     holdings = Holdings.of(plan)
     numel = np.array([numel for _, _, _, numel, _ in units_of(plan)])
     elements = numel @ holdings.units
-    assert connected_components(holdings, elements) == components
+    assert len(components(4, holdings.sets_with(elements > 0))) == num_components
     if gap is None:
         gap = 1 - np.sort(np.linalg.eigvals(walk(plan)).real)[-2]
         assert 0 < gap < 0.5
@@ -222,8 +224,10 @@ def test_a_picture_of_uneven_widths(tmp_path):
     plan = make_plan(tiny_config(), SDPConfig(), 2)
     module = plan.modules[1]
     other = MaskableModule(module.name, module.kind, module.layer, 1, module.dims)
-    values = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    values["modules"] = tuple(other if m is module else m for m in plan.modules)
-    values["unit_holders"] = {**plan.unit_holders, module.name: ((0, 1),)}
-    draw_plan(Plan(**values), tmp_path / "plan.SVG")
+    changed = Plan.of_units(
+        level=plan.level, masking=plan.masking, always_held=(), shapes=plan.shapes, num_subnetworks=2,
+        modules=tuple(other if m is module else m for m in plan.modules),
+        unit_holders={**plan.unit_holders, module.name: ((0, 1),)},
+    )  # fmt: skip
+    draw_plan(changed, tmp_path / "plan.SVG")
     assert "</svg>" in (tmp_path / "plan.SVG").read_text()

@@ -271,7 +271,7 @@ def fail_to_save(folder, what: str, rank: int):
             if what == "large files":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
             elif what == "scheduler":
-                patch.setattr(hf_sdp.trainer_checkpoint.torch, "save", full)
+                patch.setattr(hf_sdp.hosts.trainer_checkpoint.torch, "save", full)
             elif what == "random numbers":
                 patch.setattr(trainer, "_save_rng_state", full)
             elif what == "marker":

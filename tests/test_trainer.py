@@ -12,6 +12,8 @@ from models import VOCAB, tiny_model
 from workers import run_workers
 
 from hf_sdp import SDPCallback, SDPConfig, SDPConfigError, SDPStateError, patch_model
+from hf_sdp.engine.sharded import find_sharded
+from hf_sdp.hosts.trainer_checkpoint import kept_weights
 
 ARGUMENTS = dict(
     per_device_train_batch_size=2, per_device_eval_batch_size=3, max_steps=4, gradient_accumulation_steps=2,
@@ -191,9 +193,10 @@ def save_everywhere(folder):
     weights = consolidate(trainer.model)
     if trainer.is_world_process_zero():
         assert all(torch.equal(best[n], weights[n]) for n in best)  # load_best took effect
-        before = dict(trainer.model._sdp_state.saved_weights)
+        kept = kept_weights(trainer.model)
+        before = dict(kept)
         trainer.save_model(f"{folder}/alone")  # rank 0 only, after training: must not hang
-        assert trainer.model._sdp_state.saved_weights.keys() == before.keys()  # the host empties what it is given
+        assert kept.keys() == before.keys()  # the host empties what it is given
     trainer.save_model(f"{folder}/all")
     trainer.model.save_pretrained(f"{folder}/direct")
     trainer.accelerator.save_model(trainer.model, f"{folder}/accelerator")
@@ -231,9 +234,9 @@ def evaluate_first(folder):
     trainer = make_trainer(folder, dict(), dict(max_steps=2, gradient_accumulation_steps=1, eval_on_start=True))
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    first = trainer.model._sdp_state.version
+    first = trainer.model._sdp_state.run.version
     trainer.train()
-    return before, first, trainer.model._sdp_state.version, trainer.state.log_history[0]
+    return before, first, trainer.model._sdp_state.run.version, trainer.state.log_history[0]
 
 
 def test_evaluate_before_train_and_train_twice(tmp_path):
@@ -465,7 +468,7 @@ def misuse(folder):
 
     args = TrainingArguments(output_dir=str(folder), **ARGUMENTS)
     expect(SDPConfigError, lambda: Trainer(model=tiny_model(), args=args, callbacks=[SDPCallback()]))
-    assert not patched._sdp_state.sharded
+    assert find_sharded(patched) is None
     return messages
 
 

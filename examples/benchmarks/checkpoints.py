@@ -260,7 +260,8 @@ def resident() -> tuple[int, int]:
 def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
     import hf_sdp
     from hf_sdp import SDPAccelerator, SDPConfig
-    from hf_sdp.model.state import get_state, local_tensor
+    from hf_sdp.engine.sharded import find_sharded
+    from hf_sdp.model.state import local_tensor
 
     accelerator = SDPAccelerator(cpu=True)
     before, watch = resident(), PeakMemory()
@@ -271,7 +272,7 @@ def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model = accelerator.prepare(hf_sdp.patch_model(model, SDPConfig(**sdp)))
     peak = watch.stop()
-    stored = sum(local_tensor(p.detach()).nbytes for p in get_state(model).parameters.values())
+    stored = sum(local_tensor(p.detach()).nbytes for p in find_sharded(model).parameters.values())
     return {"resident": peak[0] - before[0], "anonymous": peak[1] - before[1], "stored": stored}
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from hf_sdp import SDPConfig
-from hf_sdp.bench.compare.contenders import Engine, Workplace, expected_bytes
+from hf_sdp.bench.compare.contenders import Contender, Workplace, expected_bytes
 from hf_sdp.bench.compare.measure import timed_rounds
 from hf_sdp.bench.compare.run import summary
 from hf_sdp.bench.compare.workers import launch
@@ -48,7 +48,7 @@ ENGINES = {
 def worker(workplace: Workplace, options: argparse.Namespace) -> tuple | str | None:
     """What this worker measured: samples and bytes sent of every engine; with ``--profile`` its table."""
     names = [options.profile] if options.profile else list(ENGINES)
-    engines = [Engine(name, ENGINES[name], workplace) for name in names]
+    engines = [Contender(name, ENGINES[name], workplace) for name in names]
     if options.profile:
         timed_rounds(engines, workplace, rounds=0, warmup=options.warmup, silent=False)
         return _profile(engines[0], workplace, options.rounds)
@@ -99,7 +99,7 @@ def _row(name: str, everyone: list, workplace: Workplace) -> dict:
     }
 
 
-def _profile(engine: Engine, workplace: Workplace, num_steps: int) -> str:
+def _profile(engine: Contender, workplace: Workplace, num_steps: int) -> str:
     """This worker's operators by own time a step (waiting included), those of all FSDP2 groups added up."""
     ids = workplace.random_ids(torch.Generator().manual_seed(dist.get_rank()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -10,19 +10,16 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ..config import SDPConfig
+from ..engine.fsdp import fully_shard_plainly, mixed_precision_policy
 from ..engine.metrics import measured_peak, state_bytes
 from ..engine.optimizer import repoint
 from ..engine.shard import shard
-from ..families import family_of
-from ..model.state import find_state
+from ..engine.sharded import find_sharded
 from ..patch import patch_model
-from ..plan.units import decoder_layers
 
 
 @contextlib.contextmanager
@@ -52,11 +49,9 @@ def parallelize(
         model = DistributedDataParallel(model.to(device))
         model.register_comm_hook(None, _finished)  # the reducer cannot wait for fake collectives
     else:
-        mesh = DeviceMesh(device.type, torch.arange(dist.get_world_size()))
-        policy = MixedPrecisionPolicy(param_dtype=param_dtype and getattr(torch, param_dtype))
-        _, layers = decoder_layers(model, family_of(model.config))
-        for module in (*layers, model):
-            fully_shard(module.to(device), mesh=mesh, reshard_after_forward=engine == "FSDP2", mp_policy=policy)
+        policy = mixed_precision_policy(param_dtype)
+        reshards = engine == "FSDP2"
+        fully_shard_plainly(model.to(device), device.type, reshard_after_forward=reshards, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if isinstance(engine, SDPConfig):
         repoint(optimizer, model)
@@ -80,7 +75,7 @@ def measure_steps(
     """Bytes for each batch (sequences, tokens of each): state by kind (of ``metrics.state_bytes``), DDP's buckets, which are
     not measured but are as large as the gradients, ``step``: the peak of a step above what was allocated before it, and
     ``bytes_sent`` (SDP). Two small steps come first: moments exist then, and DDP has rebuilt its buckets."""
-    state = find_state(model)
+    sharded = find_sharded(model)
     stored: dict[str, int] = {}
 
     def step(num_sequences: int, length: int) -> None:
@@ -98,9 +93,9 @@ def measure_steps(
     stored["buckets"] = stored["gradients"] if isinstance(model, DistributedDataParallel) else 0
     results = []
     for num_sequences, length in batches:
-        sent = 0 if state is None else state.traffic.bytes_sent
+        sent = 0 if sharded is None else sharded.traffic.bytes_sent
         with measured_peak(device) as peak:
             step(num_sequences, length)
-        sent = 0 if state is None else state.traffic.bytes_sent - sent
+        sent = 0 if sharded is None else sharded.traffic.bytes_sent - sent
         results.append({**stored, "step": peak[0], "bytes_sent": sent})
     return results

@@ -8,8 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..families.kinds import KINDS
+from ..plan.holders import Holders
 from ..plan.holdings import Holdings
-from ..plan.plan import Holders, Plan
+from ..plan.plan import Plan
 from ..plan.units import MaskableModule
 
 FORMATS = (".png", ".svg")
@@ -39,7 +41,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         columns = np.arange(0, plan.num_subnetworks, -(-plan.num_subnetworks // 16))
         panel.set_xticks(columns + 0.5, columns, fontsize=7)
         panel.tick_params(length=0)
-        panel.set_title("MLP" if kind == "mlp" else kind, fontsize=9)
+        panel.set_title(KINDS[kind].title, fontsize=9)
         panel.set_xlabel("subnetwork", fontsize=8)
     panels[0].set_ylabel("layer", fontsize=8)
     figure.suptitle(

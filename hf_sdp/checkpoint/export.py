@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..engine.exchange import consolidate
+from ..engine.consolidate import consolidate
+from ..engine.sharded import control_group, find_sharded
 from ..errors import SDPConfigError
+from ..families.kinds import KINDS, LAYER
 from ..families.meta_model import meta_model
-from ..model.state import SDPState, get_state, unwrap
+from ..model.state import Held, get_state, unwrap
 from ..plan.plan import Plan
 from ..world.agreement import together
 from .weights import WeightsWriter
@@ -27,59 +29,46 @@ def export_subnetwork(model: nn.Module, folder: str | os.PathLike, subnetwork: i
         sub-blocks, layers of different widths; or with backward masking, where a subnetwork computes with the full model.
     """
     model = unwrap(model)
-    state = get_state(model)
+    held, group = get_state(model).held, control_group(model)
     writer = None
-    with together(state.control_group):
-        config, small, names = _small_model(state, subnetwork)
-        if state.rank == 0:
+    with together(group):
+        config, small, names = _small_model(held, subnetwork)
+        regions = {name: held.plan.held_region(name, subnetwork) for name in names}
+        if held.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            specs = {
-                names[n]: (shape, _dtype(model, state, n)) for n, shape in _held_shapes(state.plan, subnetwork).items()
-            }
+            specs = {names[name]: (region.shape, _dtype(model, name)) for name, region in regions.items()}
             writer = WeightsWriter(folder, specs)
-    held = state.plan.held(subnetwork)
 
     def write(name: str, tensor: torch.Tensor) -> None:
-        if name in held and name in names:
-            pieces = [tensor.narrow(s.dim, s.start, s.stop - s.start) for s in held[name]]
-            writer.write(names[name], torch.cat(pieces, held[name][0].dim) if len(pieces) > 1 else pieces[0])
+        if name in regions:
+            writer.write(names[name], regions[name].of(tensor))
 
     consolidate(model, write)
-    with together(state.control_group):
+    with together(group):
         if writer is not None:
             writer.finish()
-            config.architectures = [state.model_name]
-            config.dtype = str(_dtype(model, state, next(iter(names)))).removeprefix("torch.")
+            config.architectures = [held.model_name]
+            config.dtype = str(_dtype(model, next(iter(names)))).removeprefix("torch.")
             config.save_pretrained(folder)
             if small.can_generate():
                 model.generation_config.save_pretrained(folder)
 
 
-def _dtype(model: nn.Module, state: SDPState, name: str) -> torch.dtype:
-    return state.dtypes.get(name) or next(model.parameters()).dtype
+def _dtype(model: nn.Module, name: str) -> torch.dtype:
+    sharded = find_sharded(model)
+    return next(model.parameters()).dtype if sharded is None else sharded.dtypes[name]
 
 
-def _held_shapes(plan: Plan, subnetwork: int) -> dict[str, tuple[int, ...]]:
-    """Full parameter name -> shape of what the subnetwork holds of it, its slices put together."""
-    shapes = {}
-    for name, slices in plan.held(subnetwork).items():
-        shape = list(plan.shapes[name])
-        if shape:
-            shape[slices[0].dim] = sum(s.stop - s.start for s in slices)
-        shapes[name] = tuple(shape)
-    return shapes
-
-
-def _small_model(state: SDPState, subnetwork: int):
+def _small_model(held: Held, subnetwork: int):
     """Config and meta model of the subnetwork, and the names: of the full model -> of the small one."""
-    plan, config = state.plan, copy.deepcopy(state.full_config)
+    plan, config = held.plan, copy.deepcopy(held.full_config)
     if plan.masking == "backward":
         raise SDPConfigError("With masking='backward' a subnetwork computes with the full model. Use save_pretrained.")
-    shapes = _held_shapes(plan, subnetwork)
+    shapes = {name: plan.held_region(name, subnetwork).shape for name in plan.held(subnetwork)}
     if plan.level == "neuron":
         _narrow_config(config, plan, subnetwork)
         names = {name: name for name in shapes}
-    elif all(module.kind == "layer" for module in plan.modules):
+    elif all(module.of_kind is LAYER for module in plan.modules):
         kept = [module for module in plan.modules if subnetwork in plan.unit_holders[module.name][0]]
         config.num_hidden_layers = len(kept)
         if getattr(config, "layer_types", None):
@@ -120,21 +109,12 @@ def _narrow_config(config, plan: Plan, subnetwork: int) -> None:
     """Fewer key/value heads with their query heads, and fewer neurons: the same in every layer."""
     widths: dict[str, set[tuple[int, int]]] = {}
     for module in plan.modules:
-        held = sum(subnetwork in holders for holders in plan.unit_holders[module.name])
+        held = sum(last - first for first, last, _ in plan.held_runs(module, subnetwork))
         widths.setdefault(module.kind, set()).add((held, module.num_units))
     for kind, found in widths.items():
         if len(found) > 1:
             raise SDPConfigError(
-                f"Subnetwork {subnetwork} holds {sorted(found)} (units, of units) in different {kind} modules; a config has one "
-                "width for all layers. Use a coverage whose parts are equal."
+                f"Subnetwork {subnetwork} holds {sorted(found)} (units, of units) in different {kind} modules; a config "
+                "has one width for all layers. Use a coverage whose parts are equal."
             )
-    text = config.get_text_config()
-    if "attention" in widths:
-        held, num_units = widths["attention"].pop()
-        text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        text.num_attention_heads = text.num_attention_heads * held // num_units
-        if getattr(text, "num_key_value_heads", None):
-            text.num_key_value_heads = text.num_key_value_heads * held // num_units
-    if "mlp" in widths:
-        held, num_units = widths["mlp"].pop()
-        text.intermediate_size = text.intermediate_size * held // num_units
+        KINDS[kind].narrow(config.get_text_config(), *found.pop())

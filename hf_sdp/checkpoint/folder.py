@@ -20,14 +20,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import accelerate
-import torch
 import torch.distributed as dist
-import transformers
 from torch import nn
 
+from ..compat import versions
+from ..engine.sharded import get_sharded
 from ..errors import SDPStateError
-from ..model.state import SDPState, get_state
+from ..model.state import Held
 from ..world.agreement import together
 
 MARKER, PLAN, OPTIMIZER = "sdp_checkpoint.json", "sdp_plan.json", "sdp_optimizer"
@@ -42,22 +41,24 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
     Collective: all workers run the block; what fails on one of them is an error on all, and leaves ``folder`` and all
     other checkpoints as they were. Raises SDPStateError when some worker does not come.
     """
-    state, folder = get_state(model), Path(folder)
-    state.roll_call.wait("saving a checkpoint")
+    sharded, folder = get_sharded(model, "Saving a checkpoint"), Path(folder)
+    held, group = sharded.held, sharded.control_group
+    if sharded.roll_call is not None:
+        sharded.roll_call.wait("saving a checkpoint")
     unfinished = _place_of(folder)
-    with together(state.control_group):
-        if state.rank == 0:
+    with together(group):
+        if held.rank == 0:
             finish_interrupted(folder)
             unfinished.mkdir(parents=True)
     try:
-        with together(state.control_group):
+        with together(group):
             yield unfinished
-        _seal(unfinished, state)
-        with together(state.control_group):
-            if state.rank == 0:
+        _seal(unfinished, held, group)
+        with together(group):
+            if held.rank == 0:
                 _take_place(unfinished, folder)
     except BaseException:
-        if state.rank == 0:
+        if held.rank == 0:
             give_up(folder)
         raise
 
@@ -67,23 +68,23 @@ def _place_of(folder: Path) -> Path:
     return folder.parent / f"{_UNFINISHED}{folder.name}" / folder.name
 
 
-def _seal(folder: Path, state: SDPState) -> None:
+def _seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
     """Write the plan, and last the marker. Collective: every worker reads its share of the files back."""
-    with together(state.control_group):
-        if state.rank == 0:
-            (folder / PLAN).write_text(state.plan.to_json() + "\n")
-    mine, everyone = {}, [None] * state.world_size
-    with together(state.control_group):
+    with together(group):
+        if held.rank == 0:
+            (folder / PLAN).write_text(held.plan.to_json() + "\n")
+    mine, everyone = {}, [None] * held.world_size
+    with together(group):
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        for file in files[state.rank :: state.world_size]:
+        for file in files[held.rank :: held.world_size]:
             mine[file] = _fingerprint(folder / file)
-    dist.all_gather_object(everyone, mine, group=state.control_group)
-    with together(state.control_group):
-        if state.rank == 0:
+    dist.all_gather_object(everyone, mine, group=group)
+    with together(group):
+        if held.rank == 0:
             content = {
-                "world_size": state.world_size,
-                "sdp_config": dataclasses.asdict(state.config),
-                "plan_hash": state.plan.hash,
+                "world_size": held.world_size,
+                "sdp_config": dataclasses.asdict(held.config),
+                "plan_hash": held.plan.hash,
                 "versions": versions(),
                 "files": {file: found[file] for found in everyone for file in sorted(found)},
             }
@@ -101,17 +102,6 @@ def _fingerprint(file: Path) -> dict:
         while block := opened.read(2**20):
             crc = zlib.crc32(block, crc)
     return {"bytes": file.stat().st_size, "crc32": f"{crc:08x}"}
-
-
-def versions() -> dict[str, str]:
-    from .. import __version__
-
-    return {
-        "hf_sdp": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
 
 
 def _replaced(unfinished: Path) -> Path:
@@ -220,19 +210,19 @@ def newest_complete(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list[str]:
+def changes(saved: dict | None, held: Held | None, world_size: int) -> list[str]:
     """What is different from the run that wrote the checkpoint, for the user."""
     if saved is None:
-        return ["the checkpoint was written without SDP"] if state is not None else []
+        return ["the checkpoint was written without SDP"] if held is not None else []
     result = []
     if saved["world_size"] != world_size:
         result.append(
             f"{saved['world_size']} workers then, {world_size} now: other data per worker, and random numbers anew on "
             "workers that are new"
         )
-    if state is None:
+    if held is None:
         return [*result, "this run is not SDP"]
-    now = json.loads(json.dumps(dataclasses.asdict(state.config)))  # lists, as they were saved
+    now = json.loads(json.dumps(dataclasses.asdict(held.config)))  # lists, as they were saved
     for name, value in saved["sdp_config"].items():
         if name in now and now[name] != value:
             result.append(f"{name}={value!r} then, {now[name]!r} now")
@@ -241,6 +231,6 @@ def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list
         for name, then in saved["versions"].items()
         if versions().get(name) != then
     ]
-    if not result and saved["plan_hash"] != state.plan.hash:
+    if not result and saved["plan_hash"] != held.plan.hash:
         result.append("another plan")
     return result

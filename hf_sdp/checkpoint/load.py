@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..engine.placement import full_box, local_box, numel
+from ..engine.fsdp import reshard
+from ..engine.sharded import control_group, find_sharded, stored_tensors
 from ..errors import SDPStateError
-from ..model.state import find_state, get_state, local_tensor, reshard, unwrap
+from ..model.state import find_state, get_state, unwrap
+from ..plan.region import Region
 from ..world.agreement import together
-from . import folder as checkpoint
+from .folder import OPTIMIZER, changes, check
 from .optimizer_state import SavedByTorch, SavedOptimizer, check_optimizer
 from .weights import Weights
 
@@ -25,23 +27,21 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         SDPConfigError when a parameter is missing or has another shape.
     """
     model = unwrap(model)
-    state = get_state(model)
-    with together(state.control_group):
-        checkpoint.check(folder, only="model")
+    held, sharded, group = get_state(model).held, find_sharded(model), control_group(model)
+    with together(group):
+        check(folder, only="model")
         weights = Weights(folder)
-        weights.check(state.plan.shapes)
-    if state.sharded:
+        weights.check(held.plan.shapes)
+    if sharded is not None:
         reshard(model)
-    state.version += 1  # first: if reading fails halfway, nothing that was kept is current
-    with together(state.control_group):
-        for local_name, parameter in (state.parameters or dict(model.named_parameters())).items():
-            held = state.held[local_name]
-            box = local_box(state, held)
-            if numel(box):
-                local_tensor(parameter.detach()).copy_(weights.read(held.name, box))
+        sharded.weights_changed()  # first: if reading fails halfway, nothing that was kept is current
+    with together(group):
+        for region, tensor in stored_tensors(model):
+            if region.numel:
+                weights.read(region, tensor)
         for name, buffer in model.named_buffers():
             if weights.shape(name) == tuple(buffer.shape):
-                buffer.copy_(weights.read(name, full_box(tuple(buffer.shape))))
+                weights.read(Region.whole(name, tuple(buffer.shape)), buffer)
 
 
 def find_optimizer_state(folder: str | Path, index: int = 0) -> Path:
@@ -50,7 +50,7 @@ def find_optimizer_state(folder: str | Path, index: int = 0) -> Path:
     Raises: SDPStateError when there is none.
     """
     suffix = f"_{index}" if index else ""
-    names = (f"{checkpoint.OPTIMIZER}{suffix}", f"optimizer{suffix}.pt", f"optimizer{suffix}.bin")
+    names = (f"{OPTIMIZER}{suffix}", f"optimizer{suffix}.pt", f"optimizer{suffix}.bin")
     found = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
     if found is None:
         raise SDPStateError(
@@ -67,10 +67,8 @@ def open_optimizer_state(
 
     Raises: SDPStateError on every worker when there is none, it is damaged, or it does not fit ``optimizer``.
     """
-    state = find_state(model)
-    group = state.control_group if state is not None else None
-    with together(group):
-        checkpoint.check(folder)
+    with together(control_group(model)):
+        check(folder)
         found = find_optimizer_state(folder, index)
         saved = SavedOptimizer(found, model) if found.is_dir() else None
     if saved is None:
@@ -81,6 +79,7 @@ def open_optimizer_state(
 
 def tell_changes(model: nn.Module, folder: str | Path, world_size: int, rank: int) -> None:
     """Warn, on rank 0, of what is different from the run that wrote the checkpoint."""
-    differences = checkpoint.changes(checkpoint.check(folder), find_state(model), world_size)
+    state = find_state(model)
+    differences = changes(check(folder), state and state.held, world_size)
     if differences and rank == 0:
         logger.warning("Continuing from %s. Different: %s.", folder, "; ".join(differences))

@@ -1,22 +1,24 @@
 """Optimizer state in the canonical layout: by full parameter name, in full shapes, each element once.
 
 Tensors of the state that have the shape of their parameter are written with torch.distributed.checkpoint, every worker
-what it owns; loading reads from it just the boxes that a worker stores, whatever plan or world wrote them. All else
+what it owns; loading reads from it just the regions that a worker stores, whatever plan or world wrote them. All else
 (step counters, learning rates, which parameter is in which group) is one JSON file.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..engine.optimizer import local_shards
-from ..engine.placement import Box, full_box, local_box, numel, owned_boxes
+from ..engine.sharded import control_group, find_sharded
 from ..errors import SDPStateError
 from ..model.state import find_state, local_tensor, unwrap
+from ..plan.region import Region, Shape
 from ..world.agreement import together
 from . import tensors as boxes
 from .tensors import Boxes
@@ -25,30 +27,48 @@ TENSORS, GROUPS = "tensors", "groups.json"
 _OF_THIS_RUN = ("foreach", "fused", "capturable", "differentiable")  # how to step, not what the step is
 
 
+class Wanted(NamedTuple):
+    """State to be read: the tensor ``key`` of a region, and where it goes, of the region's shape."""
+
+    region: Region
+    key: str
+    tensor: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A parameter of this process: which box of which full parameter it is, and whether this process is its owner."""
+    """A parameter of this process.
 
-    name: str
-    shape: tuple[int, ...]
-    box: Box
+    Attributes:
+        region: what it stores of which full parameter.
+        shape: of the full parameter.
+        owned: whether this process is the owner of the region.
+    """
+
+    region: Region
+    shape: Shape
     owned: bool
+
+    @property
+    def name(self) -> str:
+        return self.region.name
 
 
 def stored_parameters(model: nn.Module) -> dict[nn.Parameter, Stored]:
     """Of a sharded SDP model what this worker stores; of any other model its full parameters, owned by rank 0."""
     model = unwrap(model)
-    state = find_state(model)
-    if state is None or not state.sharded:
+    sharded = find_sharded(model)
+    if sharded is None:
         owned = not dist.is_initialized() or dist.get_rank() == 0
         return {
-            p: Stored(name, tuple(p.shape), full_box(tuple(p.shape)), owned) for name, p in model.named_parameters()
+            p: Stored(Region.whole(name, tuple(p.shape)), tuple(p.shape), owned) for name, p in model.named_parameters()
         }
-    mine = {(name, box) for name, pieces in owned_boxes(state).items() for rank, box in pieces if rank == state.rank}
+    held = sharded.held
+    mine = {region for regions in held.owners.values() for rank, region in regions if rank == held.rank}
     result = {}
-    for local_name, parameter in state.parameters.items():
-        name, box = state.held[local_name].name, local_box(state, state.held[local_name])
-        result[parameter] = Stored(name, tuple(state.plan.shapes[name]), box, (name, box) in mine)
+    for local_name, parameter in sharded.parameters.items():
+        region = held.stored(local_name)
+        result[parameter] = Stored(region, held.plan.shapes[region.name], region in mine)
     return result
 
 
@@ -59,24 +79,23 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     Raises: SDPStateError for state that is neither a number nor of its parameter's shape; on all workers when any of
         them cannot write.
     """
-    optimizer, group = getattr(optimizer, "optimizer", optimizer), _group(model)
+    optimizer, group = getattr(optimizer, "optimizer", optimizer), control_group(model)
     stored = stored_parameters(model)
     tensors: dict[str, Boxes] = {}
     numbers: dict[str, dict] = {}
     with together(group):
         for parameter, state in optimizer.state.items():
             s = stored[parameter]
-            local_shape = tuple(b - a for a, b in s.box)
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.dim() > 0:
-                    if numel(s.box) and tuple(value.shape) != local_shape:
+                    if s.region.numel and tuple(value.shape) != s.region.shape:
                         raise SDPStateError(
                             f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for {s.name}, of which "
-                            f"this worker stores {local_shape}: it cannot be saved independently of the plan."
+                            f"this worker stores {s.region.shape}: it cannot be saved independently of the plan."
                         )
                     if s.owned:
                         name = f"{s.name}/{key}"
-                        tensors.setdefault(name, Boxes(s.shape, value.dtype)).add(s.box, local_tensor(value))
+                        tensors.setdefault(name, Boxes(s.shape, value.dtype)).add(s.region, local_tensor(value))
                 else:
                     numbers.setdefault(s.name, {})[key] = _to_json(value)
         groups = [
@@ -97,17 +116,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             (folder / GROUPS).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _group(model: nn.Module) -> dist.ProcessGroup | None:
-    """For small messages."""
-    state = find_state(model)
-    return None if state is None else state.control_group
-
-
 def _order(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Full parameter name -> shape, in the order of the full model's ``named_parameters()``."""
     state = find_state(model)
     if state is not None:
-        return state.plan.shapes
+        return state.held.plan.shapes
     return {name: tuple(p.shape) for name, p in unwrap(model).named_parameters()}
 
 
@@ -150,7 +163,7 @@ class SavedOptimizer:
     """
 
     def __init__(self, folder: Path, model: nn.Module):
-        self.folder, self.group = folder, _group(model)
+        self.folder, self.group = folder, control_group(model)
         content = json.loads((folder / GROUPS).read_text())
         self.optimizer, self.groups = content["optimizer"], content["groups"]
         self.numbers = {n: {k: _from_json(v) for k, v in s.items()} for n, s in content["numbers"].items()}
@@ -159,11 +172,12 @@ class SavedOptimizer:
             name, _, key = entry.rpartition("/")
             self.tensors.setdefault(name, {})[key] = shape_and_dtype
 
-    def read(self, wanted: list[tuple[str, str, Box, torch.Tensor]]) -> None:
-        """Fill ``(name, key, box, tensor)``: only these elements are read. Collective."""
+    def read(self, wanted: list[Wanted]) -> None:
+        """Fill the tensors: only the elements of their regions are read. Collective."""
         tensors: dict[str, Boxes] = {}
-        for name, key, box, tensor in wanted:
-            tensors.setdefault(f"{name}/{key}", Boxes(self.tensors[name][key][0], tensor.dtype)).add(box, tensor)
+        for region, key, tensor in wanted:
+            shape, _ = self.tensors[region.name][key]
+            tensors.setdefault(f"{region.name}/{key}", Boxes(shape, tensor.dtype)).add(region, tensor)
         boxes.read(self.folder / TENSORS, tensors, self.group)
 
 
@@ -178,7 +192,7 @@ class SavedByTorch:
 
     def __init__(self, file: Path, optimizer: torch.optim.Optimizer, model: nn.Module):
         names_of_groups = _names_of_groups(optimizer, model)
-        with together(_group(model)):
+        with together(control_group(model)):
             saved = self._load(file, names_of_groups)
         self.groups, self.numbers, self.tensors, self._values = [], {}, {}, {}
         for saved_group, names in zip(saved["param_groups"], names_of_groups, strict=True):
@@ -205,9 +219,9 @@ class SavedByTorch:
             )
         return saved
 
-    def read(self, wanted: list[tuple[str, str, Box, torch.Tensor]]) -> None:
-        for name, key, box, tensor in wanted:
-            tensor.copy_(self._values[name, key][tuple(slice(a, b) for a, b in box)])
+    def read(self, wanted: list[Wanted]) -> None:
+        for region, key, tensor in wanted:
+            tensor.copy_(region.of(self._values[region.name, key]))
 
 
 def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
@@ -216,7 +230,7 @@ def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
     stored = stored_parameters(model)
     mine = [list(dict.fromkeys(stored[p].name for p in g["params"])) for g in optimizer.param_groups]
     place = {name: i for i, name in enumerate(_order(model))}
-    with together(_group(model)):
+    with together(control_group(model)):
         for names in mine:
             if sorted(names, key=place.__getitem__) != names:
                 raise SDPStateError(
@@ -226,14 +240,14 @@ def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
     everyone: list = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=_group(model))
+        dist.all_gather_object(everyone, mine, group=control_group(model))
     unions = [{name for theirs in everyone for name in theirs[i]} for i in range(len(mine))]
     return [[name for name in _order(model) if name in names] for names in unions]
 
 
 @torch.no_grad()
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptimizer | SavedByTorch) -> None:
-    """Give a prepared ``optimizer`` the saved state of the boxes it steps on. Collective.
+    """Give a prepared ``optimizer`` the saved state of the regions it steps on. Collective.
 
     Options of a group (learning rate, weight decay, ...) come from the saved group that has its parameters, but for
     those that say how to compute a step (fused, foreach). Reads into the device's memory what stays there.
@@ -242,7 +256,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     stored = stored_parameters(model)
-    wanted: list[tuple[str, str, Box, torch.Tensor]] = []
+    wanted: list[Wanted] = []
     state: dict[int, dict] = {}
     for number, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         s = stored[parameter]
@@ -252,8 +266,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
         for key, (_, dtype) in saved.tensors.get(s.name, {}).items():
             local = local_tensor(parameter)
             values[key] = torch.empty(local.shape, dtype=dtype, device=local.device)
-            if numel(s.box):
-                wanted.append((s.name, key, s.box, values[key]))
+            if s.region.numel:
+                wanted.append(Wanted(s.region, key, values[key]))
         if values:
             state[number] = values
     saved.read(wanted)
@@ -272,7 +286,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptimizer | SavedByTorch) -> None:
     """Raises SDPStateError on every worker for state of another optimizer, model or grouping. Collective."""
-    with together(_group(model)):
+    with together(control_group(model)):
         _check(getattr(optimizer, "optimizer", optimizer), model, saved)
 
 

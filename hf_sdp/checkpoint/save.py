@@ -1,13 +1,16 @@
 """Saving the full model as a standard Hugging Face folder, without ever holding all of it."""
 
+import functools
 import os
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import nn
 
 from ..compat import converts_checkpoints
-from ..engine.exchange import consolidate, persistent_buffers
+from ..engine.consolidate import consolidate, persistent_buffers
+from ..engine.sharded import Sharded, control_group, get_sharded
 from ..model.state import get_state, unwrap
 from ..world.agreement import together
 from .weights import WeightsWriter
@@ -24,36 +27,62 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike, max_shard_size:
     Raises: SDPStateError before the model is sharded; on every worker when rank 0 cannot write.
     """
     model = unwrap(model)
-    state = get_state(model)
-    if state.simulated or converts_checkpoints(model) or model.is_remote_code():
+    if get_state(model).held.simulated or converts_checkpoints(model) or model.is_remote_code():
         weights = consolidate(model)
-        with together(state.control_group):
-            if state.rank == 0:
+        with together(control_group(model)):
+            if weights is not None:
                 type(model).save_pretrained(model, folder, state_dict=weights)  # not the instance's: it comes here
         return
+    sharded = get_sharded(model, "save_pretrained")
     ignored = set(model._keys_to_ignore_on_save or ())
     writer = None
-    with together(state.control_group):
-        if state.rank == 0:
+    with together(sharded.control_group):
+        if sharded.held.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            specs = {name: (shape, state.dtypes[name]) for name, shape in state.plan.shapes.items()}
+            specs = {name: (shape, sharded.dtypes[name]) for name, shape in sharded.held.plan.shapes.items()}
             specs.update({name: (tuple(b.shape), b.dtype) for name, b in persistent_buffers(model).items()})
             writer = WeightsWriter(folder, {n: s for n, s in specs.items() if n not in ignored}, max_shard_size)
     consolidate(model, lambda name, tensor: None if name in ignored else writer.write(name, tensor))
-    with together(state.control_group):
+    with together(sharded.control_group):
         if writer is not None:
             writer.finish()
-            save_configs(model, folder)
+            _save_configs(model, sharded, folder)
 
 
-def save_configs(model: nn.Module, folder: str | os.PathLike) -> None:
+def _save_configs(model: nn.Module, sharded: Sharded, folder: str | os.PathLike) -> None:
     """config.json and generation_config.json of the full model, as ``PreTrainedModel.save_pretrained`` writes them."""
-    state = get_state(model)
-    config = state.full_config
-    config.architectures = [state.model_name]
-    dtype = next((d for d in state.dtypes.values() if d.is_floating_point), None)
+    config = sharded.held.full_config
+    config.architectures = [sharded.held.model_name]
+    dtype = next((d for d in sharded.dtypes.values() if d.is_floating_point), None)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def install_save_pretrained(model: nn.Module) -> None:
+    """Let ``model.save_pretrained`` save the full model."""
+    model.save_pretrained = MethodType(_save_pretrained(model.save_pretrained), model)
+
+
+_NOT_GIVEN = object()
+
+
+def _save_pretrained(original):
+    @functools.wraps(original.__func__)
+    def _save(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
+        """Saves the full model. Collective when ``state_dict`` is not given: call it on every worker, rank 0 writes."""
+        if state_dict is None and get_state(self).held.rank != 0:
+            return  # state_dict=accelerator.get_state_dict(model), which only rank 0 has
+        if state_dict is not None and state_dict is not _NOT_GIVEN:
+            return original(save_directory, *args, state_dict=dict(state_dict), **kwargs)  # the host empties its dict
+        if not args and kwargs.keys() <= {"max_shard_size", "is_main_process"}:
+            kwargs.pop("is_main_process", None)
+            return save_pretrained(self, save_directory, **kwargs)
+        weights = consolidate(self)  # push_to_hub, variant, ...: the host's way
+        with together(control_group(self)):
+            if weights is not None:
+                original(save_directory, *args, state_dict=weights, **kwargs)
+
+    return _save

@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from ..engine.placement import Box
 from ..errors import SDPStateError
+from ..plan.region import Box, Region
 from ..world.agreement import raised_by_all
 
 
@@ -24,8 +24,10 @@ class Boxes:
         self.shape, self.dtype = torch.Size(shape), dtype
         self.pieces: dict[tuple[int, ...], tuple[Box, torch.Tensor]] = {}
 
-    def add(self, box: Box, tensor: torch.Tensor) -> None:
-        self.pieces[tuple(start for start, _ in box)] = (box, tensor)
+    def add(self, region: Region, tensor: torch.Tensor) -> None:
+        """``tensor``, of the region's shape, has the region."""
+        for box, view in region.views(tensor):
+            self.pieces[tuple(start for start, _ in box)] = (box, view)
 
     def size(self) -> torch.Size:
         return self.shape

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
-from ..engine.placement import Box
 from ..errors import SDPConfigError
+from ..plan.region import Region
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -75,11 +75,16 @@ class Weights:
                     "These are the weights of another model."
                 )
 
-    def read(self, name: str, box: Box) -> torch.Tensor:
-        """The elements of ``box``; only they are read. The file is mapped for this call only: pages that have been read
-        would count as this process's memory for as long as it is open."""
-        with safe_open(self.files[name], "pt") as opened:
-            return opened.get_slice(name)[tuple(slice(start, stop) for start, stop in box)]
+    def read(self, region: Region, into: torch.Tensor) -> None:
+        """Fill ``into``, of the region's shape, with the region of a tensor; only that is read.
+
+        The file is mapped for this call only: pages that have been read would count as this process's memory for as long
+        as it is open.
+        """
+        with safe_open(self.files[region.name], "pt") as opened:
+            stored = opened.get_slice(region.name)
+            for box, view in region.views(into):
+                view.copy_(stored[tuple(slice(start, stop) for start, stop in box)])
 
 
 class WeightsWriter:

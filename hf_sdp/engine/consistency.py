@@ -1,13 +1,15 @@
 """``verify``: does the world still hold one consistent model?"""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import SDPStateError
-from ..model.state import SDPState, get_state, local_tensor, unwrap
-from .placement import full_box, local_box, numel, owned_boxes
+from ..model.state import local_tensor
+from .sharded import Sharded, get_sharded
 
 
 @torch.no_grad()
@@ -16,13 +18,10 @@ def verify(model: nn.Module) -> None:
 
     Raises: SDPStateError on every worker with the first difference, in the order of ranks and parameters.
     """
-    model = unwrap(model)
-    state = get_state(model)
-    if not state.sharded:
-        raise SDPStateError("verify needs a prepared model.")
-    _raise_first([_same_plan(state), None])
-    _raise_first([_everything_owned(state), _stores_what_it_should(state)])
-    _raise_first(_replicas_equal(state))
+    sharded = get_sharded(model, "verify")
+    _raise_first([_same_plan(sharded), None])
+    _raise_first([_everything_owned(sharded), _stores_what_it_should(sharded)])
+    _raise_first(_replicas_equal(sharded))
 
 
 def _raise_first(problems: list[str | None]) -> None:
@@ -34,9 +33,9 @@ def _raise_first(problems: list[str | None]) -> None:
             raise SDPStateError(f"rank {rank}: {problem}")
 
 
-def _same_plan(state: SDPState) -> str | None:
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (state.plan.hash, str(state.config), state.version))
+def _same_plan(sharded: Sharded) -> str | None:
+    held, everyone = sharded.held, [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (held.plan.hash, str(held.config), sharded.run.version))
     for rank, other in enumerate(everyone):
         for what, a, b in zip(("plan", "config", "number of weight updates"), everyone[0], other, strict=True):
             if a != b:
@@ -44,26 +43,24 @@ def _same_plan(state: SDPState) -> str | None:
     return None
 
 
-def _everything_owned(state: SDPState) -> str | None:
-    for name, pieces in owned_boxes(state).items():
-        owned, full = sum(numel(box) for _, box in pieces), numel(full_box(state.plan.shapes[name]))
+def _everything_owned(sharded: Sharded) -> str | None:
+    for name, regions in sharded.held.owners.items():
+        owned, full = sum(region.numel for _, region in regions), math.prod(sharded.held.plan.shapes[name])
         if owned != full:
             return f"{name}: {owned} of {full} elements have an owner."
     return None
 
 
-def _stores_what_it_should(state: SDPState) -> str | None:
-    for local_name, parameter in state.parameters.items():
-        expected = tuple(stop - start for start, stop in local_box(state, state.held[local_name]))
-        stored = tuple(local_tensor(parameter.detach()).shape)
-        if stored != expected and numel(local_box(state, state.held[local_name])):
-            return f"{local_name}: stores {stored}, the plan says {expected}."
+def _stores_what_it_should(sharded: Sharded) -> str | None:
+    for region, tensor in sharded.stored():
+        if region.numel and region.shape != tuple(tensor.shape):
+            return f"{region.name}: stores {tuple(tensor.shape)}, the plan says {region.shape}."
     return None
 
 
-def _replicas_equal(state: SDPState) -> list[str | None]:
+def _replicas_equal(sharded: Sharded) -> list[str | None]:
     problems = []
-    for local_name, parameter in state.parameters.items():
+    for local_name, parameter in sharded.parameters.items():
         if not isinstance(parameter, DTensor):
             continue
         for dim, placement in enumerate(parameter.placements):

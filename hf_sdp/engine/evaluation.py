@@ -8,31 +8,29 @@ import copy
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..families import family_of
-from ..model.methods import refuse_unsafe_checkpointing
-from ..model.state import SDPState, local_tensor, reshard
-from ..plan.units import decoder_layers
+from ..model.recomputation import refuse_unsafe_checkpointing
+from ..model.state import get_state, local_tensor
+from ..plan.placement import Placement
+from ..plan.region import Region
 from .exchange import exchange, owned_tensors
-from .placement import full_box, numel, owned_boxes, shard_box
+from .fsdp import fully_shard_plainly, reshard
+from .sharded import Sharded
 
 
 class Shadow:
     """The full model in evaluation. Memory: 1/world of the parameters, plus one gathered decoder layer and what is
     outside of them; nothing between a weight update and the next evaluation."""
 
-    def __init__(self, model: nn.Module, state: SDPState, device: torch.device, policy: MixedPrecisionPolicy):
-        self.source, self.state, self.version = model, state, None
+    def __init__(self, model: nn.Module, sharded: Sharded, device: torch.device, policy: MixedPrecisionPolicy):
+        self.source, self.run, self.version = model, sharded.run, None
+        held = sharded.held
         with torch.device("meta"):
-            full = state.model_class(copy.deepcopy(state.full_config))
+            full = held.model_class(copy.deepcopy(held.full_config))
         full.eval().requires_grad_(False)
         full.to(next(model.parameters()).dtype)
-        mesh = DeviceMesh(device.type, torch.arange(state.world_size))
-        _, layers = decoder_layers(full, family_of(full.config))
-        for module in (*layers, full):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        fully_shard_plainly(full, device.type, reshard_after_forward=True, mp_policy=policy)
         full.to_empty(device=device)
         full.tie_weights()  # to_empty makes a tensor for each name
         for name, buffer in model.named_buffers():
@@ -43,7 +41,7 @@ class Shadow:
 
     def __call__(self, *args, **kwargs):
         """Forward of the full model. Collective."""
-        if self.version != self.state.version:
+        if self.version != self.run.version:
             self._refresh()
         with torch.no_grad():
             return self.full(*args, **kwargs)
@@ -56,40 +54,42 @@ class Shadow:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        world_size = self.state.world_size
-        sources, owned = owned_boxes(self.state), owned_tensors(self.source)
+        held = get_state(self.source).held
+        # Plain FSDP2 is the placement of what everyone holds.
+        placement = Placement(held.world_size, held.plan.num_subnetworks, "full")
+        owned = owned_tensors(self.source)
         for name, parameter in self.parameters.items():
-            parameter_shape = self.state.plan.shapes[name]
+            region = Region.whole(name, held.plan.shapes[name])
             local = local_tensor(parameter.detach())
-            storage = local.untyped_storage()
-            padded_rows = -(-parameter_shape[0] // world_size)
-            storage.resize_(padded_rows * (parameter.numel() // parameter_shape[0]) * parameter.element_size())
-            targets = [(rank, shard_box(full_box(parameter_shape), rank, world_size)) for rank in range(world_size)]
-            targets = [(rank, box) for rank, box in targets if numel(box)]
-            wanted = [(box, local) for rank, box in targets if rank == self.state.rank]
-            exchange(sources[name], targets, owned[name], wanted, local)
-        self.version = self.state.version
+            padded_rows = -(-region.shape[0] // held.world_size)
+            padded_numel = padded_rows * (parameter.numel() // region.shape[0])
+            local.untyped_storage().resize_(padded_numel * parameter.element_size())
+            targets = list(placement.owned(region, held.plan.everyone))
+            wanted = [(shard, local) for rank, shard in targets if rank == held.rank]
+            exchange(held.owners[name], targets, owned[name], wanted, local)
+        self.version = self.run.version
 
 
-def guard_forward(model: nn.Module, state: SDPState) -> None:
+def guard_forward(model: nn.Module, sharded: Sharded) -> None:
     """Check every call of the model before FSDP2's first collective.
 
     A forward in eval mode waits for all workers, so that one called on some workers only is an error there instead of
     a hang or a wrong result. Training refuses gradient checkpointing that would break or hang.
     """
 
+    held, roll_call = sharded.held, sharded.roll_call
+    is_local = held.config.evaluate == "subnetwork" and not held.trains_full_forward and held.config.sharding == "none"
+
     @torch.compiler.disable
     def check(module, args):
         if module.training:
-            refuse_unsafe_checkpointing(module, state)
-        if state.roll_call is None:
+            refuse_unsafe_checkpointing(module, get_state(module))
+        if roll_call is None:
             return
         if module.training:
-            state.roll_call.announce("a forward in training mode")
-        elif state.shadow is None and not state.trains_full_forward and state.config.sharding == "none":
-            return  # of its subnetwork, which this worker has whole
-        else:
-            state.roll_call.wait("a forward in eval mode")
+            roll_call.announce("a forward in training mode")
+        elif not is_local:  # else of its subnetwork, which this worker has whole
+            roll_call.wait("a forward in eval mode")
 
     @torch.compiler.disable
     def free_gathered(module, args, output):

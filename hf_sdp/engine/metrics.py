@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..model.state import find_state, local_tensor
+from ..model.state import local_tensor
+from .sharded import find_sharded
+from .traffic import BytesSent
 
 STATE_KINDS = ("parameters", "gradients", "optimizer")
 
@@ -17,8 +19,8 @@ STATE_KINDS = ("parameters", "gradients", "optimizer")
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Bytes this worker stores now, by kind: its shards of parameters and gradients, and all tensors of the
     optimizer's state that have the shape of a shard (step counters are left out). Works for any model."""
-    sdp = find_state(model)
-    parameters = list(sdp.parameters.values() if sdp is not None and sdp.sharded else model.parameters())
+    sharded = find_sharded(model)
+    parameters = list(model.parameters() if sharded is None else sharded.parameters.values())
     states = [] if optimizer is None else list(optimizer.state.values())
     return {
         "parameters": sum(local_tensor(p.detach()).nbytes for p in parameters),
@@ -77,7 +79,7 @@ class StepMeter:
         traffic: counts bytes in ``bytes_sent``.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, traffic):
+    def __init__(self, model: nn.Module, device: torch.device, traffic: BytesSent):
         self.model, self.device, self.traffic = model, device, traffic
         self._reported_state = False
         self.num_steps = 0

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
-from ..model.state import find_state, get_state, local_tensor, unwrap
+from ..model.state import local_tensor, unwrap
+from .sharded import find_sharded, get_sharded
 
 ELEMENTWISE_OPTIMIZERS = {
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "RMSprop", "Rprop", "ASGD", "Lion",
@@ -41,11 +42,11 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         SDPStateError when it already has state, which belongs to the old tensors. Nothing is changed then.
     """
     model = unwrap(model)
-    state = get_state(model)
     if getattr(optimizer, "_sdp_model", None) is model:
         return
     refuse_unless_elementwise(optimizer)
-    current = state.parameters
+    sharded = get_sharded(model, "repoint")
+    current, replaced = sharded.parameters, sharded.run.replaced
     ours = {id(p) for p in current.values()}
     groups, seen = [], set()
     for group in optimizer.param_groups:
@@ -53,8 +54,8 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         for p in group["params"]:
             if id(p) in ours:
                 new = [p]
-            elif p in state.replaced:
-                new = [current[name] for name in state.replaced[p]]
+            elif p in replaced:
+                new = [current[name] for name in replaced[p]]
             else:
                 raise SDPConfigError(
                     f"The optimizer has a parameter of shape {tuple(p.shape)} that is not one of the model's, neither now nor "
@@ -79,7 +80,7 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 @contextlib.contextmanager
 def local_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within, ``optimizer.param_groups`` are plain local shards with local gradients. No effect on others."""
-    if find_state(getattr(optimizer, "_sdp_model", None)) is None:
+    if find_sharded(getattr(optimizer, "_sdp_model", None)) is None:
         yield
         return
     _enter(optimizer)
@@ -114,8 +115,4 @@ def _leave(optimizer: torch.optim.Optimizer, *, stepped: bool) -> None:
         group["params"] = parameters
     optimizer._sdp_shards = []
     if stepped:
-        state = get_state(optimizer._sdp_model)
-        state.version += 1
-        state.saved_weights = None
-        if state.shadow is not None:
-            state.shadow.release()
+        get_sharded(optimizer._sdp_model, "An optimizer's step").weights_changed()

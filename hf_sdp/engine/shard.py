@@ -15,149 +15,99 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..errors import SDPStateError
-from ..families import family_of
-from ..model.layers import SharedBias
-from ..model.state import SDPState, fsdp_modules, get_state, unwrap
-from ..plan.plan import Holders
-from ..plan.units import decoder_layers
+from ..model.state import Held, get_state, unwrap
+from ..plan.holders import Holders
 from ..world.roll_call import RollCall
 from .evaluation import Shadow, guard_forward
-from .placement import ranks_of
+from .fsdp import fsdp_modules, fully_shard_groups, mixed_precision_policy
+from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Shard a patched model over the meshes of its plan, in place. Collective; a second call does nothing.
 
-    Parameters become DTensors; :func:`hf_sdp.engine.optimizer.repoint` moves an optimizer made before over to them. Those on
-    the meta device become uninitialized shards on ``device``.
+    Parameters become DTensors; :func:`hf_sdp.engine.optimizer.repoint` moves an optimizer made before over to them.
+    Those on the meta device become uninitialized shards on ``device``.
     """
     model = unwrap(model)
     state = get_state(model)
-    if state.sharded or state.simulated:
+    held, run = state.held, state.run
+    if held.simulated or find_sharded(model) is not None:
         return model
-    if not dist.is_initialized() or dist.get_world_size() != state.world_size:
+    if not dist.is_initialized() or dist.get_world_size() != held.world_size:
         raise SDPStateError(
-            f"The model was patched for rank {state.rank} of {state.world_size} workers, but the process group has "
+            f"The model was patched for rank {held.rank} of {held.world_size} workers, but the process group has "
             f"{dist.get_world_size() if dist.is_initialized() else 'not been made'}."
         )
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:
         model.to(device)
     before = dict(model.named_parameters())
-    meshes = _make_meshes(state, device.type)
+    meshes = _make_meshes(held, device.type)
+    control_group, roll_call = None, None
     if dist.get_backend() != "fake":
-        state.control_group = dist.new_group(backend="gloo")
-        state.roll_call = RollCall(state.rank, state.world_size, state.config.evaluation_timeout_s)
-    state.dtypes = _dtypes(state, before)
-    groups = _sharding_groups(model, state)
-    policy = mixed_precision_policy(state)
-    for modules, holders in groups:
-        fully_shard(
-            modules if len(modules) > 1 else modules[0],
-            mesh=meshes[holders],
-            reshard_after_forward=state.config.reshard_after_forward,
-            mp_policy=policy,
-        )
+        control_group = dist.new_group(backend="gloo")
+        roll_call = RollCall(held.rank, held.world_size, held.config.evaluation_timeout_s)
+    dtypes = _dtypes(held, before, control_group)
+    policy = mixed_precision_policy(held.config.param_dtype, held.config.reduce_dtype)
+    reshards = held.config.reshard_after_forward
+    fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
     for module in fsdp_modules(model):
         if module is not model:
             module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
     if on_meta:
         model.to_empty(device=device)
         model.tie_weights()  # to_empty makes a tensor for each name
-    state.traffic = Traffic(model)
-    _remember_sharded(model, state, before)
-    state.parameters = dict(model.named_parameters())
-    state.sharded = True
+    for name, parameter in before.items():  # of an optimizer made before sharding
+        run.replaced.setdefault(parameter, [name])
+    parameters = dict(model.named_parameters())
+    sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, roll_call)
+    set_sharded(model, sharded)
     model.no_sync = lambda: no_sync(model)
-    if state.config.evaluate == "full" and not state.trains_full_forward:
-        state.shadow = Shadow(model, state, device, policy)
-    guard_forward(model, state)
+    run.full_forward = run.own_forward
+    if held.config.evaluate == "full" and not held.trains_full_forward:
+        shadow = Shadow(model, sharded, device, policy)
+        run.full_forward = shadow
+        sharded.on_change.append(shadow.release)
+    guard_forward(model, sharded)
     return model
 
 
-def mixed_precision_policy(state: SDPState) -> MixedPrecisionPolicy:
-    def dtype(name: str | None):
-        return None if name is None else getattr(torch, name)
+def _make_meshes(held: Held, device_type: str) -> dict[Holders, DeviceMesh]:
+    """One mesh for each distinct holder set, made by all workers in sorted order.
 
-    return MixedPrecisionPolicy(
-        param_dtype=dtype(state.config.param_dtype), reduce_dtype=dtype(state.config.reduce_dtype)
-    )
-
-
-def _make_meshes(state: SDPState, device_type: str) -> dict[Holders, DeviceMesh]:
-    """One mesh per distinct holder set, made by all workers in sorted order.
-
-    sharding="full": shape (r,), or (R, r) with R replicas of every subnetwork; the shared parameters' mesh is the
-    whole world. sharding="none": shape (R*r, 1), replicated only.
+    A mesh with replicas has the dims ("replicate", "shard"), as HSDP; one without has "shard" alone. ``sharding="none"``
+    has one shard, and replicas only.
     """
-    plan = state.plan
-    holder_sets = plan.holder_sets if plan.masking == "forward" else (plan.everyone,)
+    plan = held.plan
     meshes = {}
-    for holders in holder_sets:
-        ranks = ranks_of(state, holders)
-        if state.config.sharding == "none":
-            shape: tuple[int, ...] = (ranks.numel(), 1)
-        elif ranks.shape[0] > 1 and holders != plan.everyone:
-            shape = tuple(ranks.shape)
+    for holders in plan.holder_sets if plan.masking == "forward" else (plan.everyone,):
+        ranks = torch.tensor(held.placement.mesh(holders))
+        if len(ranks) == 1 and held.config.sharding == "full":
+            meshes[holders] = DeviceMesh(device_type, ranks[0], mesh_dim_names=("shard",))
         else:
-            shape = (ranks.numel(),)
-        names = ("replicate", "shard") if len(shape) == 2 else ("shard",)
-        meshes[holders] = DeviceMesh(device_type, ranks.reshape(shape), mesh_dim_names=names)
+            meshes[holders] = DeviceMesh(device_type, ranks, mesh_dim_names=("replicate", "shard"))
     return meshes
 
 
-def _sharding_groups(model: nn.Module, state: SDPState) -> list[tuple[list[nn.Module], Holders]]:
-    """Modules that are sharded together, bottom-up. The parts of one decoder layer with the same holder set share
-    their collectives; so do the embeddings with a tied head. What is left (norms at neuron level) goes to the root."""
-    everyone = state.plan.everyone
-    groups: list[tuple[list[nn.Module], Holders]] = []
-    for module in model.modules():
-        if isinstance(module, SharedBias):
-            groups.append(([module], everyone))
-    if state.local_parts and not state.plan.is_full:
-        by_layer: dict[tuple[int, Holders], list[nn.Module]] = {}
-        for local in state.local_parts:
-            by_layer.setdefault((local.part.layer, local.part.holders), []).extend(local.modules)
-        groups += [(modules, holders) for (_, holders), modules in by_layer.items()]
-    else:  # every worker has everything: plain FSDP2, layer by layer
-        _, layers = decoder_layers(model, family_of(model.config))
-        groups += [([layer], everyone) for layer in layers]
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is embeddings.weight:
-        groups.append(([embeddings, head], everyone))
-    else:
-        groups.append(([embeddings], everyone))
-        if head is not None:
-            groups.append(([head], everyone))
-    return [*groups, ([model], everyone)]
-
-
-def _dtypes(state: SDPState, parameters: dict[str, nn.Parameter]) -> dict[str, torch.dtype]:
+def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:
     """Full parameter name -> dtype, also of parameters of which this worker holds nothing. Collective."""
-    mine = {state.held[name].name: p.dtype for name, p in parameters.items()}
-    if state.control_group is None:
-        return dict.fromkeys(state.plan.shapes, next(iter(mine.values()))) | mine
-    everyone: list = [None] * state.world_size
-    dist.all_gather_object(everyone, mine, group=state.control_group)
+    mine = {held.subnetwork.tensors[name].region.name: p.dtype for name, p in parameters.items()}
+    if group is None:
+        return dict.fromkeys(held.plan.shapes, next(iter(mine.values()))) | mine
+    everyone: list = [None] * held.world_size
+    dist.all_gather_object(everyone, mine, group=group)
     return {name: dtype for theirs in everyone for name, dtype in theirs.items()}
-
-
-def _remember_sharded(model: nn.Module, state: SDPState, before: dict[str, nn.Parameter]) -> None:
-    """Optimizers made before sharding refer to the local parameters, or to the full ones from before patching."""
-    for name, parameter in before.items():
-        if parameter not in state.replaced:
-            state.replaced[parameter] = [name]
 
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Accumulate gradients locally. Parts stay gathered between the micro-batches (unless
     ``reshard_after_forward``), so a window of any length gathers and reduces once."""
-    keep = not get_state(model).config.reshard_after_forward
+    keep = not get_state(model).held.config.reshard_after_forward
     model.set_requires_gradient_sync(False)
     if keep:
         model.set_reshard_after_backward(False)

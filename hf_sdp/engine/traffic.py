@@ -5,11 +5,19 @@ member sends ``(n-1)/n`` of the gathered size, of an all-reduce twice that. Scal
 evaluation are left out.
 """
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
 from ..compat import DefaultAllGather, DefaultReduceScatter
-from ..model.state import fsdp_modules
+from .fsdp import fsdp_modules
+
+
+class BytesSent(Protocol):
+    """Anything that counts the bytes that this worker sends."""
+
+    bytes_sent: int
 
 
 class Traffic:

@@ -7,8 +7,10 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from ..plan.groups import ROOT
 from ..workload import DTYPES, OPTIMIZER_STATES, Workload
-from .groups import Group, Skeleton
+from .groups import StoredGroup
+from .shapes import ModelShapes
 from .trace import TRACED_LAYERS
 
 DDP_BUCKET_BYTES = 25 * 2**20
@@ -52,7 +54,7 @@ class Action:
     group: int = -1
 
 
-class Engine(ABC):
+class Allocator(ABC):
     """Counts bytes by kind, and keeps them as they are at the peak."""
 
     parameters = gradients_stored = optimizer = 0  # state
@@ -95,10 +97,10 @@ class Engine(ABC):
         )
 
 
-class FullyShard(Engine):
+class FullyShard(Allocator):
     """FSDP2: what ``_fsdp_param_group.py`` and ``_fsdp_collectives.py`` allocate and free, in their order."""
 
-    def __init__(self, groups: list[Group], workload: Workload, reshard_after_forward: bool, *, prefetches: bool):
+    def __init__(self, groups: list[StoredGroup], workload: Workload, reshard_after_forward: bool, *, prefetches: bool):
         super().__init__()
         self.groups = groups
         self.prefetches = prefetches
@@ -109,9 +111,9 @@ class FullyShard(Engine):
         self.optimizer = self.parameters * OPTIMIZER_STATES[workload.optimizer]
         self._by_module: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
-            for module in group.modules:
+            for module in group.group.modules:
                 self._by_module.setdefault(module, []).append(index)
-        self._by_parameter = {name: index for index, group in enumerate(groups) for name in group.shapes}
+        self._by_parameter = {name: index for index, group in enumerate(groups) for name in group.group.tensors}
         self._gathered = [False] * len(groups)
         self._prefetched: dict[int, int] = {}  # group -> bytes of its all-gather output
         self._kept_output = 0  # that of the last gathered group, in forward
@@ -130,22 +132,21 @@ class FullyShard(Engine):
             self.gradients -= self._last_reduce_input + self._kept_for_all_reduce
             return
         for index in self._by_module.get(module, ()):
-            modules = self.groups[index].modules
+            modules = self.groups[index].group.modules
             if kind == "pre_forward":
                 self._gather(index, keep_output=not self._in_backward[index])
             elif kind == "post_forward" and module == modules[-1] and not self._backward_began:
                 self._order.append(index)
                 if self.reshards:
                     self._reshard(index)
-                if module == "":
+                if module == ROOT:
                     self.gathered -= self._kept_output
                     self._kept_output = 0
             elif kind == "pre_backward" and module == modules[-1] and not self._in_backward[index]:
                 self._backward_began = self._in_backward[index] = True
                 self._gather(index, keep_output=False)
-                if (
-                    self.prefetches or module == ""
-                ):  # SDP leaves the root's prefetch as it is: the head, the same everywhere
+                # SDP leaves the root's prefetch as it is: the head, the same everywhere.
+                if self.prefetches or module == ROOT:
                     self._prefetch_before(index)
             elif kind == "post_backward" and module == modules[0]:
                 self._reduce(index)
@@ -157,12 +158,12 @@ class FullyShard(Engine):
     def _final_order(self) -> list[int]:
         """Groups whose inputs have no gradient: root first, then in the order of modules."""
         left = [index for index in range(len(self.groups)) if not self._reduced[index]]
-        return sorted(left, key=lambda index: self.groups[index].modules != ("",))
+        return sorted(left, key=lambda index: self.groups[index].group.modules != (ROOT,))
 
     def _start_gather(self, index: int) -> int:
         """Allocates the output of the all-gather (and, for a moment, its input in another dtype)."""
         group = self.groups[index]
-        if group.members == 1 or not group.shapes:
+        if group.members == 1 or not group.group.tensors:
             return 0
         output = group.gathered_numel * self.computed_bytes
         self.gathered += output
@@ -177,7 +178,7 @@ class FullyShard(Engine):
 
     def _gather(self, index: int, *, keep_output: bool) -> None:
         group = self.groups[index]
-        if self._gathered[index] or not group.shapes:
+        if self._gathered[index] or not group.group.tensors:
             return
         output = self._prefetched.pop(index) if index in self._prefetched else self._start_gather(index)
         self.gathered += group.gathered_numel * self.computed_bytes
@@ -237,15 +238,14 @@ class FullyShard(Engine):
                 self.gradients -= shard
 
 
-class Replicated(Engine):
+class Replicated(Allocator):
     """DDP and ZeRO stages 1 and 2: all parameters everywhere, gradients reduced in buckets as they come."""
 
-    def __init__(self, shapes: Skeleton, workload: Workload, world_size: int, zero_stage: int):
+    def __init__(self, shapes: ModelShapes, workload: Workload, world_size: int, zero_stage: int):
         super().__init__()
         self.world_size, self.zero_stage = world_size, zero_stage
         self._untraced_copies = 0
-        sizes = [Group((), {name: shape}, world_size, 1, 0) for name, shape in shapes.shapes.items()]
-        numel = sum(group.largest_numel for group in sizes)
+        numel = sum(map(math.prod, shapes.tensors.values()))
         stored_bytes, computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
         mixed = stored_bytes != computed_bytes
         num_states = OPTIMIZER_STATES[workload.optimizer]
@@ -256,8 +256,9 @@ class Replicated(Engine):
             self.share = 1
             if mixed and workload.gradient_checkpointing:
                 # Autocast's copies of the weights go when forward ends; the trace has seen those of few layers.
-                weights = sum(math.prod(shape) for shape in shapes.layer_shapes.values() if len(shape) == 2)
-                self._untraced_copies = (shapes.num_layers - TRACED_LAYERS) * weights * computed_bytes
+                layers = shapes.structure.layers
+                of_first = (s for name, s in shapes.tensors.items() if name.startswith(layers[0] + ".") and len(s) == 2)
+                self._untraced_copies = (len(layers) - TRACED_LAYERS) * sum(map(math.prod, of_first)) * computed_bytes
         else:
             # ZeRO: parameters and gradients in the dtype of computation; the sharded optimizer has the stored ones
             shard = -(-numel // world_size)

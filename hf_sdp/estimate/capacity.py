@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def fit(
-    model_config: PretrainedConfig,
+    model_config: PreTrainedConfig,
     config: SDPConfig,
     num_subnetworks: int,
     plan_of: Callable[[np.ndarray], Plan],

@@ -1,6 +1,5 @@
 """The figures of a plan: what each subnetwork holds, computes and sends, and how evenly. Defined in PLAN.md."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ from ..config import SDPConfig
 from ..plan.flops import training_flops
 from ..plan.holdings import Holdings
 from ..plan.plan import Plan
-from ..plan.worker_graph import connected_components, spectral_gap
+from ..plan.worker_graph import components, spectral_gap
 
 SHARED = "shared"
 
@@ -103,7 +102,7 @@ def plan_figures(
         element_bytes: of parameters and gradients on the wire: 4, or 2 in half precision.
     """
     holdings = Holdings.of(plan)
-    numel = np.array([sum(math.prod(plan.shapes[name]) for name in m.dims) for m in plan.modules], dtype=np.int64)
+    numel = np.array([m.numel(plan.shapes) for m in plan.modules], dtype=np.int64)
     num_units = np.array([m.num_units for m in plan.modules], dtype=np.int64)
     fixed, by_share = module_flops(plan, model.config, sequence)
     parameters, full_parameters, flops, full_flops = {}, {}, {}, {}
@@ -132,10 +131,10 @@ def plan_figures(
         bytes_sent=bytes_sent(plan, holdings, numel // num_units, config, num_workers, element_bytes),
         coverage=holdings.held(of_dealt_unit) / dealt_elements.sum(),
         unit_holders=np.concatenate(
-            [[len(h) for h in plan.unit_holders[m.name]] for m in plan.modules if m.layer not in plan.always_held]
+            [[len(plan.holder_sets[number]) for number in plan.set_of_unit[m.name]] for m in plan.dealt]
         ),
-        num_holder_sets=len({*holdings.sets, plan.everyone}),
-        num_components=connected_components(holdings, dealt_elements),
+        num_holder_sets=len(plan.holder_sets),
+        num_components=len(components(plan.num_subnetworks, holdings.sets_with(dealt_elements > 0))),
         spectral_gap=spectral_gap(holdings, dealt_elements),
     )
 
@@ -150,21 +149,16 @@ def module_flops(plan: Plan, model_config, sequence: int) -> tuple[np.ndarray, n
     whole = [int(training_flops(module, plan.shapes, model_config, sequence)) for module in plan.modules]
     if plan.masking == "forward":
         return np.zeros(len(whole), dtype=np.int64), np.array(whole, dtype=np.int64)
-    weights = [
-        sum(math.prod(plan.shapes[name]) for name in module.dims if len(plan.shapes[name]) == 2)
-        for module in plan.modules
-    ]
-    by_share = 2 * np.array(weights, dtype=np.int64)
+    by_share = 2 * np.array([module.weight_numel(plan.shapes) for module in plan.modules], dtype=np.int64)
     return np.array(whole, dtype=np.int64) - by_share, by_share
 
 
 def _shared_linear_numel(plan: Plan, model: nn.Module) -> int:
     """Weights of linear layers outside the maskable modules: the head, also when it is tied to the embeddings."""
-    cut = {name for module in plan.modules for name in module.dims}
     return sum(
         layer.weight.numel()
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and f"{name}.weight" not in cut
+        if isinstance(layer, nn.Linear) and f"{name}.weight" not in plan.cut
     )
 
 

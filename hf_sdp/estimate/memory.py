@@ -8,12 +8,17 @@ and communication for ``time.py``. Every formula with its source: ``FORMULAS.md`
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
+from ..families.structure import Structure
+from ..plan.groups import data_parallel_groups, sharding_groups
+from ..plan.placement import Placement
 from ..plan.plan import Plan
+from ..plan.subnetwork import subnetwork_of, whole_model
 from ..workload import Workload
-from .allocations import Action, Engine, FullyShard, Replicated, WorkerMemory
-from .groups import Skeleton, fsdp_groups, sdp_groups, skeleton
+from .allocations import Action, Allocator, FullyShard, Replicated, WorkerMemory
+from .groups import stored_groups
+from .shapes import shapes_of
 from .trace import Mark, Segment, Trace, trace, trace_subnetwork
 
 
@@ -34,7 +39,7 @@ class Step:
 
 
 def worker_memory(
-    model_config: PretrainedConfig,
+    model_config: PreTrainedConfig,
     plan: Plan,
     subnetwork: int,
     workload: Workload,
@@ -63,7 +68,7 @@ def worker_memory(
 
 
 def sdp_step(
-    model_config: PretrainedConfig,
+    model_config: PreTrainedConfig,
     plan: Plan,
     subnetwork: int,
     workload: Workload,
@@ -73,39 +78,44 @@ def sdp_step(
     world_size: int | None = None,
 ) -> Step:
     """As :func:`worker_memory`, with traffic and the order of everything."""
-    shapes = skeleton(model_config)
+    placement = Placement(world_size or plan.num_subnetworks, plan.num_subnetworks, sharding)
+    local = subnetwork_of(plan, subnetwork) if plan.masking == "forward" else whole_model(plan)
+    structure = shapes_of(model_config).structure
+    groups = stored_groups(sharding_groups(local, structure), placement, subnetwork)
     layers, outside = trace_subnetwork(model_config, workload, plan, subnetwork)
-    groups = sdp_groups(plan, subnetwork, shapes, world_size or plan.num_subnetworks, sharding)
-    return _walk(shapes, layers, outside, FullyShard(groups, workload, reshard_after_forward, prefetches=False))
+    return _walk(structure, layers, outside, FullyShard(groups, workload, reshard_after_forward, prefetches=False))
 
 
 def fsdp_step(
-    model_config: PretrainedConfig, workload: Workload, world_size: int, *, reshard_after_forward: bool = True
+    model_config: PreTrainedConfig, workload: Workload, world_size: int, *, reshard_after_forward: bool = True
 ) -> Step:
     """Plain FSDP2 (ZeRO-3), layer by layer, with its default prefetching."""
-    shapes = skeleton(model_config)
-    groups = fsdp_groups(shapes, world_size)
-    engine = FullyShard(groups, workload, reshard_after_forward, prefetches=True)
+    shapes = shapes_of(model_config)
+    groups = data_parallel_groups(shapes.structure, shapes.tensors, world_size)
+    stored = stored_groups(groups, Placement(world_size, world_size, "full"), rank=0)
     layers = trace(model_config, workload)
-    return _walk(shapes, layers, layers[0], engine)
+    allocator = FullyShard(stored, workload, reshard_after_forward, prefetches=True)
+    return _walk(shapes.structure, layers, layers[0], allocator)
 
 
-def replicated_step(model_config: PretrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
-    """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters. Another dtype of computation than the
-    stored one means autocast for DDP, and for ZeRO parameters and gradients in that dtype."""
-    shapes = skeleton(model_config)
-    engine = Replicated(shapes, workload, world_size, zero_stage)
+def replicated_step(model_config: PreTrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
+    """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters.
+
+    Another dtype of computation than the stored one means autocast for DDP, and for ZeRO parameters and gradients in that
+    dtype.
+    """
+    shapes = shapes_of(model_config)
     layers = trace(model_config, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)
-    return _walk(shapes, layers, layers[0], engine)
+    return _walk(shapes.structure, layers, layers[0], Replicated(shapes, workload, world_size, zero_stage))
 
 
-def _stream(shapes: Skeleton, layers: list[Trace], outside: Trace) -> Iterator[tuple[Segment | Mark, str]]:
+def _stream(structure: Structure, layers: list[Trace], outside: Trace) -> Iterator[tuple[Segment | Mark, str]]:
     """The whole step, and the prefix of the names in each piece."""
     for item in outside.before:
         yield item, ""
     for index, layer in enumerate(layers):
         for item in layer.layer_forward:
-            yield item, f"{shapes.layers}.{index}"
+            yield item, structure.layers[index]
         if index < len(layers) - 1:
             for item in outside.to_second_layer if index == 0 else layer.to_next_layer:
                 yield item, ""
@@ -113,21 +123,21 @@ def _stream(shapes: Skeleton, layers: list[Trace], outside: Trace) -> Iterator[t
         yield item, ""
     for index, layer in reversed([*enumerate(layers)]):
         for item in layer.layer_backward:
-            yield item, f"{shapes.layers}.{index}"
+            yield item, structure.layers[index]
     for item in outside.after:
         yield item, ""
 
 
-def _walk(shapes: Skeleton, layers: list[Trace], outside: Trace, engine: Engine) -> Step:
-    for item, prefix in _stream(shapes, layers, outside):
+def _walk(structure: Structure, layers: list[Trace], outside: Trace, allocator: Allocator) -> Step:
+    for item, prefix in _stream(structure, layers, outside):
         if isinstance(item, Mark):
-            engine.mark(item.kind, prefix + item.module)
+            allocator.mark(item.kind, prefix + item.module)
             continue
-        engine.note(item.peak)
-        engine.activations += item.delta
+        allocator.note(item.peak)
+        allocator.activations += item.delta
         if item.flops:
-            engine.actions.append(Action("compute", item.flops))
+            allocator.actions.append(Action("compute", item.flops))
         for name, nbytes in item.gradients.items():
-            engine.gradient(prefix + name, nbytes)
-        engine.note()
-    return Step(engine.result(), tuple(engine.actions))
+            allocator.gradient(prefix + name, nbytes)
+        allocator.note()
+    return Step(allocator.result(), tuple(allocator.actions))

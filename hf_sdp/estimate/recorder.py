@@ -5,6 +5,7 @@ Source: torch/distributed/_tools/mem_tracker.py (storages by weak reference), to
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +13,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
-
-from ..families import family_of
-from ..model.layers import PartSum, SharedBias
-from ..plan.units import decoder_layers
 
 _aten = torch.ops.aten
 
@@ -95,20 +92,10 @@ class Recorder(TorchDispatchMode):
         self._segment, self._before = Segment(), self._live
 
 
-def watch(model: nn.Module, recorder: Recorder) -> None:
-    """Hooks at every module that may be sharded on its own, as FSDP2 places them (``_fsdp_state.py``)."""
-    _, layers = decoder_layers(model, family_of(model.config))
-    watched = [model, model.get_input_embeddings(), model.get_output_embeddings()]
-    for layer in layers:
-        watched += [layer, *layer.children()]
-        for module in layer.modules():
-            if isinstance(module, PartSum):
-                watched += module.parts
-            elif isinstance(module, SharedBias):
-                watched.append(module)
-    names = {module: name for name, module in model.named_modules()}
-    for module in dict.fromkeys(m for m in watched if m is not None):
-        _watch_module(module, names[module], recorder)
+def watch(model: nn.Module, modules: Iterable[str], recorder: Recorder) -> None:
+    """Hooks at the modules of these names, as FSDP2 places them (``_fsdp_state.py``)."""
+    for name in modules:
+        _watch_module(model.get_submodule(name), name, recorder)
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: recorder.gradient(name, p))
 

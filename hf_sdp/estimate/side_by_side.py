@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
+from ..model.recomputation import recomputation_reorders
 from ..plan.plan import Plan
 from ..workload import Workload
 from .memory import Step, fsdp_step, replicated_step, sdp_step
-from .trace import is_split
 
 MAX_WORKERS = 64
 SHARDINGS: dict[str, dict] = {
@@ -40,11 +40,12 @@ def subnetworks(plan: Plan) -> list[int]:
     return [i * plan.num_subnetworks // number for i in range(number)]
 
 
-def sdp_rows(model_config: PretrainedConfig, plan: Plan, workload: Workload, world_size: int) -> list[Row]:
+def sdp_rows(model_config: PreTrainedConfig, plan: Plan, workload: Workload, world_size: int) -> list[Row]:
     """One row for each sharding that the engine runs."""
     rows = []
     for name, sharding in SHARDINGS.items():
-        if not (sharding.get("reshard_after_forward") and checkpointing_would_hang(plan, workload)):
+        gathers_again = sharding.get("reshard_after_forward") and workload.gradient_checkpointing
+        if not (gathers_again and recomputation_reorders(plan)):  # which the engine refuses
             steps = tuple(
                 sdp_step(model_config, plan, subnetwork, workload, world_size=world_size, **sharding)
                 for subnetwork in subnetworks(plan)
@@ -53,13 +54,7 @@ def sdp_rows(model_config: PretrainedConfig, plan: Plan, workload: Workload, wor
     return rows
 
 
-def checkpointing_would_hang(plan: Plan, workload: Workload) -> bool:
-    """What ``forward.refuse_unsafe_checkpointing`` refuses: recomputing a module in several parts that resharded."""
-    forward = plan.masking == "forward" and plan.level == "neuron"
-    return workload.gradient_checkpointing and forward and any(is_split(plan, module) for module in plan.modules)
-
-
-def other_rows(model_config: PretrainedConfig, workload: Workload, world_size: int) -> list[Row]:
+def other_rows(model_config: PreTrainedConfig, workload: Workload, world_size: int) -> list[Row]:
     """What everyone asks about: DDP (with and without activation checkpointing), ZeRO-1, ZeRO-2, FSDP2."""
 
     def replicated(zero_stage: int, of: Workload = workload) -> tuple[Step, ...]:
@@ -80,7 +75,7 @@ def other_rows(model_config: PretrainedConfig, workload: Workload, world_size: i
 
 
 def largest_coverage(
-    make: Callable[[float], Plan], model_config: PretrainedConfig, workload: Workload, world_size: int, limit: int
+    make: Callable[[float], Plan], model_config: PreTrainedConfig, workload: Workload, world_size: int, limit: int
 ) -> dict[str, float | None]:
     """For each sharding the largest coverage r/N whose workers all stay within ``limit`` bytes; None when none does.
 

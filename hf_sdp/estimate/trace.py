@@ -7,31 +7,35 @@ structure are alike, so a model of any depth is put together from pieces (:class
 import copy
 import dataclasses
 import functools
-import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..config import SDPConfig
-from ..families import family_of
+from ..compat import checkpoint_activations
 from ..families.meta_model import meta_model
-from ..plan.plan import Holders, Plan
-from ..plan.units import MaskableModule, decoder_layers
+from ..families.structure import Structure, structure_of
+from ..model.backward_masking import mask_weight_gradients
+from ..model.cut import cut
+from ..model.state import Cursor
+from ..plan.groups import ROOT, shardable_modules
+from ..plan.plan import Plan
+from ..plan.subnetwork import subnetwork_of, whole_model
+from ..plan.units import MaskableModule
 from ..workload import Workload
 from .recorder import Mark, Recorder, Segment, watch
+from .shapes import config_key, shapes_of
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
 _ATTENTION = "hf_sdp_flash_on_meta"
 _AUTOCAST = "_hf_sdp_autocast"
 _aten = torch.ops.aten
 
-
 Stream = tuple[Segment | Mark, ...]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,107 +64,84 @@ class Trace:
 _cache: dict[tuple, Trace] = {}
 
 
-def trace(model_config: PretrainedConfig, workload: Workload, *, autocast: bool = False) -> list[Trace]:
-    """For each decoder layer the trace of the full model. Kept: asking again costs nothing.
+def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool = False) -> list[Trace]:
+    """For each layer the trace of the full model. Kept: asking again costs nothing.
 
     Args:
         autocast: parameters and the residual stream stay float32, linear layers and attention compute in
             ``workload.dtype``, as under ``torch.autocast``; else everything is in that dtype.
     """
 
-    def prepare(model: nn.Module) -> None:
+    def prepare(model: nn.Module, structure: Structure) -> list[str]:
         if autocast:
             _autocast_linear_layers(model, getattr(torch, workload.dtype))
+        return [*structure.layers, ROOT]
 
     one = _cached(model_config, workload, ("autocast",) if autocast else (), prepare)
-    return [one] * model_config.num_hidden_layers
+    return [one] * len(shapes_of(model_config).structure.layers)
 
 
 def trace_subnetwork(
-    model_config: PretrainedConfig, workload: Workload, plan: Plan, subnetwork: int
+    model_config: PreTrainedConfig, workload: Workload, plan: Plan, index: int
 ) -> tuple[list[Trace], Trace]:
-    """For each decoder layer the trace of ``subnetwork`` in a model whose layers are all like it, and one for what is
-    outside of the layers. Layers of the same structure, of whatever plan, are traced once."""
-    of_layer: list[tuple] = [()] * model_config.num_hidden_layers
-    for module in plan.modules:
-        runs = _runs(plan, subnetwork, module.name)
-        of_layer[module.layer] += (module.kind, module.num_units, runs, is_sum(plan, module, len(runs)))
+    """For each layer the trace of subnetwork ``index`` in a model whose layers are all like it.
 
-    def traced(*layers: int) -> Trace:
-        structure = (plan.level, plan.masking, *(of_layer[layer] for layer in layers))
+    Layers of one structure, of whatever plan, are traced once.
+    Returns: these, and one for what is outside of the layers.
+    """
+    layers = shapes_of(model_config).structure.layers
+    of_layer: list[tuple] = [()] * len(layers)
+    for module, structure_of_module in _structures(plan, index):
+        of_layer[module.layer] += (module.kind, structure_of_module)
 
-        def patch(model: nn.Module) -> None:
-            from ..patch import _patch  # not above: the planner asks for memory, and patching needs the planner
+    def traced(*chosen: int) -> Trace:
+        def prepare(model: nn.Module, structure: Structure) -> list[str]:
+            few = _plan_of_layers(plan, [layers[i] for i in chosen], model, structure)
+            if plan.masking == "backward":
+                mask_weight_gradients(model, few, Cursor(index), [index])
+                return shardable_modules(whole_model(few), structure)
+            subnetwork = subnetwork_of(few, index)
+            cut(model, subnetwork)
+            return shardable_modules(subnetwork, structure)
 
-            few = _plan_of_layers(plan, layers, model)
-            _patch(model, SDPConfig(level=plan.level, masking=plan.masking), subnetwork, plan.num_subnetworks, few)
-
-        return _cached(model_config, workload, structure, patch)
+        return _cached(model_config, workload, (plan.level, plan.masking, *(of_layer[i] for i in chosen)), prepare)
 
     some = {structure: layer for layer, structure in enumerate(of_layer)}
     alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
     if plan.level == "neuron":  # every layer has something of everything
         return [alike[structure] for structure in of_layer], alike[of_layer[-1]]
-    # What is freed after the last layer depends on what the first one saves (the embedded tokens), and on whether any has
-    # attention (and saves the rotary embeddings).
-    attends = [m.layer for m in plan.modules if m.kind != "mlp" and _runs(plan, subnetwork, m.name)]
+    # What is freed after the last layer depends on what the first one saves (the embedded tokens). It also depends on
+    # whether any has attention, and so saves the rotary embeddings.
+    attends = [m.layer for m in plan.modules if m.of_kind.attends and plan.held_runs(m, index)]
     return [alike[structure] for structure in of_layer], traced(0, attends[0] if attends else 0, len(of_layer) - 1)
 
 
-def _cached(model_config: PretrainedConfig, workload: Workload, structure: tuple, patch) -> Trace:
+def _structures(plan: Plan, index: int) -> Iterator[tuple[MaskableModule, tuple]]:
+    """All that the computation of each module depends on, beside the model and the plan's level and masking."""
+    if plan.masking == "backward":
+        for module in plan.modules:
+            yield module, tuple(last - first for first, last, _ in plan.held_runs(module, index))
+    else:
+        for local in subnetwork_of(plan, index).modules:
+            yield local.module, (*(part.part.numel for part in local.parts), local.is_sum)
+
+
+def _cached(model_config: PreTrainedConfig, workload: Workload, structure: tuple, prepare) -> Trace:
+    """``prepare(model, structure)`` changes a shallow model on the meta device, and names the modules to watch."""
     key = (
-        json.dumps(model_config.to_dict(), sort_keys=True, default=str),
+        config_key(model_config),
         *(workload.batch, workload.sequence, workload.dtype, workload.gradient_checkpointing),
         structure,
     )
     if key not in _cache:
         model = meta_model(shallow_config(model_config))
-        patch(model)
-        prefix, _ = decoder_layers(model, family_of(model.config))
-        _cache[key] = _cut(_trace_stream(model, workload), prefix)
+        names = structure_of(model)
+        watched = prepare(model, names)
+        _cache[key] = _cut(_trace_stream(model, workload, watched), names.layers)
     return _cache[key]
 
 
-def _runs(plan: Plan, subnetwork: int, module: str) -> tuple[int, ...]:
-    """Units in each range of a module that a subnetwork computes at once: all that the memory of a layer depends on."""
-    runs: list[int] = []
-    previous: Holders | None = None
-    for holders in plan.unit_holders[module]:
-        if subnetwork not in holders:
-            previous = None
-            continue
-        joined = previous == holders or plan.masking == "backward" and len(previous or ()) == len(holders)
-        if joined:
-            runs[-1] += 1
-        else:
-            runs.append(1)
-        previous = holders
-    return tuple(runs)
-
-
-def is_sum(plan: Plan, module: MaskableModule, num_parts: int) -> bool:
-    """Whether ``patch_model`` makes a PartSum of a module held in ``num_parts``: of several parts, and where others sum
-    several parts and then add shared biases (the order is global)."""
-    return num_parts > 1 or num_parts == 1 and bool(shared_biases(plan, module)) and is_split(plan, module)
-
-
-def shared_biases(plan: Plan, module: MaskableModule) -> dict[str, Shape]:
-    """Child name -> shape of its bias, of children whose weight is cut and whose bias is not (row-wise layers)."""
-    if plan.level != "neuron" or plan.masking != "forward":
-        return {}
-    children = {name.removeprefix(module.name + ".").rpartition(".")[0] for name in module.dims}
-    biases = {child: f"{module.name}.{child}.bias" for child in sorted(children)}
-    return {child: plan.shapes[b] for child, b in biases.items() if b in plan.shapes and b not in module.dims}
-
-
-def is_split(plan: Plan, module: MaskableModule) -> bool:
-    """Whether some subnetwork holds several parts of a module."""
-    units = plan.unit_holders[module.name]
-    runs = [holders for i, holders in enumerate(units) if i == 0 or holders != units[i - 1]]
-    return sum(map(len, runs)) > len(set().union(*runs))
-
-
-def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
+def shallow_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
     """The same model with few decoder layers."""
     config = copy.deepcopy(model_config)
     config.num_hidden_layers = TRACED_LAYERS
@@ -169,22 +150,28 @@ def shallow_config(model_config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _plan_of_layers(plan: Plan, layers: tuple[int, ...], model: nn.Module) -> Plan:
-    """A plan for ``model``, whose decoder layers are held as those ``layers`` are."""
-    prefix, _ = decoder_layers(model, family_of(model.config))
+def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: Structure) -> Plan:
+    """A plan for ``model``, whose layers are held as those of the names ``chosen`` are in ``plan``."""
     modules, unit_holders = [], {}
-    for index, layer in enumerate(layers):
-        old = f"{prefix}.{layer}"
-        for module in (m for m in plan.modules if m.layer == layer):
-            name = f"{prefix}.{index}" + module.name.removeprefix(old)
-            dims = {f"{prefix}.{index}" + n.removeprefix(old): dim for n, dim in module.dims.items()}
-            modules.append(dataclasses.replace(module, name=name, layer=index, dims=dims))
+    for index, (old, new) in enumerate(zip(chosen, structure.layers, strict=True)):
+        for module in (m for m in plan.modules if m.name == old or m.name.startswith(old + ".")):
+            name = new + module.name.removeprefix(old)
+            dims = {new + n.removeprefix(old): dim for n, dim in module.dims.items()}
+            packed = {new + n.removeprefix(old): ranges for n, ranges in module.packed.items()}
+            modules.append(dataclasses.replace(module, name=name, layer=index, dims=dims, packed=packed))
             unit_holders[name] = plan.unit_holders[module.name]
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return dataclasses.replace(plan, shapes=shapes, modules=tuple(modules), unit_holders=unit_holders)
+    return Plan.of_units(
+        level=plan.level,
+        masking=plan.masking,
+        num_subnetworks=plan.num_subnetworks,
+        always_held=(),
+        shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
+        modules=tuple(modules),
+        unit_holders=unit_holders,
+    )
 
 
-def _trace_stream(model: nn.Module, workload: Workload) -> list[Segment | Mark]:
+def _trace_stream(model: nn.Module, workload: Workload, watched: Iterable[str]) -> list[Segment | Mark]:
     """One step of a model on the meta device. It is not to be used any more."""
     if _AUTOCAST not in vars(model):
         for p in model.parameters():
@@ -192,13 +179,11 @@ def _trace_stream(model: nn.Module, workload: Workload) -> list[Segment | Mark]:
     model.config.use_cache = False
     model.config._attn_implementation = _ATTENTION
     if workload.gradient_checkpointing:
-        # The newest transformers has another name for it, and warns.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     model.train()
     ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
     recorder = Recorder([*model.parameters(), *model.buffers(), ids])
-    watch(model, recorder)
+    watch(model, watched, recorder)
     with recorder:
         loss = model(input_ids=ids, labels=ids).loss
         vars(model).get(_AUTOCAST, {}).clear()  # as autocast does when it is left
@@ -209,12 +194,12 @@ def _trace_stream(model: nn.Module, workload: Workload) -> list[Segment | Mark]:
     return recorder.stream
 
 
-def _cut(stream: list[Segment | Mark], prefix: str) -> Trace:
+def _cut(stream: list[Segment | Mark], layers: tuple[str, ...]) -> Trace:
     def at(kind: str, layer: int) -> int:
-        return stream.index(Mark(kind, f"{prefix}.{layer}"))
+        return stream.index(Mark(kind, layers[layer]))
 
     def relative(piece: list[Segment | Mark]) -> Stream:
-        own = f"{prefix}.1"
+        own = layers[1]
         result = []
         for item in piece:
             if isinstance(item, Mark):

@@ -1,8 +1,10 @@
-"""Where a model family keeps its residual blocks. One file per family; everything else is derived from its
-tensor-parallel plan (``config.base_model_tp_plan``)."""
+"""Where a model family keeps its residual blocks, and how their kinds are cut. One file for each family.
+
+Everything else is derived from the model's tensor-parallel plan (``config.base_model_tp_plan``).
+"""
 
 from ..errors import SDPConfigError
-from .base import Block, Family
+from .base import Block, Family, Stack
 from .llama import LLAMA
 
 FAMILIES: dict[str, Family] = {"llama": LLAMA}
@@ -19,4 +21,4 @@ def family_of(model_config) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Block", "Family", "family_of"]
+__all__ = ["FAMILIES", "Block", "Family", "Stack", "family_of"]

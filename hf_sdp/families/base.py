@@ -1,21 +1,34 @@
-"""The two facts about a model family that its config does not carry."""
+"""The facts about a model family that its config does not carry."""
 
 from dataclasses import dataclass
-from typing import Literal
+
+from .kinds import Kind
 
 
 @dataclass(frozen=True)
 class Block:
-    """A residual sub-block ``x + module(norm(x))``; names are relative to the decoder layer."""
+    """A residual sub-block ``x + module(norm(x))``; names are relative to the layer."""
 
-    kind: Literal["attention", "mlp"]
+    kind: Kind
     norm: str
     module: str
 
 
 @dataclass(frozen=True)
-class Family:
-    """``layers``: the ModuleList of decoder layers, relative to the base model; ``blocks``: in forward order."""
+class Stack:
+    """A list of layers of one structure.
+
+    Attributes:
+        layers: name of the ModuleList, relative to the base model.
+        blocks: of each layer, in forward order.
+    """
 
     layers: str
     blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """``stacks``: of layers, in forward order."""
+
+    stacks: tuple[Stack, ...]

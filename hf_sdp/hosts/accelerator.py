@@ -17,10 +17,11 @@ from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import reset_after_exception
 from ..config import SDPConfig
-from ..engine.exchange import consolidate
+from ..engine.consolidate import consolidate
 from ..engine.gradients import GlobalGradScaler, clip_grad_norm
 from ..engine.optimizer import refuse_unless_elementwise, repoint
 from ..engine.shard import shard
+from ..engine.sharded import control_group, find_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
@@ -67,14 +68,14 @@ class SDPAccelerator(Accelerator):
         for model in models:
             self._shard(model)
             for optimizer in optimizers:
-                if find_state(model).sharded:
+                if find_sharded(model) is not None:
                     repoint(_inner(optimizer), model)
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
         self._check(model)
         self._shard(model)
-        simulated = find_state(model).simulated
+        simulated = find_sharded(model) is None
         return super().prepare_model(
             model,
             device_placement=device_placement if simulated else False,
@@ -83,7 +84,7 @@ class SDPAccelerator(Accelerator):
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None):
         if not getattr(optimizer, "_is_accelerate_prepared", False):
-            models = [m for m in self._models if (s := find_state(m)) is not None and s.sharded]
+            models = [m for m in self._models if find_sharded(m) is not None]
             if models:
                 repoint(optimizer, models[-1])
         return super().prepare_optimizer(optimizer, device_placement=device_placement)
@@ -133,7 +134,7 @@ class SDPAccelerator(Accelerator):
                 save_pretrained(model, unfinished)
                 for index, optimizer in enumerate(self._optimizers):
                     folder = unfinished / _numbered(checkpoint.OPTIMIZER, index)
-                    with together(find_state(model).control_group):
+                    with together(control_group(model)):
                         folder.mkdir(exist_ok=True)
                     save_optimizer(optimizer, model, folder)
                 with self._without_model(), _explicit_folder(self.project_configuration):
@@ -141,7 +142,7 @@ class SDPAccelerator(Accelerator):
         except BaseException:
             self.project_configuration.iteration = iteration  # some workers have counted it
             raise
-        with together(find_state(model).control_group):
+        with together(control_group(model)):
             if automatic and self.project_configuration.total_limit is not None and self.is_main_process:
                 for old in _automatic_folders(self.project_dir)[: -self.project_configuration.total_limit]:
                     shutil.rmtree(old)
@@ -162,7 +163,7 @@ class SDPAccelerator(Accelerator):
             input_dir = folders[-1] if folders else None
         if input_dir is None:
             raise ValueError("No input_dir was given, and there is no automatically named checkpoint.")
-        with together(find_state(model).control_group):
+        with together(control_group(model)):
             if self.is_main_process:
                 checkpoint.finish_interrupted(Path(input_dir))
         saved = [open_optimizer_state(optimizer, model, input_dir, i) for i, optimizer in enumerate(self._optimizers)]
@@ -196,7 +197,7 @@ class SDPAccelerator(Accelerator):
         return super().free_memory(*objects)
 
     def _has_sharded_model(self) -> bool:
-        return any((s := find_state(m)) is not None and s.sharded for m in self._models)
+        return any(find_sharded(m) is not None for m in self._models)
 
     def _check(self, model: nn.Module) -> None:
         if self.distributed_type in _OTHER_ENGINES:
@@ -223,8 +224,10 @@ class SDPAccelerator(Accelerator):
                 raise SDPConfigError(
                     "SDP needs at least 2 workers, this world has 1. Use a file of configs/accelerate/."
                 )
-        elif self.sdp_config is not None and self.sdp_config != state.config:
-            raise SDPConfigError(f"The model was patched with {state.config}, the accelerator has {self.sdp_config}.")
+        elif self.sdp_config is not None and self.sdp_config != state.held.config:
+            raise SDPConfigError(
+                f"The model was patched with {state.held.config}, the accelerator has {self.sdp_config}."
+            )
 
     def _shard(self, model: nn.Module) -> None:
         if find_state(model) is None:

@@ -13,11 +13,12 @@ from transformers import TrainerCallback
 
 from ..config import SDPConfig
 from ..engine.metrics import StepMeter
+from ..engine.sharded import find_sharded
 from ..errors import SDPConfigError, SDPStateError
-from ..model.state import SDPState, find_state
+from ..model.state import find_state, get_state
 from ..patch import patch_model
 from .accelerator import SDPAccelerator
-from .trainer_checkpoint import WRAPS, get_last_checkpoint, keep_weights, sharded
+from .trainer_checkpoint import WRAPS, get_last_checkpoint, keep_weights, let_go_of_weights
 
 
 class _TrainerAccelerator(SDPAccelerator):
@@ -58,51 +59,50 @@ class SDPCallback(TrainerCallback):
                     "patch_model(model, SDPConfig(...)) before the Trainer is made, or pass SDPCallback(SDPConfig(...))."
                 )
             patch_model(model, self.config)
-        elif self.config is not None and self.config != find_state(model).config:
-            raise SDPConfigError(
-                f"The model was patched with {find_state(model).config}, SDPCallback has {self.config}."
-            )
+            return
+        held = get_state(model).held
+        if self.config is not None and self.config != held.config:
+            raise SDPConfigError(f"The model was patched with {held.config}, SDPCallback has {self.config}.")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        sdp = _check_training(args, model)
-        if not sdp.simulated:
-            sdp.meter = StepMeter(model, args.device, sdp.traffic)
+        _check_training(args, model)
+        let_go_of_weights(model)
+        sharded = find_sharded(model)
+        self.meter = None if sharded is None else StepMeter(model, args.device, sharded.traffic)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        sdp = find_state(model)
-        sdp.next_micro_batch = 0  # a short last window of an epoch must not shift the next one
-        if sdp.meter is not None:
-            sdp.meter.step_begin()
+        get_state(model).run.next_micro_batch = 0  # a short last window of an epoch must not shift the next one
+        if self.meter is not None:
+            self.meter.step_begin()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if (meter := find_state(model).meter) is not None:
-            meter.gradients_ready()
+        if self.meter is not None:
+            self.meter.gradients_ready()
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if (meter := find_state(model).meter) is not None:
-            meter.step_end(optimizer)
+        if self.meter is not None:
+            self.meter.step_end(optimizer)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        sdp = find_state(model)
-        if not sdp.simulated:
-            keep_weights(model, sdp)  # afterwards rank 0 may save alone
+        if find_sharded(model) is not None:
+            keep_weights(model)  # afterwards rank 0 may save alone
 
 
-def _check_training(args, model) -> SDPState:
+def _check_training(args, model) -> None:
     state = find_state(model)
     if state is None:
         raise SDPConfigError("The model that trains is not patched (model_init must patch it, too).")
-    if state.simulated:
-        if args.gradient_accumulation_steps % state.config.simulate:
+    simulate = state.held.config.simulate
+    if simulate is not None:
+        if args.gradient_accumulation_steps % simulate:
             raise SDPConfigError(
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} must be a multiple of "
-                f"simulate={state.config.simulate}: each virtual worker takes one micro-batch in turn."
+                f"simulate={simulate}: each virtual worker takes one micro-batch in turn."
             )
-    elif not state.sharded:
+    elif find_sharded(model) is None:
         raise SDPStateError(
             "The model was not sharded: make SDPCallback() (or call hf_sdp.enable()) before the Trainer."
         )
-    return state
 
 
 def enable() -> None:
@@ -132,8 +132,8 @@ def enable() -> None:
 
 def _evaluate(original):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        state = sharded(self)
-        if state is not None and state.config.evaluate == "subnetwork":
+        sharded = find_sharded(self.model)
+        if sharded is not None and sharded.held.config.evaluate == "subnetwork":
             metric_key_prefix += "_subnetwork"
         return original(self, eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -142,9 +142,9 @@ def _evaluate(original):
 
 def _log(original):
     def log(self, logs, start_time=None):
-        state = sharded(self)
-        if state is not None and "loss" in logs and state.meter is not None:
-            logs.update(state.meter.report(world=True))
+        callback = next((c for c in self.callback_handler.callbacks if isinstance(c, SDPCallback)), None)
+        if callback is not None and callback.meter is not None and "loss" in logs:
+            logs.update(callback.meter.report(world=True))
         return original(self, logs, start_time)
 
     return log
@@ -153,6 +153,6 @@ def _log(original):
 def _use_the_accelerators_norm(original):
     def _has_mixed_mesh_grads(self, model):
         # The host's norm per mesh sees this worker's meshes only; SDPAccelerator.clip_grad_norm_ sees them all.
-        return False if sharded(self) is not None else original(self, model)
+        return False if find_sharded(self.model) is not None else original(self, model)
 
     return _has_mixed_mesh_grads

@@ -6,42 +6,67 @@ wrote. Names and signatures are those of the methods they wrap; ``enable`` compa
 
 import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import transformers.trainer as host
+from torch import nn
 
 from ..checkpoint import folder as checkpoint
 from ..checkpoint.load import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import saves_on_every_rank
-from ..engine.exchange import consolidate
-from ..model.state import SDPState, find_state
+from ..engine.consolidate import consolidate
+from ..engine.sharded import find_sharded
+from ..model.state import find_state, get_state, unwrap
 from ..world.agreement import process_group_is_up, together
 
 _ALL_ARE_HERE = "_sdp_all_are_here"
 
 
-def sharded(trainer) -> SDPState | None:
-    state = find_state(trainer.model)
-    return state if state is not None and state.sharded else None
+@dataclass
+class KeptWeights:
+    """The full model on the CPU of rank 0 (empty on others), as it was at ``version`` of the weights."""
+
+    version: int
+    weights: dict[str, torch.Tensor]
 
 
-def keep_weights(model, state: SDPState) -> None:
-    """Put the full weights on the CPU of rank 0, where the Trainer may then save alone. Collective, unless they are
-    there already: versions are equal on all workers."""
-    if not state.saved_weights_are_current:
+_kept: WeakKeyDictionary[nn.Module, KeptWeights] = WeakKeyDictionary()
+"""Model -> what :func:`keep_weights` has put together."""
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Put the full weights on the CPU of rank 0, where the Trainer may then save alone.
+
+    Collective, unless they are there already: versions are equal on all workers.
+    """
+    model = unwrap(model)
+    if kept_weights(model) is None:
         weights = consolidate(model)
-        state.saved_weights, state.saved_version = {} if weights is None else weights, state.version
+        _kept[model] = KeptWeights(get_state(model).run.version, {} if weights is None else weights)
+
+
+def let_go_of_weights(model: nn.Module) -> None:
+    """Free what :func:`keep_weights` has put together."""
+    _kept.pop(unwrap(model), None)
+
+
+def kept_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """What is kept, unless weights have changed since; then None. The same answer on all workers."""
+    kept = _kept.get(unwrap(model))
+    return kept.weights if kept is not None and kept.version == get_state(model).run.version else None
 
 
 def save_model(original):
     on_every_rank = saves_on_every_rank(host.Trainer)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if not on_every_rank and not self.args.should_save and sharded(self) is not None:
+        if not on_every_rank and not self.args.should_save and find_sharded(self.model) is not None:
             self._save(output_dir if output_dir is not None else self.args.output_dir)
         return original(self, output_dir, _internal_call)
 
@@ -50,17 +75,18 @@ def save_model(original):
 
 def _save(original):
     def _save(self, output_dir=None, state_dict=None):
-        state = sharded(self)
-        if state is None or state_dict is not None:
+        sharded = find_sharded(self.model)
+        if sharded is None or state_dict is not None:
             return original(self, output_dir, state_dict)
         # After training rank 0 has the weights, and may be here alone; but for a checkpoint all workers come.
-        if state.saved_weights_are_current and not hasattr(self, _ALL_ARE_HERE):
+        kept = kept_weights(self.model)
+        if kept is not None and not hasattr(self, _ALL_ARE_HERE):
             if not self.args.should_save:
                 return
             # A copy: the host empties the dict it is given.
-            return original(self, output_dir, dict(state.saved_weights))
+            return original(self, output_dir, dict(kept))
         save_pretrained(self.model, output_dir if output_dir is not None else self.args.output_dir)
-        with together(state.control_group), _without_weights(self.model):
+        with together(sharded.control_group), _without_weights(self.model):
             if self.args.should_save:
                 original(self, output_dir, {})
 
@@ -80,8 +106,8 @@ def _without_weights(model):
 
 def _save_checkpoint(original):
     def _save_checkpoint(self, model, trial):
-        state = sharded(self)
-        if state is None:
+        sharded = find_sharded(self.model)
+        if sharded is None:
             return original(self, model, trial)
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir, f"{host.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -101,7 +127,7 @@ def _save_checkpoint(original):
         except BaseException:
             self.state.best_model_checkpoint = best
             raise
-        with together(state.control_group):
+        with together(sharded.control_group):
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(folder))
             if self.args.should_save:  # only now: the new checkpoint is complete
@@ -130,16 +156,16 @@ def _redirected(trainer, unfinished: Path):
 
 def _save_optimizer_and_scheduler(original):
     def _save_optimizer_and_scheduler(self, output_dir):
-        state = sharded(self)
-        if state is None:
+        sharded = find_sharded(self.model)
+        if sharded is None:
             return original(self, output_dir)
         folder = Path(output_dir)
-        with together(state.control_group):
-            if state.rank == 0:
+        with together(sharded.control_group):
+            if sharded.held.rank == 0:
                 (folder / checkpoint.OPTIMIZER).mkdir(parents=True, exist_ok=True)
         save_optimizer(self.optimizer, self.model, folder / checkpoint.OPTIMIZER)
-        with together(state.control_group):
-            if state.rank == 0:
+        with together(sharded.control_group):
+            if sharded.held.rank == 0:
                 # Without hf_sdp the Trainer fails here ("different number of parameter groups"), instead of going on
                 # with a fresh optimizer.
                 torch.save({"state": {}, "param_groups": []}, folder / host.OPTIMIZER_NAME)
@@ -151,7 +177,7 @@ def _save_optimizer_and_scheduler(original):
 def _load_from_checkpoint(original):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         state = find_state(self.model)
-        plain = state is None or state.simulated
+        plain = state is None or state.held.simulated
         with together():
             if not process_group_is_up() or dist.get_rank() == 0:
                 checkpoint.finish_interrupted(Path(resume_from_checkpoint))
@@ -180,12 +206,12 @@ def _load_optimizer_and_scheduler(original):
 
 
 def _ours(trainer, folder: str) -> bool:
-    return sharded(trainer) is not None or os.path.isdir(os.path.join(folder, checkpoint.OPTIMIZER))
+    return find_sharded(trainer.model) is not None or os.path.isdir(os.path.join(folder, checkpoint.OPTIMIZER))
 
 
 def _load_best_model(original):
     def _load_best_model(self):
-        if sharded(self) is None:
+        if find_sharded(self.model) is None:
             return original(self)
         load_weights(self.model, self.state.best_model_checkpoint)
 

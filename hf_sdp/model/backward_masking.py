@@ -7,30 +7,23 @@ Source: arXiv 2507.09029, section 3 (backward masking).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..plan.plan import Plan
+from .state import Cursor
 
-Ranges = tuple[tuple[int, int, float], ...]
+HeldRanges = tuple[tuple[int, int, float], ...]
 """``(start, stop, N/r)``: ranges along the cut dim that are held, and the factor of their gradients."""
-
-
-@dataclass
-class Cursor:
-    """Which subnetwork is being trained: this worker's own, or under simulation that of the current micro-batch."""
-
-    subnetwork: int
 
 
 class _HeldLinearFunction(torch.autograd.Function):
     """``x (..., in), weight (out, in) -> (..., out)``; rows or columns of ``grad_weight`` outside ``ranges`` are zero."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dim: int, ranges: Ranges, copy_inputs: bool):
+    def forward(ctx, x, weight, bias, dim: int, ranges: HeldRanges, copy_inputs: bool):
         ctx.dim, ctx.ranges = dim, ranges
         ctx.has_bias = bias is not None
         if dim == 0:
@@ -105,7 +98,7 @@ class HeldLinear(nn.Linear):
 
     @classmethod
     def of(
-        cls, linear: nn.Linear, *, dim: int, held: dict[int, Ranges], cursor: Cursor, copy_inputs: bool
+        cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor, copy_inputs: bool
     ) -> "HeldLinear":
         """Shares the parameters of ``linear`` by identity."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -173,7 +166,7 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
                     dim=module_plan.dims[weight],
                     held=held[weight],
                     cursor=cursor,
-                    copy_inputs=module_plan.kind != "attention",
+                    copy_inputs=not module_plan.of_kind.attends,
                 )
                 parent, _, child = owner.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer)
@@ -182,25 +175,17 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
                 module.__class__ = type(f"Held{type(module).__name__}", (HeldModule, type(module)), {})
 
 
-def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, Ranges]]:
-    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim (neighbours with equally many holders
-    joined)."""
-    sets = {id(h): h for holders in plan.unit_holders.values() for h in holders}  # few: each is looked through once
-    holding = {w: {key for key, holders in sets.items() if w in holders} for w in subnetworks}
-    result: dict[str, dict[int, Ranges]] = {}
-    for module in plan.modules:
-        for name in module.dims:
-            result[name] = {w: _joined(plan, name, held) for w, held in holding.items()}
+def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, HeldRanges]]:
+    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim, and the factors of their gradients."""
+    result: dict[str, dict[int, HeldRanges]] = {}
+    for subnetwork in subnetworks:
+        for module in plan.modules:
+            runs = plan.held_runs(module, subnetwork)
+            for name, dim in module.dims.items():
+                ranges = [
+                    (start, stop, scale)
+                    for first, last, scale in runs
+                    for start, stop in module.region(name, plan.shapes[name], first, last).ranges[dim]
+                ]
+                result.setdefault(name, {})[subnetwork] = tuple(sorted(ranges))
     return result
-
-
-def _joined(plan: Plan, name: str, held: set[int]) -> Ranges:
-    ranges: list[tuple[int, int, float]] = []
-    for s in plan.slices[name]:
-        if id(s.holders) in held:
-            scale = plan.gradient_scale(s.holders)
-            if ranges and ranges[-1][1:] == (s.start, scale):
-                ranges[-1] = (ranges[-1][0], s.stop, scale)
-            else:
-                ranges.append((s.start, s.stop, scale))
-    return tuple(ranges)

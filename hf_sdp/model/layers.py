@@ -1,4 +1,4 @@
-"""The modules that take the place of what a worker does not hold, or holds in several parts."""
+"""The modules that take the place of what a worker holds in part."""
 
 import copy
 import functools
@@ -8,16 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..plan.plan import Part
-
-
-def narrow_parameter(parameter: nn.Parameter, dim: int, start: int, stop: int) -> nn.Parameter:
-    """A new parameter with the values ``start:stop`` along ``dim`` and memory of its own."""
-    values = parameter.detach().narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+from ..plan.region import Region
+from ..plan.units import MaskableModule
 
 
 class SharedBias(nn.Module):
-    """The bias of a row-wise layer: held by all workers while the layer's weight is not, hence a module of its own."""
+    """The bias of a row-wise layer. All workers hold it, while the layer's weight is cut: hence a module of its own."""
 
     def __init__(self, bias: nn.Parameter):
         super().__init__()
@@ -35,35 +31,62 @@ class RowwiseLinear(nn.Linear):
 
 
 def narrow_module(module: nn.Module, part: Part, *, adds_bias: bool) -> nn.Module:
-    """``module`` with its linear layers cut to the ranges of ``part``; its forward runs unchanged.
+    """``module`` with its tensors cut to the regions of ``part``; its forward runs unchanged.
 
     Args:
-        module: a module of the full model; it is not changed.
+        module: a module of the full model; it is not changed. The tensors that are cut are its own or its children's.
         adds_bias: whether this part adds the shared biases of row-wise layers; False when a PartSum does.
     Returns: a shallow copy with new linear layers, true ``in_features``/``out_features`` and the same child names.
     """
-    narrowed = copy.copy(module)
-    for name, value in vars(module).items():
-        if isinstance(value, (dict, set)):  # children, parameters, hooks: a hook of one part is not one of the others
-            object.__setattr__(narrowed, name, copy.copy(value))
-    for child, linear in module.named_children():
-        cut = part.ranges.get(f"{part.module}.{child}.weight")
-        if cut is not None:
-            bias_cut = part.ranges.get(f"{part.module}.{child}.bias")
-            narrowed._modules[child] = _narrow_linear(linear, cut, bias_cut, adds_bias)
+    narrowed = _shallow_copy(module)
+    by_owner: dict[str, dict[str, Region]] = {}
+    for full, region in part.regions.items():
+        owner, _, name = full.removeprefix(part.module.name + ".").rpartition(".")
+        by_owner.setdefault(owner, {})[name] = region
+    for child, regions in by_owner.items():
+        owner = module.get_submodule(child)
+        if isinstance(owner, nn.Linear):
+            narrowed._modules[child] = _narrow_linear(owner, regions, adds_bias)
+        else:
+            copied = narrowed if owner is module else _shallow_copy(owner)
+            _narrow_tensors(copied, regions)
+            if copied is not narrowed:
+                narrowed._modules[child] = copied
     return narrowed
 
 
-def _narrow_linear(linear: nn.Linear, cut, bias_cut, adds_bias: bool) -> nn.Linear:
-    shared_bias = linear.bias is not None and bias_cut is None and adds_bias
-    weight = narrow_parameter(linear.weight, *cut)
-    narrowed = (RowwiseLinear if shared_bias else nn.Linear)(
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, set)):  # children, parameters, hooks: a hook of one part is not one of the others
+            object.__setattr__(copied, name, copy.copy(value))
+    return copied
+
+
+def _narrow_tensors(module: nn.Module, regions: dict[str, Region]) -> None:
+    """Cut parameters and buffers of the module itself, in place."""
+    for name, region in regions.items():
+        if name in module._parameters:
+            module._parameters[name] = _narrow_parameter(module.get_parameter(name), region)
+        else:
+            module._buffers[name] = region.of(module.get_buffer(name))
+
+
+def _narrow_parameter(parameter: nn.Parameter, region: Region) -> nn.Parameter:
+    """A new parameter with the region's values of the full one, in memory of its own."""
+    return nn.Parameter(region.of(parameter.detach()), requires_grad=parameter.requires_grad)
+
+
+def _narrow_linear(linear: nn.Linear, regions: dict[str, Region], adds_bias: bool) -> nn.Linear:
+    adds_shared_bias = linear.bias is not None and "bias" not in regions and adds_bias
+    weight = _narrow_parameter(linear.weight, regions["weight"])
+    narrowed = (RowwiseLinear if adds_shared_bias else nn.Linear)(
         weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype
     )
     narrowed.weight = weight
-    if bias_cut is not None and linear.bias is not None:
-        narrowed.bias = narrow_parameter(linear.bias, *bias_cut)
-    if shared_bias:
+    if linear.bias is not None and "bias" in regions:
+        narrowed.bias = _narrow_parameter(linear.bias, regions["bias"])
+    if adds_shared_bias:
         narrowed.shared_bias = SharedBias(linear.bias)
     return narrowed.train(linear.training)
 
@@ -90,25 +113,7 @@ class PartSum(nn.Module):
         return (total, None) if returns_tuple else total
 
 
-class SkippedAttention(nn.Module):
-    """An attention block that is not held: contributes nothing to the residual stream, caches nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        return hidden_states.new_zeros(()), None
-
-
-class SkippedMLP(nn.Module):
-    """An MLP block that is not held: contributes nothing to the residual stream."""
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        return hidden_states.new_zeros(())
-
-
-class SkippedLayer(nn.Module):
-    """A decoder layer that is not held: the residual stream passes through."""
-
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        return hidden_states
-
-
-SKIPPED = {"attention": SkippedAttention, "mlp": SkippedMLP, "layer": SkippedLayer}
+def absent(module: MaskableModule) -> dict[str, nn.Module]:
+    """Name of each module of a block -> what a worker that does not hold the block has in its place."""
+    kind = module.of_kind
+    return {name: kind.absent() if name == module.name else nn.Identity() for name in module.members}

@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..families import Family
 from ..plan.plan import Plan
-from .backward_masking import Cursor, Ranges, held_ranges, mask_weight_gradients
-from .layers import SKIPPED
+from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
+from .layers import absent
+from .state import Cursor
 
 
 class VirtualLinear(nn.Linear):
     """A full linear layer that computes, in training, with the slices of the current subnetwork only."""
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, dim: int, held: dict[int, Ranges], cursor: Cursor) -> "VirtualLinear":
+    def of(cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor) -> "VirtualLinear":
         """Shares the parameters of ``linear`` by identity."""
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -51,14 +51,14 @@ class MaybeSkipped(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def simulate(model: nn.Module, plan: Plan, family: Family, cursor: Cursor) -> None:
+def simulate(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     """Turn a full model into its simulation, in place; names and Parameters stay."""
     if plan.masking == "backward":
         mask_weight_gradients(model, plan, cursor, range(plan.num_subnetworks))
     elif plan.level == "neuron":
         _virtual_linears(model, plan, cursor)
     else:
-        _skip_blocks(model, plan, family, cursor)
+        _skip_blocks(model, plan, cursor)
     if plan.masking == "forward":
         for module in plan.modules:
             for name in module.dims:
@@ -92,14 +92,11 @@ def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
                 setattr(model.get_submodule(parent), child, layer)
 
 
-def _skip_blocks(model: nn.Module, plan: Plan, family: Family, cursor: Cursor) -> None:
+def _skip_blocks(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     for module in plan.modules:
         holders = frozenset(plan.unit_holders[module.name][0])
-        _maybe_skip(model.get_submodule(module.name), SKIPPED[module.kind](), holders, cursor)
-        for block in family.blocks:
-            if block.kind == module.kind:
-                layer = model.get_submodule(module.name.removesuffix("." + block.module))
-                _maybe_skip(layer.get_submodule(block.norm), nn.Identity(), holders, cursor)
+        for name, skipped in absent(module).items():
+            _maybe_skip(model.get_submodule(name), skipped, holders, cursor)
 
 
 def _maybe_skip(module: nn.Module, skipped: nn.Module, holders: frozenset[int], cursor: Cursor) -> None:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 
-import networkx as nx
 import numpy as np
 
 from ..errors import SDPConfigError
+from .worker_graph import components
 
 MAX_HOLDER_SETS = 10
 
@@ -100,10 +100,10 @@ def unevenness(num_subnetworks: int, a: np.ndarray, b: np.ndarray, num_shared: n
     Blocks of workers ``a[i]`` and ``b[i]`` share ``num_shared[i]`` > 0 of them; every ordered pair once, a block with itself
     too. (The squares of the meetings of all pairs add up to the number of pairs that any two blocks share.)
     """
-    components = nx.number_connected_components(nx.Graph(zip(a.tolist(), b.tolist(), strict=True)))
+    num_components = len(components(int(a.max()) + 1, zip(a.tolist(), b.tolist(), strict=True)))
     pairs = num_shared * (num_shared - 1) // 2
     num_pairs = num_subnetworks * (num_subnetworks - 1) // 2
-    return components, int(pairs.sum()) * num_pairs - int(pairs[a == b].sum()) ** 2
+    return num_components, int(pairs.sum()) * num_pairs - int(pairs[a == b].sum()) ** 2
 
 
 def deal(
@@ -151,12 +151,3 @@ def _members(partition: Partition, m: int, k: int):
         return tuple(sorted(w for j in range(m) for w in groups[(chunk - j) % k]))
 
     return members
-
-
-def worker_graph(holder_sets) -> nx.Graph:
-    """Subnetworks as nodes, joined when they share a unit."""
-    graph = nx.Graph()
-    for holders in holder_sets:
-        graph.add_nodes_from(holders)
-        nx.add_path(graph, holders)  # members of one holder set are connected; the path is enough to say so
-    return graph

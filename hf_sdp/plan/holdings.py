@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import Holders, Plan
+from .holders import Holders
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,21 @@ class Holdings:
 
     @classmethod
     def of(cls, plan: Plan) -> "Holdings":
-        # The planner gives units the same tuple many times: by identity, so that not each is hashed, N numbers long.
-        distinct = {id(h): h for holders in plan.unit_holders.values() for h in holders}
-        sets = tuple(sorted(set(distinct.values())))
-        position = {holders: index for index, holders in enumerate(sets)}
-        index_of = {key: position[holders] for key, holders in distinct.items()}
+        used = sorted({number for units in plan.set_of_unit.values() for number in units})
+        column = {number: index for index, number in enumerate(used)}
+        sets = tuple(plan.holder_sets[number] for number in used)
         members = np.zeros((plan.num_subnetworks, len(sets)), dtype=bool)
         for index, holders in enumerate(sets):
             members[list(holders), index] = True
         units = [
-            np.bincount([index_of[id(h)] for h in plan.unit_holders[m.name]], minlength=len(sets)) for m in plan.modules
+            np.bincount([column[number] for number in plan.set_of_unit[m.name]], minlength=len(sets))
+            for m in plan.modules
         ]
         return cls(sets, members, np.stack(units))
+
+    def sets_with(self, chosen: np.ndarray) -> list[Holders]:
+        """The sets for which ``chosen``, bool of shape ``(H,)``, is true."""
+        return [self.sets[index] for index in np.flatnonzero(chosen)]
 
     @property
     def num_holders(self) -> np.ndarray:

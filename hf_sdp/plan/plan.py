@@ -4,14 +4,14 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import SDPConfigError
+from .holders import Holders, numbered
+from .region import Region, Shape
 from .units import MaskableModule
-
-Holders = tuple[int, ...]
-"""Subnetworks, sorted."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,20 @@ class Slice:
 class Part:
     """All slices of one module with one holder set: what is sharded and synced together.
 
-    ``ranges``: full parameter name -> ``(dim, start, stop)``, one contiguous range each.
+    Attributes:
+        module: the maskable module that it is a part of.
+        holder_set: index of its holder set in ``Plan.holder_sets``; ``holders``: the set.
+        regions: full name of a parameter or buffer -> what the part is of it.
     """
 
-    module: str
-    kind: str
-    layer: int
+    module: MaskableModule
+    holder_set: int
     holders: Holders
-    ranges: dict[str, tuple[int, int, int]]
+    regions: dict[str, Region]
+
+    @property
+    def numel(self) -> int:
+        return sum(region.numel for region in self.regions.values())
 
 
 @dataclass(frozen=True)
@@ -49,114 +55,165 @@ class Plan:
         always_held: layers whose modules are not dealt: every subnetwork holds them.
         shapes: full parameter name -> shape, in the order of ``named_parameters()`` (tied parameters once).
         modules: the maskable modules, in forward order.
-        unit_holders: module name -> the holders of each of its units.
+        holder_sets: all distinct holder sets, sorted. That of the shared parameters (everyone) is one of them.
+        set_of_unit: module name -> for each of its units the index of its holder set.
     """
 
     level: str
     masking: str
     num_subnetworks: int
     always_held: tuple[int, ...]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     modules: tuple[MaskableModule, ...]
-    unit_holders: dict[str, tuple[Holders, ...]]
+    holder_sets: tuple[Holders, ...]
+    set_of_unit: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of_units(cls, *, num_subnetworks: int, unit_holders: Mapping[str, Sequence[Holders]], **fields) -> "Plan":
+        """The plan in which module name -> holders of each of its units is ``unit_holders``."""
+        sets, set_of_unit = numbered(unit_holders, always=[tuple(range(num_subnetworks))])
+        return cls(num_subnetworks=num_subnetworks, holder_sets=sets, set_of_unit=set_of_unit, **fields)
 
     @property
     def everyone(self) -> Holders:
         return tuple(range(self.num_subnetworks))
 
     @cached_property
+    def unit_holders(self) -> dict[str, tuple[Holders, ...]]:
+        """Module name -> the holders of each of its units."""
+        return {name: tuple(self.holder_sets[i] for i in units) for name, units in self.set_of_unit.items()}
+
+    @cached_property
+    def cut(self) -> dict[str, MaskableModule]:
+        """Full name of every tensor that is cut -> its module."""
+        return {name: module for module in self.modules for name in module.dims}
+
+    @cached_property
     def slices(self) -> dict[str, tuple[Slice, ...]]:
-        """Full parameter name -> its slices, which tile it along one dim. Shared parameters have one."""
-        cut = {name: (module, dim) for module in self.modules for name, dim in module.dims.items()}
-        everyone = self.everyone
-        result = {}
+        """Full parameter name -> its slices, which tile it along one dim. Shared parameters have one.
+
+        A unit has several slices of a fused projection.
+        """
+        return {name: tuple(s for s, _ in numbered_slices) for name, numbered_slices in self._slices.items()}
+
+    @cached_property
+    def _slices(self) -> dict[str, tuple[tuple[Slice, int], ...]]:
+        """The same, each slice with the index of its holder set."""
+        everyone, result = self.everyone, {}
+        shared = self.holder_sets.index(everyone)
         for name, shape in self.shapes.items():
-            if name not in cut:
-                result[name] = (Slice(0, 0, shape[0] if shape else 1, None, everyone),)
+            module = self.cut.get(name)
+            if module is None:
+                result[name] = ((Slice(0, 0, shape[0] if shape else 1, None, everyone), shared),)
                 continue
-            module, dim = cut[name]
-            step = shape[dim] // module.num_units
-            result[name] = tuple(
-                Slice(dim, unit * step, (unit + 1) * step, f"{module.name}[{unit}]", holders)
-                for unit, holders in enumerate(self.unit_holders[module.name])
-            )
+            dim, found = module.dims[name], []
+            for unit, number in enumerate(self.set_of_unit[module.name]):
+                for start, stop in module.region(name, shape, unit, unit + 1).ranges[dim]:
+                    holders = self.holder_sets[number]
+                    found.append((Slice(dim, start, stop, f"{module.name}[{unit}]", holders), number))
+            result[name] = tuple(sorted(found, key=lambda pair: pair[0].start))
         return result
+
+    def holds(self, subnetwork: int) -> tuple[bool, ...]:
+        """For each holder set whether ``subnetwork`` is in it."""
+        if not 0 <= subnetwork < self.num_subnetworks:
+            raise SDPConfigError(f"subnetwork must be in 0..{self.num_subnetworks - 1}, got {subnetwork}.")
+        return tuple(subnetwork in holders for holders in self.holder_sets)
 
     def held(self, subnetwork: int) -> dict[str, tuple[Slice, ...]]:
         """The slices that ``subnetwork`` holds; parameters of which it holds nothing are left out."""
-        self._check(subnetwork)
-        holds = {id(h): subnetwork in h for h in self._distinct_holders()}
-        held = {
-            name: tuple(s for s in slices if s.unit is None or holds[id(s.holders)])
-            for name, slices in self.slices.items()
-        }
+        holds = self.holds(subnetwork)
+        held = {name: tuple(s for s, number in slices if holds[number]) for name, slices in self._slices.items()}
         return {name: slices for name, slices in held.items() if slices}
+
+    def held_region(self, name: str, subnetwork: int) -> Region:
+        """What ``subnetwork`` holds of a full parameter: all its slices, put together in their order."""
+        slices, shape = self.held(subnetwork)[name], self.shapes[name]
+        ranges = list(Region.whole(name, shape).ranges)
+        if shape:
+            ranges[slices[0].dim] = tuple((s.start, s.stop) for s in slices)
+        return Region(name, tuple(ranges))
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """All parts of the model in the one global order of communication: forward order of modules, sorted
-        holder sets within a module. Every worker runs the ones it holds in this order (backward: in reverse)."""
+        """All parts of the model in the one global order of communication.
+
+        It is the forward order of modules, and that of sorted holder sets within a module. Every worker runs the ones
+        that it holds in this order, and backward in reverse.
+        """
         result = []
         for module in self.modules:
-            runs: list[tuple[Holders, int, int]] = []
-            for unit, holders in enumerate(self.unit_holders[module.name]):
-                if runs and runs[-1][0] == holders:
-                    runs[-1] = (holders, runs[-1][1], unit + 1)
-                else:
-                    runs.append((holders, unit, unit + 1))
-            for holders, first, last in sorted(runs):
-                ranges = {}
-                for name, dim in module.dims.items():
-                    step = self.shapes[name][dim] // module.num_units
-                    ranges[name] = (dim, first * step, last * step)
-                result.append(Part(module.name, module.kind, module.layer, holders, ranges))
+            for number, first, last in sorted(self.runs(module)):
+                regions = {name: module.region(name, self.shapes[name], first, last) for name in module.dims}
+                result.append(Part(module, number, self.holder_sets[number], regions))
         return tuple(result)
+
+    def runs(self, module: MaskableModule) -> list[tuple[int, int, int]]:
+        """``(holder set, first unit, last unit + 1)`` of neighbouring units with one holder set, in order of units."""
+        found: list[tuple[int, int, int]] = []
+        for unit, number in enumerate(self.set_of_unit[module.name]):
+            if found and found[-1][0] == number:
+                found[-1] = (number, found[-1][1], unit + 1)
+            else:
+                found.append((number, unit, unit + 1))
+        return found
+
+    def held_runs(self, module: MaskableModule, subnetwork: int) -> list[tuple[int, int, float]]:
+        """``(first unit, last unit + 1, N/r)`` of the units that ``subnetwork`` holds, neighbours with one N/r joined."""
+        holds, found = self.holds(subnetwork), []
+        for number, first, last in self.runs(module):
+            if not holds[number]:
+                continue
+            scale = self.gradient_scale(self.holder_sets[number])
+            if found and found[-1][1:] == (first, scale):
+                found[-1] = (found[-1][0], last, scale)
+            else:
+                found.append((first, last, scale))
+        return found
 
     @cached_property
     def split_modules(self) -> frozenset[str]:
         """Modules of which some subnetwork holds several parts, and so computes their sum."""
-        holders: dict[str, list[int]] = {}
-        for part in self.parts:
-            holders.setdefault(part.module, []).extend(part.holders)
-        return frozenset(name for name, of_parts in holders.items() if len(of_parts) > len(set(of_parts)))
+        return frozenset(module.name for module in self.modules if self._is_split(module))
+
+    def _is_split(self, module: MaskableModule) -> bool:
+        holders = [self.holder_sets[number] for number, _, _ in self.runs(module)]
+        return sum(map(len, holders)) > len(set().union(*holders))
 
     def held_parts(self, subnetwork: int) -> tuple[Part, ...]:
         """The parts that ``subnetwork`` holds, in global order."""
-        self._check(subnetwork)
-        return tuple(part for part in self.parts if subnetwork in part.holders)
+        holds = self.holds(subnetwork)
+        return tuple(part for part in self.parts if holds[part.holder_set])
 
-    @cached_property
-    def holder_sets(self) -> tuple[Holders, ...]:
-        """All distinct holder sets, sorted; that of the shared parameters (everyone) is one of them."""
-        return tuple(sorted({self.everyone, *self._distinct_holders()}))
+    @property
+    def dealt(self) -> tuple[MaskableModule, ...]:
+        """The modules that coverage is of: those of layers that are not always held."""
+        return tuple(module for module in self.modules if module.layer not in self.always_held)
 
-    def _distinct_holders(self) -> list[Holders]:
-        """The holder sets of units. Units share tuples, which are told apart by identity: to hash or to search one for each
-        unit would take seconds when thousands of subnetworks hold it."""
-        return list({id(h): h for holders in self.unit_holders.values() for h in holders}.values())
+    def coverage_of(self, subnetwork: int) -> float:
+        """Share of the maskable elements that ``subnetwork`` holds. Layers that are always held do not count."""
+        holds = self.holds(subnetwork)
+        return self._share(lambda number: holds[number])
 
     @property
     def coverage(self) -> float:
         """Share of the maskable elements that a worker holds, mean over subnetworks."""
-        dealt = [part for part in self.parts if part.layer not in self.always_held]
-        held = sum(self._part_numel(part) * len(part.holders) for part in dealt)
-        return held / sum(map(self._part_numel, dealt)) / self.num_subnetworks
+        return self._share(lambda number: len(self.holder_sets[number])) / self.num_subnetworks
 
-    def coverage_of(self, subnetwork: int) -> float:
-        """Share of the maskable elements that ``subnetwork`` holds. Layers that are always held do not count."""
-        dealt = [part for part in self.parts if part.layer not in self.always_held]
-        held = sum(self._part_numel(part) for part in dealt if subnetwork in part.holders)
-        return held / sum(map(self._part_numel, dealt))
+    def _share(self, weight) -> float:
+        """Of the elements that are dealt, each weighed by that of the number of its holder set."""
+        held = total = 0
+        for module in self.dealt:
+            numel = module.numel(self.shapes) // module.num_units
+            held += numel * sum(map(weight, self.set_of_unit[module.name]))
+            total += numel * module.num_units
+        return held / total
 
     @cached_property
     def replication(self) -> tuple[int, int]:
         """Fewest and most holders of a unit; layers that are always held do not count."""
-        counts = {
-            len(holders)
-            for m in self.modules
-            if m.layer not in self.always_held
-            for holders in self.unit_holders[m.name]
-        }
+        used = {number for module in self.dealt for number in self.set_of_unit[module.name]}
+        counts = [len(self.holder_sets[number]) for number in used]
         return min(counts), max(counts)
 
     def gradient_scale(self, holders: Holders) -> float:
@@ -170,33 +227,26 @@ class Plan:
 
     def numel(self, subnetwork: int, kind: str | None = None) -> int:
         """Elements that ``subnetwork`` holds: of modules of ``kind``, or of everything."""
-        parts = [p for p in self.held_parts(subnetwork) if kind in (None, p.kind)]
-        return sum(map(self._part_numel, parts)) + (self.shared_numel if kind is None else 0)
-
-    def _part_numel(self, part: Part) -> int:
-        return sum(
-            math.prod(self.shapes[n]) // self.shapes[n][dim] * (stop - start)
-            for n, (dim, start, stop) in part.ranges.items()
-        )
+        held = sum(part.numel for part in self.held_parts(subnetwork) if kind in (None, part.module.kind))
+        return held + (self.shared_numel if kind is None else 0)
 
     @cached_property
     def shared_numel(self) -> int:
-        cut = {name for module in self.modules for name in module.dims}
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in cut)
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.cut)
 
     @cached_property
     def full_numel(self) -> int:
         """Elements of the full model (tied parameters once)."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def _check(self, subnetwork: int):
-        if not 0 <= subnetwork < self.num_subnetworks:
-            raise SDPConfigError(f"subnetwork must be in 0..{self.num_subnetworks - 1}, got {subnetwork}.")
-
     def to_json(self) -> str:
         """Canonical JSON; ``Plan.from_json(plan.to_json()) == plan``."""
-        position = {holders: i for i, holders in enumerate(self.holder_sets)}
-        index = {id(holders): position[holders] for holders in self._distinct_holders()}
+        modules = []
+        for module in self.modules:
+            entry = dataclasses.asdict(module)
+            if not module.packed:
+                del entry["packed"]
+            modules.append({**entry, "holder_set_of_unit": list(self.set_of_unit[module.name])})
         data = {
             "level": self.level,
             "masking": self.masking,
@@ -204,26 +254,26 @@ class Plan:
             "always_held": list(self.always_held),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "holder_sets": [list(holders) for holders in self.holder_sets],
-            "modules": [
-                {**dataclasses.asdict(m), "holder_set_of_unit": [index[id(h)] for h in self.unit_holders[m.name]]}
-                for m in self.modules
-            ],
+            "modules": modules,
         }
         return json.dumps(data, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         data = json.loads(text)
-        sets = [tuple(holders) for holders in data["holder_sets"]]
-        unit_holders = {m["name"]: tuple(sets[i] for i in m.pop("holder_set_of_unit")) for m in data["modules"]}
+        set_of_unit = {m["name"]: tuple(m.pop("holder_set_of_unit")) for m in data["modules"]}
+        for module in data["modules"]:
+            packed = module.get("packed", {})
+            module["packed"] = {name: tuple(map(tuple, ranges)) for name, ranges in packed.items()}
         return cls(
             level=data["level"],
             masking=data["masking"],
             num_subnetworks=data["num_subnetworks"],
             always_held=tuple(data.get("always_held", ())),
             shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-            modules=tuple(MaskableModule(**m) for m in data["modules"]),
-            unit_holders=unit_holders,
+            modules=tuple(MaskableModule(**module) for module in data["modules"]),
+            holder_sets=tuple(map(tuple, data["holder_sets"])),
+            set_of_unit=set_of_unit,
         )
 
     @property

@@ -1,23 +1,30 @@
 """Which modules of a model can be held in part, and in how many units. Reads the model's shapes only."""
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..errors import SDPConfigError
-from ..families import Family, family_of
+from ..families import Stack
+from ..families.kinds import KINDS, LAYER, Kind
+from ..families.structure import stack_layers
+from .region import Ranges, Region, Shape
 
 
 @dataclass(frozen=True)
 class MaskableModule:
-    """A module whose parameters are cut into ``num_units`` equal ranges, all along the dims given.
+    """A module whose tensors are cut into ``num_units`` equal parts.
 
     Attributes:
         name: full name of the module (block level: of the sub-block's module, or of the layer).
-        kind: "attention", "mlp" or "layer"; balance is kept per kind.
-        layer: index of the decoder layer.
-        dims: full parameter name -> the dim that is cut. Its size is a multiple of ``num_units``.
+        kind: name of its kind; balance is kept for each kind.
+        layer: position of its layer among those of all stacks.
+        dims: full name of a parameter or buffer -> the dim that is cut. A tensor may belong to the module itself or to
+            any module below it, and to the norm before it.
+        packed: full name -> ranges along that dim, each of which is cut into ``num_units`` equal parts (fused
+            projections). The whole dim is one range where a tensor is not named here.
     """
 
     name: str
@@ -25,13 +32,35 @@ class MaskableModule:
     layer: int
     num_units: int
     dims: dict[str, int]
+    packed: dict[str, Ranges] = field(default_factory=dict)
 
+    @property
+    def of_kind(self) -> Kind:
+        return KINDS[self.kind]
 
-def decoder_layers(model: nn.Module, family: Family) -> tuple[str, nn.ModuleList]:
-    """Full name and module of the list of decoder layers."""
-    prefix = model.base_model_prefix + "." if model.base_model is not model else ""
-    name = prefix + family.layers
-    return name, model.get_submodule(name)
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the modules that have its tensors: norms outside of it, and itself; in forward order."""
+        own = self.name + "."
+        return tuple(dict.fromkeys(self.name if n.startswith(own) else n.rpartition(".")[0] for n in self.dims))
+
+    def region(self, name: str, shape: Shape, first: int, last: int) -> Region:
+        """What units ``first`` to ``last`` (exclusive) are of the tensor ``name``, of this full shape."""
+        ranges: list[Ranges] = [((0, size),) if size else () for size in shape]
+        dim = self.dims[name]
+        ranges[dim] = tuple(
+            (start + (stop - start) * first // self.num_units, start + (stop - start) * last // self.num_units)
+            for start, stop in self.packed.get(name, ((0, shape[dim]),))
+        )
+        return Region(name, tuple(ranges))
+
+    def numel(self, shapes: dict[str, Shape]) -> int:
+        """Elements of the whole module."""
+        return sum(math.prod(shapes[name]) for name in self.dims)
+
+    def weight_numel(self, shapes: dict[str, Shape]) -> int:
+        """Elements of its matrices: each is multiplied once for a token."""
+        return sum(math.prod(shapes[name]) for name in self.dims if len(shapes[name]) == 2)
 
 
 def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, chunks: int) -> list[MaskableModule]:
@@ -39,74 +68,65 @@ def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, ch
 
     Args:
         model: a transformers model, on any device (meta included).
-        chunks: into how many chunks (k of coverage m/k) a module is to be cut; decides the size of an MLP unit.
+        chunks: into how many chunks (k of coverage m/k) a module is to be cut. It decides the size of an MLP unit.
     Raises: SDPConfigError when the family is unknown or nothing matches.
     """
-    family = family_of(model.config)
-    found = _blocks(model, family, block_granularity) if level == "block" else _inner_dims(model, family, chunks)
+    found: list[MaskableModule] = []
+    for index, (stack, name, layer) in enumerate(stack_layers(model)):
+        if level == "neuron":
+            found += _inner_dims(model.config, stack, index, name, layer, chunks)
+        elif block_granularity == "layer":
+            dims = {f"{name}.{p}": 0 for p, _ in layer.named_parameters()}
+            found.append(MaskableModule(name, LAYER.name, index, 1, dims))
+        else:
+            found += _blocks(stack, index, name, layer)
     if not found:
         raise SDPConfigError(
-            f"Nothing in {type(model).__name__} can be held in part at level={level!r}: no decoder layer under "
-            f"{family.layers!r} has a module that its tensor-parallel plan "
-            f"({getattr(model.config, 'base_model_tp_plan', None)!r}) cuts."
+            f"Nothing in {type(model).__name__} can be held in part at level={level!r}: no layer has a module that its "
+            f"tensor-parallel plan ({getattr(model.config, 'base_model_tp_plan', None)!r}) cuts."
         )
     return found
 
 
-def _blocks(model: nn.Module, family: Family, granularity: str) -> list[MaskableModule]:
-    prefix, layers = decoder_layers(model, family)
+def _blocks(stack: Stack, index: int, name: str, layer: nn.Module) -> list[MaskableModule]:
     found = []
-    for index, layer in enumerate(layers):
-        name = f"{prefix}.{index}"
-        if granularity == "layer":
-            dims = {f"{name}.{p}": 0 for p, _ in layer.named_parameters()}
-            found.append(MaskableModule(name, "layer", index, 1, dims))
-            continue
-        for block in family.blocks:
-            dims = {
-                f"{name}.{child}.{p}": 0
-                for child in (block.norm, block.module)
-                for p, _ in layer.get_submodule(child).named_parameters()
-            }
-            found.append(MaskableModule(f"{name}.{block.module}", block.kind, index, 1, dims))
+    for block in stack.blocks:
+        dims = {
+            f"{name}.{child}.{p}": 0
+            for child in (block.norm, block.module)
+            for p, _ in layer.get_submodule(child).named_parameters()
+        }
+        found.append(MaskableModule(f"{name}.{block.module}", block.kind.name, index, 1, dims))
     return found
 
 
-def _inner_dims(model: nn.Module, family: Family, chunks: int) -> list[MaskableModule]:
-    prefix, layers = decoder_layers(model, family)
-    tp_plan = getattr(model.config, "base_model_tp_plan", None) or {}
+def _inner_dims(config, stack: Stack, index: int, layer_name: str, layer: nn.Module, chunks: int):
+    tp_plan = getattr(config, "base_model_tp_plan", None) or {}
     found = []
-    for index, layer in enumerate(layers):
-        for block in family.blocks:
-            module = layer.get_submodule(block.module)
-            styles = {
-                child: style
-                for child, _ in module.named_children()
-                if (style := _tp_style(tp_plan, f"{family.layers}.{index}.{block.module}.{child}"))
-            }
-            if not styles:
+    for block in stack.blocks:
+        module, name = layer.get_submodule(block.module), f"{layer_name}.{block.module}"
+        dims: dict[str, int] = {}
+        widths: dict[str, int] = {}
+        for child, linear in module.named_children():
+            style = _tp_style(tp_plan, f"{stack.layers}.{index}.{block.module}.{child}")
+            if not style:
                 continue
-            name = f"{prefix}.{index}.{block.module}"
-            dims, widths = {}, {}
-            for child, style in styles.items():
-                linear = module.get_submodule(child)
-                if style not in ("colwise", "rowwise") or not isinstance(linear, nn.Linear):
-                    raise SDPConfigError(
-                        f"{name}.{child} ({type(linear).__name__}) has tensor-parallel style {style!r}; the neuron level "
-                        "can cut nn.Linear layers of style 'colwise' and 'rowwise'. Use level='block'."
-                    )
-                columns = style == "colwise"
-                dims[f"{name}.{child}.weight"] = 0 if columns else 1
-                widths[child] = linear.out_features if columns else linear.in_features
-                if columns and linear.bias is not None:
-                    dims[f"{name}.{child}.bias"] = 0
-            if block.kind == "attention":
-                num_units = model.config.num_key_value_heads
-            else:
-                num_units = _mlp_units(min(widths.values()), chunks)
-            if any(width % num_units for width in widths.values()):
-                raise SDPConfigError(f"{name}: widths {widths} cannot all be cut into {num_units} units.")
-            found.append(MaskableModule(name, block.kind, index, num_units, dims))
+            if style not in ("colwise", "rowwise") or not isinstance(linear, nn.Linear):
+                raise SDPConfigError(
+                    f"{name}.{child} ({type(linear).__name__}) has tensor-parallel style {style!r}; the neuron level "
+                    "can cut nn.Linear layers of style 'colwise' and 'rowwise'. Use level='block'."
+                )
+            columns = style == "colwise"
+            dims[f"{name}.{child}.weight"] = 0 if columns else 1
+            widths[child] = linear.out_features if columns else linear.in_features
+            if columns and linear.bias is not None:
+                dims[f"{name}.{child}.bias"] = 0
+        if not dims:
+            continue
+        num_units = block.kind.num_units(config, min(widths.values()), chunks)
+        if any(width % num_units for width in widths.values()):
+            raise SDPConfigError(f"{name}: widths {widths} cannot all be cut into {num_units} units.")
+        found.append(MaskableModule(name, block.kind.name, index, num_units, dims))
     return found
 
 
@@ -115,12 +135,3 @@ def _tp_style(tp_plan: dict[str, str], name: str) -> str | None:
         if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name):
             return style
     return None
-
-
-def _mlp_units(num_neurons: int, chunks: int) -> int:
-    """Neurons are grouped as coarsely as even chunks allow, at most 128: narrow matrices keep sizes that matrix
-    units like, and a plan stays small. Without even chunks, as coarsely as leaves one unit for each."""
-    group_sizes = [g for g in (128, 64, 32, 16, 8, 4, 2, 1) if num_neurons % g == 0]
-    even = (num_neurons // g for g in group_sizes if (num_neurons // g) % chunks == 0)
-    uneven = (num_neurons // g for g in group_sizes if num_neurons // g >= chunks)
-    return next(even, None) or next(uneven, num_neurons)

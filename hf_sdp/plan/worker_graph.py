@@ -1,5 +1,7 @@
 """The worker graph: who shares units with whom, in how many components, and how quickly what one learns reaches all."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .holdings import Holdings
@@ -8,17 +10,17 @@ MAX_EXACT = 2048
 """Rows of the largest matrix whose eigenvalues are computed: seconds on one core."""
 
 
-def connected_components(holdings: Holdings, elements: np.ndarray) -> int:
-    """Groups of subnetworks between which no unit is shared; one that holds no unit is a group of its own.
+def components(num_nodes: int, sets: Iterable[Iterable[int]]) -> list[set[int]]:
+    """The connected components of ``0..num_nodes-1``, where the members of each set are connected.
 
-    Args:
-        elements: of the units with each holder set, shape ``(H,)``; sets with none do not count.
+    Of subnetworks and holder sets: groups between which no unit is shared.
     """
-    group = np.arange(len(holdings.members))
-    for members in holdings.members[:, elements > 0].T:
-        joined = np.unique(group[members])
-        group[np.isin(group, joined)] = joined[0]
-    return len(np.unique(group))
+    from networkx.utils import UnionFind  # not above: commands that make no plan start sooner
+
+    found = UnionFind(range(num_nodes))
+    for members in sets:
+        found.union(*members)
+    return list(found.to_sets())
 
 
 def spectral_gap(holdings: Holdings, elements: np.ndarray) -> float | None:
@@ -32,12 +34,13 @@ def spectral_gap(holdings: Holdings, elements: np.ndarray) -> float | None:
     a row for each holder set: few, however many workers and units there are.
 
     Args:
-        elements: as for :func:`connected_components`. Leave out what all hold: it would hide what the plan does.
+        elements: of the units with each holder set, shape ``(H,)``. Leave out what all hold: it would hide what the plan
+            does.
     Returns: None when there are more than ``MAX_EXACT`` workers and as many holder sets.
     """
-    if connected_components(holdings, elements) > 1:
-        return 0.0
     counts = elements > 0
+    if len(components(len(holdings.members), holdings.sets_with(counts))) > 1:
+        return 0.0
     x = holdings.members[:, counts] * np.sqrt(elements / holdings.num_holders)[counts]
     x /= np.sqrt(holdings.members @ elements)[:, None]
     if min(x.shape) > MAX_EXACT:

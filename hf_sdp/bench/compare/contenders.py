@@ -17,21 +17,19 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ...compat import checkpoint_activations
 from ...config import SDPConfig
+from ...engine.fsdp import fsdp_modules, fully_shard_plainly
+from ...engine.sharded import get_sharded
 from ...engine.traffic import Traffic
 from ...estimate.figures import plan_figures
-from ...families import family_of
 from ...families.meta_model import meta_model
 from ...hosts.accelerator import SDPAccelerator
-from ...model.state import find_state, fsdp_modules
 from ...patch import patch_model
-from ...plan.units import decoder_layers
 from ...planner import make_plan
 
 BASELINES = {
@@ -100,7 +98,7 @@ class Parts(NamedTuple):
     optimizer_s: float
 
 
-class Engine:
+class Contender:
     """A model with its optimizer, however it is parallelized. Making one is collective, and so is a step.
 
     Args:
@@ -120,12 +118,10 @@ class Engine:
             patch_model(model, sdp)
             optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-            self.clip, self.traffic = accelerator.clip_grad_norm_, find_state(model).traffic
+            self.clip, self.traffic = accelerator.clip_grad_norm_, get_sharded(model, "This").traffic
             return
         if name in ("FSDP2", "FSDP2, no reshard"):
-            _, layers = decoder_layers(model, family_of(model.config))
-            for module in (*layers, model):  # as Accelerate wraps a Llama
-                fully_shard(module, reshard_after_forward=name == "FSDP2")
+            fully_shard_plainly(model, self.device.type, reshard_after_forward=name == "FSDP2")
             self.traffic = Traffic(model)
         else:
             if name == "DDP, checkpointing":

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ...config import SDPConfig
-from .contenders import Engine, Workplace
+from .contenders import Contender, Workplace
 from .workers import progress
 
 SMALLEST_VOCABULARY = 512
@@ -79,7 +79,7 @@ def losses(
     ``training`` loss over the steps since the last one. Collective.
     """
     data = torch.load(tokens)
-    engine = Engine(name, sdp, workplace, learning_rate)
+    engine = Contender(name, sdp, workplace, learning_rate)
     rank, size = dist.get_rank(), workplace.batch
     result: dict[str, list[float]] = {
         "step": [0],
@@ -108,7 +108,7 @@ def losses(
 
 
 @torch.no_grad()
-def _evaluate(engine: Engine, rows: torch.Tensor, size: int, num_batches: int = 4) -> float:
+def _evaluate(engine: Contender, rows: torch.Tensor, size: int, num_batches: int = 4) -> float:
     """Mean loss of the full model over up to ``num_batches`` batches a worker. Collective."""
     engine.model.eval()
     found = []

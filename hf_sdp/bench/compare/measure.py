@@ -2,7 +2,7 @@
 
 Step times. All engines exist at once and are stepped in turn, one step of each a round, starting with another one every
 round, so that a busy machine slows all of them alike. Beside every step there is one of the same engine *without
-communication* (:meth:`Engine.without_communication`): no collective is called and no worker waits for another, while
+communication* (:meth:`Contender.without_communication`): no collective is called and no worker waits for another, while
 everything else is done as ever. Its parts are the forward, backward and optimizer that are reported, and what the real
 step takes longer is the *exposed communication*: what sending, receiving and reducing cost the step after all overlap,
 the processor time that they take from computation (gloo runs on the cores that compute), and waiting for workers that
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...config import SDPConfig
 from ...engine.metrics import PeakMemory, state_bytes
-from .contenders import DDPTraffic, Engine, Workplace
+from .contenders import Contender, DDPTraffic, Workplace
 from .network import bytes_on_the_wire
 from .workers import progress
 
@@ -32,7 +32,7 @@ def memory_and_traffic(name: str, sdp: SDPConfig | None, workplace: Workplace) -
     Two steps come before: moments exist then, and DDP has cut its buckets anew. On CPU the peak is what is stored plus
     the allocator's events of the step; on GPU it is ``torch.cuda.max_memory_allocated``. Collective.
     """
-    engine = Engine(name, sdp, workplace)
+    engine = Contender(name, sdp, workplace)
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(2):
         engine.step(workplace.random_ids(generator))
@@ -79,12 +79,12 @@ def step_times(
     engines: dict[str, SDPConfig | None], workplace: Workplace, rounds: int, warmup: int
 ) -> dict[str, Samples]:
     """Samples of this worker for every engine (see above). Collective."""
-    made = [Engine(name, sdp, workplace) for name, sdp in engines.items()]
+    made = [Contender(name, sdp, workplace) for name, sdp in engines.items()]
     return timed_rounds(made, workplace, rounds, warmup)
 
 
 def timed_rounds(
-    engines: list[Engine], workplace: Workplace, rounds: int, warmup: int, silent: bool = True
+    engines: list[Contender], workplace: Workplace, rounds: int, warmup: int, silent: bool = True
 ) -> dict[str, Samples]:
     """``silent``: also time the steps without communication. Collective."""
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -105,7 +105,7 @@ def timed_rounds(
     return samples
 
 
-def _timed(engine: Engine, ids: torch.Tensor) -> Sample:
+def _timed(engine: Contender, ids: torch.Tensor) -> Sample:
     dist.barrier()
     sent_before, cpu_began = bytes_on_the_wire(), time.process_time()
     parts = engine.step(ids)

@@ -105,7 +105,8 @@ def parameters_of_a_worker(model: nn.Module) -> float:
     state = find_state(model)
     if state is None:
         return sum(p.numel() for p in model.parameters())
-    return sum(map(state.plan.numel, range(state.plan.num_subnetworks))) / state.plan.num_subnetworks
+    plan = state.held.plan
+    return sum(map(plan.numel, range(plan.num_subnetworks))) / plan.num_subnetworks
 
 
 def evaluated(valid, num_sequences: int):

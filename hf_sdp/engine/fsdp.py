@@ -1,0 +1,67 @@
+"""FSDP2 on groups of modules: what is said of all models that are sharded, by a plan or plainly."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..families.structure import structure_of
+from ..model.state import unwrap
+from ..plan.groups import Group, data_parallel_groups
+from ..plan.holders import Holders
+
+
+def fully_shard_groups(
+    model: nn.Module,
+    groups: Iterable[Group],
+    meshes: Mapping[Holders, DeviceMesh],
+    *,
+    reshard_after_forward: bool,
+    mp_policy: MixedPrecisionPolicy,
+) -> None:
+    """``fully_shard`` the modules of each group over the mesh of its holders, in place."""
+    for group in groups:
+        modules = [model.get_submodule(name) for name in group.modules]
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=meshes[group.holders],
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=mp_policy,
+        )
+
+
+def fully_shard_plainly(
+    model: nn.Module, device_type: str, *, reshard_after_forward: bool, mp_policy: MixedPrecisionPolicy | None = None
+) -> None:
+    """Plain FSDP2 of a full model over the world, in place. Collective (it makes a mesh)."""
+    num_workers = dist.get_world_size()
+    groups = data_parallel_groups(structure_of(model), {}, num_workers)
+    fully_shard_groups(
+        model,
+        groups,
+        {groups[-1].holders: DeviceMesh(device_type, torch.arange(num_workers))},
+        reshard_after_forward=reshard_after_forward,
+        mp_policy=mp_policy or MixedPrecisionPolicy(),
+    )
+
+
+def mixed_precision_policy(param_dtype: str | None, reduce_dtype: str | None = None) -> MixedPrecisionPolicy:
+    """Names of dtypes as in ``SDPConfig``; None: as stored, and that of the gradients."""
+
+    def dtype(name: str | None) -> torch.dtype | None:
+        return None if name is None else getattr(torch, name)
+
+    return MixedPrecisionPolicy(param_dtype=dtype(param_dtype), reduce_dtype=dtype(reduce_dtype))
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in unwrap(model).modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters, so that the next forward gathers new values. Not from within a forward."""
+    for module in fsdp_modules(model):
+        module.reshard()

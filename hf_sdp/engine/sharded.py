@@ -1,0 +1,86 @@
+"""``Sharded``: what the engine knows about a model that it has sharded, kept on the model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import SDPStateError
+from ..model.state import Held, Run, get_state, local_tensor, unwrap
+from ..plan.region import Region
+from ..world.roll_call import RollCall
+from .traffic import Traffic
+
+_ATTRIBUTE = "_sdp_sharded"
+
+
+@dataclass
+class Sharded:
+    """Of one sharded model.
+
+    Attributes:
+        held, run: as in its ``SDPState``.
+        parameters: local name -> sharded parameter. The model's own attributes are the gathered ones between a forward
+            and its backward.
+        dtypes: full parameter name -> dtype, also of parameters of which this worker holds nothing.
+        traffic: counts the bytes that this worker sends.
+        control_group: gloo group of all workers for small messages; None without real communication.
+        roll_call: makes sure that all workers come to the same collective; None without real communication.
+        on_change: called when weights have changed.
+    """
+
+    held: Held
+    run: Run
+    parameters: dict[str, nn.Parameter]
+    dtypes: dict[str, torch.dtype]
+    traffic: Traffic
+    control_group: dist.ProcessGroup | None
+    roll_call: RollCall | None
+    on_change: list[Callable[[], None]] = field(default_factory=list)
+
+    def weights_changed(self) -> None:
+        """To be called by all workers after any change of the weights."""
+        self.run.version += 1
+        for forget in self.on_change:
+            forget()
+
+    def stored(self) -> Iterator[tuple[Region, torch.Tensor]]:
+        """What this worker stores: each region with the tensor that has it."""
+        for local_name, parameter in self.parameters.items():
+            yield self.held.stored(local_name), local_tensor(parameter.detach())
+
+
+def set_sharded(model: nn.Module, sharded: Sharded) -> None:
+    object.__setattr__(model, _ATTRIBUTE, sharded)
+
+
+def find_sharded(model: object) -> Sharded | None:
+    """Of a sharded model (wrapped or not), None for anything else."""
+    return unwrap(model).__dict__.get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
+
+
+def get_sharded(model: object, what: str) -> Sharded:
+    """Raises: SDPStateError that says that ``what`` needs a prepared model, when it is not sharded."""
+    sharded = find_sharded(model)
+    if sharded is None:
+        raise SDPStateError(f"{what} needs a prepared model: no other worker's slices are known yet.")
+    return sharded
+
+
+def control_group(model: object) -> dist.ProcessGroup | None:
+    """The group for small messages about a model; None for the default group."""
+    sharded = find_sharded(model)
+    return None if sharded is None else sharded.control_group
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[Region, torch.Tensor]]:
+    """What this worker stores of a patched model, sharded or not: each region with the tensor that has it."""
+    sharded = find_sharded(model)
+    if sharded is not None:
+        yield from sharded.stored()
+        return
+    tensors = get_state(model).held.subnetwork.tensors
+    for local_name, parameter in unwrap(model).named_parameters():
+        yield tensors[local_name].region, parameter.detach()

@@ -1,0 +1,143 @@
+"""``Subnetwork``: what one worker holds, by the names that its modules and parameters have there.
+
+``model.cut`` makes it of a full model, the engine shards it, and the estimate reads it. None of them decides anything
+about it again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from .holders import Holders
+from .plan import Part, Plan
+from .region import Region
+from .units import MaskableModule
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """What a parameter of a worker is: a region of a full parameter, and who holds it."""
+
+    region: Region
+    holders: Holders
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """A part as a worker has it.
+
+    Attributes:
+        modules: local names of the modules that it consists of, in forward order.
+        tensors: local parameter name -> what it is.
+    """
+
+    part: Part
+    modules: tuple[str, ...]
+    tensors: dict[str, Region]
+
+
+class SharedBias(NamedTuple):
+    """The bias of a row-wise layer: held by all, while the layer's weight is cut.
+
+    Attributes:
+        child: the layer, relative to its maskable module.
+        module: local name of the module that has the bias, as its ``bias``.
+        name: full name of the bias.
+    """
+
+    child: str
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class LocalModule:
+    """A maskable module as a worker has it.
+
+    Attributes:
+        parts: those that it holds, in global order; none where the module is absent.
+        is_sum: whether the module becomes the sum of its parts, which are then called ``parts.0``, ``parts.1``, ...
+        biases: the shared biases within it.
+    """
+
+    module: MaskableModule
+    parts: tuple[LocalPart, ...]
+    is_sum: bool
+    biases: tuple[SharedBias, ...]
+
+
+@dataclass(frozen=True)
+class Subnetwork:
+    """What one worker holds of a plan.
+
+    Attributes:
+        modules: the maskable modules that patching changes, in forward order. None under backward masking, and none in a
+            simulation: every module keeps its full shape.
+    """
+
+    plan: Plan
+    modules: tuple[LocalModule, ...]
+
+    @property
+    def parts(self) -> Iterator[LocalPart]:
+        """In the plan's global order."""
+        return (part for module in self.modules for part in module.parts)
+
+    @cached_property
+    def tensors(self) -> dict[str, LocalTensor]:
+        """Local parameter name -> what it is."""
+        plan, result = self.plan, {}
+        for local in self.parts:
+            result |= {name: LocalTensor(region, local.part.holders) for name, region in local.tensors.items()}
+        cut = {name for module in self.modules for name in module.module.dims}
+        biases = {bias.name: f"{bias.module}.bias" for module in self.modules for bias in module.biases}
+        for name, shape in plan.shapes.items():
+            if name not in cut:
+                result[biases.get(name, name)] = LocalTensor(Region.whole(name, shape), plan.everyone)
+        return result
+
+    @cached_property
+    def local_names(self) -> dict[str, list[str]]:
+        """Full parameter name -> the local parameters that have something of it."""
+        result: dict[str, list[str]] = {name: [] for name in self.plan.shapes}
+        for local_name, tensor in self.tensors.items():
+            result[tensor.region.name].append(local_name)
+        return result
+
+
+def subnetwork_of(plan: Plan, index: int) -> Subnetwork:
+    """What subnetwork ``index`` holds, with what is not held absent (forward masking)."""
+    held: dict[str, list[Part]] = {}
+    for part in plan.held_parts(index):
+        held.setdefault(part.module.name, []).append(part)
+    return Subnetwork(plan, tuple(_local(plan, module, held.get(module.name, [])) for module in plan.modules))
+
+
+def whole_model(plan: Plan) -> Subnetwork:
+    """The full model: nothing is cut (backward masking, simulation)."""
+    return Subnetwork(plan, ())
+
+
+def _local(plan: Plan, module: MaskableModule, parts: list[Part]) -> LocalModule:
+    name = module.name
+    if plan.level == "block":
+        return LocalModule(module, tuple(LocalPart(p, module.members, p.regions) for p in parts), False, ())
+    biases = _bias_names(plan, module)
+    # Where others sum several parts and then add the biases, so does a worker with one part: the order is global.
+    is_sum = len(parts) > 1 or bool(parts) and bool(biases) and name in plan.split_modules
+    local = []
+    for index, part in enumerate(parts):
+        local_name = f"{name}.parts.{index}" if is_sum else name
+        tensors = {local_name + full.removeprefix(name): region for full, region in part.regions.items()}
+        local.append(LocalPart(part, (local_name,), tensors))
+    place = "{}.shared_biases.{}" if is_sum else "{}.{}.shared_bias"
+    shared = tuple(SharedBias(child, place.format(name, child), bias) for child, bias in biases.items())
+    return LocalModule(module, tuple(local), is_sum, shared)
+
+
+def _bias_names(plan: Plan, module: MaskableModule) -> dict[str, str]:
+    """Child -> full name of its bias, of the children whose weight is cut and whose bias is not (row-wise layers)."""
+    children = {name.removeprefix(module.name + ".").rpartition(".")[0]: None for name in module.dims}
+    biases = {child: f"{module.name}.{child}.bias" for child in children}
+    return {child: bias for child, bias in biases.items() if bias in plan.shapes and bias not in module.dims}
