@@ -1,4 +1,4 @@
-"""Backward masking: exact gradients for what is held, compute and saved inputs only for that."""
+"""Backward masking: the full model's gradients for what is held, compute and saved inputs only for that."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def backward_model(rank: int, dtype=torch.float32, **config):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "config",
     [
@@ -30,7 +30,7 @@ def backward_model(rank: int, dtype=torch.float32, **config):
     ],
     ids=str,
 )
-def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
+def test_held_gradients_are_those_of_the_full_model(config, dtype):
     full = tiny_model(attention_bias=True, mlp_bias=True).to(dtype)
     expected = full(**batch(0), use_cache=False)
     expected.loss.backward()
@@ -38,7 +38,7 @@ def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
         model = backward_model(rank, dtype, **config)
         output = model(**batch(0), use_cache=False)
         output.loss.backward()
-        assert torch.equal(output.logits, expected.logits)
+        assert torch.equal(output.logits, expected.logits)  # the same kernels on the same shapes
         plan = get_state(model).plan
         for name, slices in plan.slices.items():
             got, want = model.get_parameter(name).grad, full.get_parameter(name).grad
@@ -47,12 +47,24 @@ def test_held_gradients_are_exactly_those_of_the_full_model(config, dtype):
                 got_slice, want_slice = (g.narrow(s.dim, s.start, s.stop - s.start) for g in (got, want))
                 if rank not in s.holders:
                     assert got_slice.abs().max() == 0
-                elif s.unit is None or scale in (1, 2, 4):  # powers of two scale without rounding
-                    assert torch.equal(got_slice, want_slice * (1 if s.unit is None else scale)), name
+                elif s.unit is None:  # shared: the same kernels on the same shapes
+                    assert torch.equal(got_slice, want_slice), name
+                elif got_slice.shape == got.shape and scale in (1, 2, 4):  # likewise; powers of two do not round
+                    assert torch.equal(got_slice, want_slice * scale), name
                 else:
-                    torch.testing.assert_close(
-                        got_slice, want_slice * scale, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0
-                    )
+                    torch.testing.assert_close(got_slice, want_slice * scale, **rounding(got, dtype))
+
+
+def rounding(gradient: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Tolerances for a slice's weight gradient against the slice of the full weight gradient.
+
+    The two are matrix products of different shapes. A kernel may add up the 32 tokens of a product in another order
+    for another shape, so sums differ by up to 32 roundings of the largest terms. They are added up in float32 or
+    better. The sum and its product with the scale are then rounded to ``dtype`` once each.
+    """
+    added_up_in = torch.promote_types(dtype, torch.float32)
+    largest = gradient.abs().max().item()
+    return dict(rtol=2 * torch.finfo(dtype).eps, atol=32 * torch.finfo(added_up_in).eps * largest)
 
 
 def saved_bytes(model) -> int:
@@ -87,11 +99,10 @@ def test_weight_gradient_compute_falls_to_the_coverage(level):
     weight_gradients = 2 * tokens * layers * (4 * hidden * hidden + 3 * hidden * neurons)
     for rank in range(4):
         model = patch_model(tiny_model(), SDPConfig(level=level, masking="backward"), rank=rank, world_size=4)
-        held = sum(p.numel() for p in full.parameters())  # the same embeddings and head in both
         saved = backward_flops(full) - backward_flops(model)
         plan = get_state(model).plan
         share = (plan.numel(rank) - plan.shared_numel) / (plan.full_numel - plan.shared_numel)
-        assert saved == pytest.approx((1 - share) * weight_gradients, rel=2e-3) and held
+        assert saved == pytest.approx((1 - share) * weight_gradients, rel=2e-3)
 
 
 @pytest.mark.parametrize("level", ["neuron", "block"])
