@@ -145,7 +145,6 @@ def test_bad_configs_are_refused_in_one_line(run, tmp_path, case):
         (["plan", "llama-134m", "--sharding", "none", "--reshard-after-forward"], "reshard_after_forward=True has no effect"),
         (["plan", "llama-134m", "--picture", "plan.gif"], "must end in one of .png, .svg"),
         (["plan", "llama-134m", "--picture", "/no/such/plan.png"], "there is no folder /no/such"),
-        (["plan", "llama-134m", "--picture", "/proc/plan.png"], "--picture /proc/plan.png cannot be written"),
         (["plan", "llama-134m", "--unknown"], "No such option '--unknown'"),
         (["unknown"], "No such command 'unknown'"),
         (["verify"], "Missing argument 'FOLDER'"),
@@ -156,6 +155,13 @@ def test_bad_configs_are_refused_in_one_line(run, tmp_path, case):
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message):
     refused(run(*arguments), message)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(run, tiny, tmp_path):
+    (tmp_path / "plan.png").mkdir()  # nobody can write a file there, root neither
+    refused(
+        run("plan", tiny, "--picture", tmp_path / "plan.png"), "--picture .*plan.png cannot be written: Is a directory"
+    )
 
 
 def refused(result: tuple[int, str, str], message: str) -> None:

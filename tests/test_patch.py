@@ -131,7 +131,12 @@ def _gpt2():
         (tiny_model, SDPConfig(), dict(rank=0, world_size=1), "at least 2 workers"),
         (tiny_model, SDPConfig(), dict(), "No process group"),
         (tiny_model, SDPConfig(), dict(rank=4, world_size=4), "0 <= rank < world_size"),
-        (tiny_model, SDPConfig(num_subnetworks=3), dict(rank=0, world_size=4), f"does not divide.*{re.escape('[1, 2, 4]')}"),
+        (
+            tiny_model,
+            SDPConfig(num_subnetworks=3),
+            dict(rank=0, world_size=4),
+            f"does not divide.*{re.escape('[1, 2, 4]')}",
+        ),
         (tiny_model, SDPConfig(coverage=0.3), dict(rank=0, world_size=4), "Nearest coverage"),
         (tiny_model, SDPConfig(simulate=4), dict(rank=0, world_size=4), "simulate=4"),
         (tiny_model, {"level": "neuron"}, dict(rank=0, world_size=4), "must be an SDPConfig"),

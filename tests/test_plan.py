@@ -12,24 +12,49 @@ from models import tiny_config, tiny_model
 from hf_sdp import Plan, SDPConfig, SDPConfigError, make_plan
 from hf_sdp.plan.even import MAX_HOLDER_SETS, reduced, worker_graph
 
-SHAPES = [  # key/value heads, layers, neurons
-    (2, 4, 96), (4, 1, 128), (5, 3, 100), (8, 8, 1376), (3, 7, 129),
-]  # fmt: skip
+SHAPES = {  # key/value heads, layers, neurons -> how many of the settings below can be met
+    (2, 4, 96): 92, (4, 1, 128): 64, (5, 3, 100): 102, (8, 8, 1376): 118, (3, 7, 129): 104,
+}  # fmt: skip
+SETTINGS = [  # level, seed, replication r, subnetworks n
+    (level, seed, r, n)
+    for n in (2, 3, 4, 6, 16)
+    for r in range(1, n + 1)
+    for level in ("neuron", "block")
+    for seed in (0, 1)
+]
+DISCONNECTED = {(4, 5, 16), (8, 3, 16), (7, 3, 16)}
+"""Layers, r and n at block level, where the blocks are too few for the holder sets to connect all workers."""
 
 
-def plans(kv_heads: int, layers: int, neurons: int, worlds=(2, 3, 4, 6, 16)):
-    config = tiny_config(
+def reason_against(kv_heads: int, layers: int, level: str, r: int, n: int) -> str | None:
+    """What is said of a setting that cannot be met.
+
+    At coverage r/n every worker needs at least one unit of each kind: of each module at neuron level, of all layers at
+    block level. Where units are held by several workers, all workers must be connected by units that they share."""
+    if (kv_heads if level == "neuron" else layers) * r < n:
+        return "is less than one unit per worker"
+    if level == "block" and (layers, r, n) in DISCONNECTED:
+        return "too few to connect"
+    return None
+
+
+def config_of_shape(kv_heads: int, layers: int, neurons: int):
+    return tiny_config(
         hidden_size=16 * kv_heads, num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads, head_dim=8,
         num_hidden_layers=layers, intermediate_size=neurons, attention_bias=True, mlp_bias=True,
     )  # fmt: skip
-    for n in worlds:
-        for r in range(1, n + 1):
-            for level in ("neuron", "block"):
-                for seed in (0, 1):
-                    try:
-                        yield make_plan(config, SDPConfig(level=level, coverage=r / n, seed=seed), n), r, n
-                    except SDPConfigError:
-                        pass  # tested below
+
+
+def plans(kv_heads: int, layers: int, neurons: int):
+    """``(plan, r, n)`` of every setting that can be met; the others are errors."""
+    config = config_of_shape(kv_heads, layers, neurons)
+    for level, seed, r, n in SETTINGS:
+        sdp = SDPConfig(level=level, coverage=r / n, seed=seed)
+        if reason := reason_against(kv_heads, layers, level, r, n):
+            with pytest.raises(SDPConfigError, match=reason):
+                make_plan(config, sdp, n)
+        else:
+            yield make_plan(config, sdp, n), r, n
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -63,7 +88,7 @@ def test_every_plan_keeps_the_rules(shape):
         assert sum(maskable) == r * (plan.full_numel - plan.shared_numel)
         assert Plan.from_json(plan.to_json()) == plan
         assert Plan.from_json(plan.to_json()).hash == plan.hash
-    assert num_plans > 20
+    assert num_plans == SHAPES[shape]
 
 
 def test_block_level_trains_neighbouring_blocks_together():

@@ -262,6 +262,7 @@ def fail_to_save(folder, what: str, rank: int):
     trainer = make_trainer(folder, NEURON, {**RUN, "save_steps": 1, "max_steps": 1})
     trainer.train()
     trainer.state.global_step = 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:
         if trainer.args.process_index == rank:
 
@@ -269,9 +270,9 @@ def fail_to_save(folder, what: str, rank: int):
                 raise OSError(28, "No space left on device")
 
             if what == "large files":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
             elif what == "scheduler":
-                patch.setattr(hf_sdp.trainer_checkpoint.torch, "save", full)
+                patch.setattr(hf_sdp.hosts.trainer_checkpoint.torch, "save", full)
             elif what == "random numbers":
                 patch.setattr(trainer, "_save_rng_state", full)
             elif what == "marker":
@@ -280,7 +281,7 @@ def fail_to_save(folder, what: str, rank: int):
             with pytest.raises(Exception) as raised:  # noqa: PT011, the kind is that of whoever wrote
                 trainer._save_checkpoint(trainer.model, None)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = sorted(p.name for p in Path(folder).iterdir())
     trainer.state.global_step = 3
     trainer._save_checkpoint(trainer.model, None)  # and nobody is left in some collective

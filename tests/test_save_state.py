@@ -190,13 +190,14 @@ def fail_once(folder):
     accelerator, *prepared_objects = prepared(dict(), project_config=project)
     steps(accelerator, *prepared_objects, [0])
     timeout = dist.distributed_c10d._get_default_store().timeout
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
         with pytest.raises(Exception):  # noqa: B017, the kind is that of whoever wrote
             accelerator.save_state()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     accelerator.save_state()
     assert dist.distributed_c10d._get_default_store().timeout == timeout
 

@@ -93,7 +93,8 @@ def test_evaluation_is_of_the_full_model_and_the_checkpoint_is_standard(tmp_path
         train_and_save, tmp_path, dict(level=level, masking=masking, coverage=0.5), None, {"tie_word_embeddings": True}
     )
     assert len({json.dumps(r) for r in results}) == 1  # loss and norms are the same on every rank
-    assert results[0][0] == pytest.approx(full_loss(tmp_path / "out"), abs=1e-6)
+    # Batches of 3 rows against single ones: sums in another order. Near 4, neighbours in float32 are 5e-7 apart.
+    assert results[0][0] == pytest.approx(full_loss(tmp_path / "out"), abs=1e-5)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
     from safetensors import safe_open
 
@@ -329,8 +330,12 @@ def test_generation_on_all_workers_is_that_of_the_full_model(tmp_path):
     assert all(r == results[0] for r in results)
 
 
+TIMEOUTS_S = {"train": 100, "nothing": 3}
+"""Of the wait for the others. That they have gone on to training is told at once, so that its timeout plays no part."""
+
+
 def forward_on_rank_0_only(folder, others: str):
-    trainer = make_trainer(folder, dict(evaluation_timeout_s=20 if others == "train" else 3), dict(max_steps=1))
+    trainer = make_trainer(folder, dict(evaluation_timeout_s=TIMEOUTS_S[others]), dict(max_steps=1))
     trainer.train()
     batch = trainer._prepare_inputs({"input_ids": Rows(1).ids, "labels": Rows(1).labels})
     began = time.monotonic()
@@ -357,7 +362,8 @@ def forward_on_rank_0_only(folder, others: str):
 )
 def test_a_forward_on_one_worker_only_is_an_error_there_within_seconds(tmp_path, others, message):
     said, seconds = run_workers(forward_on_rank_0_only, tmp_path, others)[0]
-    assert re.search(message, said) and seconds < 10
+    # 30 s: far from the 100 s that nobody may wait for, and enough on a busy machine.
+    assert re.search(message, said) and seconds < 30
 
 
 def uneven_evaluation(folder):
