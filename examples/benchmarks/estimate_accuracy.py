@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.bench.small_llama import small_llama
 from hf_sdp.estimate.memory import Step, fsdp_step, replicated_step, sdp_step
 from hf_sdp.workload import Workload
 
@@ -95,7 +96,7 @@ def settings() -> list[Setting]:
 
 
 def model_config(name: str) -> LlamaConfig:
-    return LlamaConfig(**{"tie_word_embeddings": False, **MODELS[name]}, use_cache=False)
+    return small_llama(**MODELS[name])
 
 
 def predict(setting: Setting, batch: tuple[int, int]) -> Step:

@@ -19,10 +19,11 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_sdp import SDPConfig
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.bench.small_llama import small_llama
 
 WORLD_SIZE = 8
 MODELS = {
@@ -55,7 +56,7 @@ def cases(coverages: list[float]) -> dict[str, SDPConfig | None]:
 def measure(name: str, config: SDPConfig | None, model_name: str, device_name: str) -> dict[str, dict[str, int]]:
     """``{"4 x 512": {"parameters": bytes, "moments": bytes, "buckets": bytes, "step": bytes}, ...}``"""
     device = torch.device(device_name)
-    model_config = LlamaConfig(**MODELS[model_name], tie_word_embeddings=False, use_cache=False)
+    model_config = small_llama(**MODELS[model_name])
     batches = BATCHES[device.type]
     with fake_world(WORLD_SIZE):
         model, optimizer = parallelize(LlamaForCausalLM(model_config), config or name, device)

@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig
 
 from hf_sdp import SDPConfig
 from hf_sdp.bench.compare.contenders import Engine, Workplace, expected_bytes
 from hf_sdp.bench.compare.measure import timed_rounds
 from hf_sdp.bench.compare.run import summary
-from hf_sdp.bench.compare.workers import launch
+from hf_sdp.bench.small_llama import small_llama
+from hf_sdp.bench.workers import launch
 
 LENGTH = 128
 MODEL = dict(
     vocab_size=1024, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=8, max_position_embeddings=LENGTH, tie_word_embeddings=False,
+    num_key_value_heads=8, max_position_embeddings=LENGTH,
 )  # fmt: skip
 ENGINES = {
     "DDP": None,
@@ -129,7 +129,7 @@ def main():
     parser.add_argument("--profile", choices=ENGINES, help="profile this engine instead of timing all")
     parser.add_argument("--output", type=Path, help="JSON file for times, bytes and settings")
     options = parser.parse_args()
-    config = LlamaConfig(**MODEL, use_cache=False)
+    config = small_llama(**MODEL)
     workplace = Workplace(model=config, workers=options.workers, batch=options.tokens // LENGTH, sequence=LENGTH)
     measured = launch(worker, options.workers, workplace, options)
     if options.profile:

@@ -1,6 +1,8 @@
 """Worker processes on this machine: forked from a server that has imported everything, one function each.
 
 A worker that fails ends all of them at once, with its traceback here; one that says nothing for too long likewise.
+The pieces (``context``, ``join_world``, ``answer``, ``collect``) also make workers that live for several functions, as
+those of the tests.
 """
 
 import contextlib
@@ -12,10 +14,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 
-from .network import INTERFACE, enter
+from .compare.network import INTERFACE, enter
+
+_PRELOADED = ["hf_sdp.hosts.trainer", "hf_sdp.pretrained", "transformers.models.llama.modeling_llama"]
 
 _to_parent = None  # in a worker: the pipe to who has launched it
 
@@ -28,11 +33,28 @@ class WorkerError(RuntimeError):
         self.reason = f"rank {rank}: {text.strip().splitlines()[-1]}"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A worker that raised (``text``: its traceback), or that ended without an answer."""
+
+    rank: int
+    text: str
+    ended: bool
+
+
+@dataclass
+class Answers:
+    """What workers have said: results by rank, failures in the order in which they came, ranks that said nothing."""
+
+    results: dict[int, object] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    silent: list[int] = field(default_factory=list)
+
+
 def context():
+    """Processes and pipes come from here: a server that has imported what takes long, and forks workers."""
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(
-        ["hf_sdp.hosts.trainer", "hf_sdp.pretrained", "transformers.models.llama.modeling_llama"]
-    )
+    forkserver.set_forkserver_preload(_PRELOADED)
     return forkserver
 
 
@@ -86,14 +108,15 @@ def launch(
                 joining = (rank, world_size, f"{folder}/rendezvous", device, timeout_s)
                 namespace = namespaces[rank] if namespaces else None
                 arguments = (function, args, joining, namespace, theirs)
-                processes.append(context().Process(target=_answer, args=arguments, daemon=True))
+                processes.append(context().Process(target=_work, args=arguments, daemon=True))
                 processes[-1].start()
                 theirs.close()
                 pipes.append(ours)
-            results = _collect(pipes, processes, timeout_s, on_progress)
+            answers = collect(pipes, processes, timeout_s, on_progress=on_progress)
+            _raise_failure(answers, timeout_s)
             for process in processes:
                 process.join(10)
-            return results
+            return [answers.results[rank] for rank in range(world_size)]
         finally:
             for process in processes:
                 process.kill()
@@ -124,12 +147,24 @@ def progress() -> None:
         _to_parent.send(("progress", None))
 
 
-def _collect(pipes: list, processes: list, timeout_s: float, on_progress: Callable) -> list:
+def collect(
+    pipes: Sequence[Connection],
+    processes: Sequence,
+    timeout_s: float,
+    *,
+    patience_s: float = 1,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Answers:
+    """One answer from every worker, by rank; what :func:`answer` sends on the other side of the pipes.
+
+    Args:
+        timeout_s: longest time without a word from any worker.
+        patience_s: the same from the first failure on. The others then often wait for the one that failed.
+    """
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
-    results: dict[int, object] = {}
-    failures: list[tuple[bool, int, str]] = []
+    answers = Answers()
     while waiting:
-        ready = wait(list(waiting), timeout=1 if failures else timeout_s)
+        ready = wait(list(waiting), timeout=patience_s if answers.failures else timeout_s)
         if not ready:
             break
         for pipe in ready:
@@ -144,28 +179,44 @@ def _collect(pipes: list, processes: list, timeout_s: float, on_progress: Callab
                 continue
             del waiting[pipe]
             if kind == "done":
-                results[rank] = value
+                answers.results[rank] = value
             else:
-                failures.append((kind != "ended", rank, value))
-    if failures:  # a process that is gone is the cause, what the others then say of their connections is not
-        _, rank, text = min(failures, key=lambda failure: failure[0])
-        raise WorkerError(rank, text)
-    if waiting:
-        raise WorkerError(min(waiting.values()), f"no word from ranks {sorted(waiting.values())} for {timeout_s:g} s")
-    return [results[rank] for rank in range(len(pipes))]
+                answers.failures.append(Failure(rank, value, ended=kind == "ended"))
+    answers.silent = sorted(waiting.values())
+    return answers
 
 
-def _answer(function: Callable, args: tuple, joining: tuple, namespace: str | None, pipe) -> None:
+def answer(pipe: Connection, function: Callable, args: tuple) -> bool:
+    """In a worker: send the result of ``function(*args)``, or the traceback. Returns: whether there is a result."""
+    try:
+        pipe.send(("done", function(*args)))
+        return True
+    except BaseException:
+        pipe.send(("failed", traceback.format_exc()))
+        return False
+
+
+def _raise_failure(answers: Answers, timeout_s: float) -> None:
+    if answers.failures:  # a process that is gone is the cause, what the others then say of their connections is not
+        first = min(answers.failures, key=lambda failure: not failure.ended)
+        raise WorkerError(first.rank, first.text)
+    if answers.silent:
+        raise WorkerError(answers.silent[0], f"no word from ranks {answers.silent} for {timeout_s:g} s")
+
+
+def _work(function: Callable, args: tuple, joining: tuple, namespace: str | None, pipe: Connection) -> None:
+    """A worker's life."""
     global _to_parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes: the parent ends this one
     _to_parent = pipe
-    rank, world_size, rendezvous, device, timeout_s = joining
-    try:
-        if namespace is not None:
-            enter(namespace)
-            os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
-        join_world(rank, world_size, rendezvous, device=device, timeout_s=timeout_s)
-        pipe.send(("done", function(*args)))
-    except BaseException:
-        pipe.send(("failed", traceback.format_exc()))
+    if not answer(pipe, _join_and_call, (function, args, joining, namespace)):
         time.sleep(2)  # so that this is heard before the others see their connections closed
+
+
+def _join_and_call(function: Callable, args: tuple, joining: tuple, namespace: str | None):
+    rank, world_size, rendezvous, device, timeout_s = joining
+    if namespace is not None:
+        enter(namespace)
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+    join_world(rank, world_size, rendezvous, device=device, timeout_s=timeout_s)
+    return function(*args)
