@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from models import batch, tiny_config, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, make_plan, patch_model
 from hf_sdp.model.state import get_state
+from tests.support.models import batch, tiny_config, tiny_model
 
 MODELS = {
     "plain": {},

@@ -1,21 +1,21 @@
-"""Models that are never whole: read and initialized slice by slice; and one subnetwork as a model of its own."""
+"""Models that are never whole: read and initialized slice by slice."""
 
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import batch, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from workers import run_workers
 
 import hf_sdp
-from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, consolidate
+from hf_sdp import SDPAccelerator, SDPConfig, consolidate
 from hf_sdp.checkpoint.weights import Weights
 from hf_sdp.engine import consistency as verify
 from hf_sdp.engine.placement import local_box, numel
 from hf_sdp.model.state import get_state
+from tests.support.models import batch, tiny_config, tiny_model
+from tests.support.workers import run_workers
 
 EVERYTHING = dict(
     num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
@@ -94,25 +94,6 @@ def test_bfloat16_is_of_parameters_rotary_frequencies_stay_as_they_are(tmp_path)
         assert all(b.dtype == expected[n].dtype and torch.equal(b, expected[n]) for n, b in model.named_buffers())
 
 
-def save_in_shards(folder):
-    model = SDPAccelerator().prepare(hf_sdp.patch_model(tiny_model(seed=3, **EVERYTHING), SDPConfig(coverage=0.75)))
-    hf_sdp.save_pretrained(model, folder, max_shard_size="9KB")
-    written = {}
-    consolidate(model, written.__setitem__)
-    return written
-
-
-def test_large_models_are_saved_in_shards_with_an_index(tmp_path):
-    written = run_workers(save_in_shards, tmp_path)
-    assert (
-        len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-        and (tmp_path / "model.safetensors.index.json").exists()
-    )
-    full, loaded = tiny_model(seed=3, **EVERYTHING), AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert all(torch.equal(p, full.get_parameter(n)) for n, p in loaded.named_parameters())
-    assert written[0].keys() == dict(full.named_parameters()).keys() and not any(written[1:])
-
-
 def load_other_names(folder, model_class=AutoModelForCausalLM):
     SDPAccelerator()
     with warnings.catch_warnings(record=True) as caught:
@@ -166,46 +147,3 @@ def test_initial_weights_do_not_depend_on_world_or_plan_and_are_distributed_as_t
     assert len({t.flatten()[:4].sum().item() for n, t in reference.items() if t.dim() > 1}) == sum(
         t.dim() > 1 for n, t in reference.items() if n != "lm_head.weight"
     )
-
-
-def export(folder, config, options):
-    accelerator = SDPAccelerator()
-    model = accelerator.prepare(hf_sdp.patch_model(tiny_model(seed=5, **options), SDPConfig(**config)))
-    for subnetwork in range(4):
-        hf_sdp.export_subnetwork(model, f"{folder}/{subnetwork}", subnetwork)
-    return model(**batch(0)).logits.detach()
-
-
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
-        (dict(coverage=0.5), EVERYTHING),
-        (dict(coverage=0.75, sharding="none"), dict(EVERYTHING, hidden_size=48, tie_word_embeddings=False)),
-        (dict(level="block", block_granularity="layer"), EVERYTHING),
-    ],
-    ids=str,
-)
-def test_an_exported_subnetwork_computes_what_its_worker_computes(tmp_path, config, options):
-    results = run_workers(export, tmp_path, config, options)
-    for subnetwork, logits in enumerate(results):
-        small = AutoModelForCausalLM.from_pretrained(tmp_path / str(subnetwork)).eval()
-        torch.testing.assert_close(small(**batch(0)).logits, logits, rtol=0, atol=1e-5)
-        assert small.num_parameters() < tiny_model(**options).num_parameters()
-
-
-def refuse_export(folder, config):
-    accelerator = SDPAccelerator()
-    model = accelerator.prepare(hf_sdp.patch_model(tiny_model(), SDPConfig(**config)))
-    with pytest.raises(SDPConfigError) as raised:
-        hf_sdp.export_subnetwork(model, folder / "out")
-    return str(raised.value)
-
-
-def test_what_no_config_can_say_is_not_exported(tmp_path):
-    for config, message in (
-        (dict(level="block"), "no config says"),
-        (dict(masking="backward"), "computes with the full model"),
-        (dict(coverage=0.75), "not a multiple of the number of attention heads (3)"),
-    ):
-        assert all(message in e for e in run_workers(refuse_export, tmp_path, config))
-    assert not (tmp_path / "out").exists()

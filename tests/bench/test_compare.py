@@ -2,28 +2,24 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import tiny_config
-from workers import run_workers
 
 from hf_sdp import SDPConfig
-from hf_sdp.bench.compare import network, run
+from hf_sdp.bench.compare import run
 from hf_sdp.bench.compare.contenders import BASELINES, Engine, Workplace, expected_bytes, sdp_name
 from hf_sdp.bench.compare.losses import curves
 from hf_sdp.bench.compare.measure import Sample, Samples
-from hf_sdp.bench.compare.workers import WorkerError, launch
+from hf_sdp.bench.workers import WorkerError
 from hf_sdp.cli import main
 from hf_sdp.cli.compare_command import parse_sdp
 from hf_sdp.cli.errors import CommandError
-from hf_sdp.errors import SDPConfigError
 from hf_sdp.families.meta_model import meta_model
+from tests.support.models import tiny_config
+from tests.support.workers import run_workers
 
 TINY = "--hidden-size 32 --intermediate-size 64 --layers 4 --heads 4 --vocab-size 64 --seq 16 --workers 2".split()
 VARIANTS = [SDPConfig(coverage=0.5), SDPConfig(level="block", coverage=0.5, sharding="none")]
@@ -103,30 +99,6 @@ def test_engines_with_and_without_communication():
             assert found[name]["first"] == pytest.approx(found["DDP"]["first"], abs=1e-5), name
 
 
-def fail_on_rank_1():
-    if dist.get_rank() == 1:
-        raise ValueError("no luck")
-    dist.barrier()
-
-
-def end_on_rank_1():
-    if dist.get_rank() == 1:
-        os._exit(7)
-    dist.barrier()
-
-
-@pytest.mark.parametrize("function, reason", [(fail_on_rank_1, "no luck"), (end_on_rank_1, r"exit code 7")])
-def test_a_worker_that_fails_ends_all(function, reason):
-    with pytest.raises(WorkerError) as raised:
-        launch(function, 2, timeout_s=60)
-    assert raised.value.reason.startswith("rank 1: ") and reason in raised.value.reason
-
-
-def test_workers_that_say_nothing():
-    with pytest.raises(WorkerError, match="no word from ranks"):
-        launch(time.sleep, 1, 60, timeout_s=5)
-
-
 def test_failing_worker_is_exit_code_1(tmp_path, monkeypatch, capsys):
     def failing(*args, **kwargs):
         raise WorkerError(3, "Traceback ...\nRuntimeError: out of luck\n")
@@ -169,47 +141,6 @@ def test_more_workers_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["compare", "--device", "cuda", "--workers", "4", "--output", str(tmp_path)])
     assert exit.value.code == 2 and "4 workers need a GPU each, this machine has 2" in capsys.readouterr().err
-
-
-def test_limited_network_needs_root(monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(SDPConfigError, match="not root"), network.limited_network(2, 1e9):
-        pass
-
-
-def test_bandwidths():
-    assert network.bits_per_second("1Gbit") == 1e9 and network.bits_per_second("2.5 mbit/s") == 2.5e6
-
-
-def reduced_on_the_wire() -> int:
-    """Bytes this worker sends for an all-reduce of 1 MiB."""
-    dist.barrier()
-    before = network.bytes_on_the_wire()
-    dist.all_reduce(torch.ones(2**18))
-    dist.barrier()
-    return network.bytes_on_the_wire() - before
-
-
-def _namespaces() -> list[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return [line.split()[0] for line in listed.splitlines() if line.startswith(f"hf-sdp-{os.getpid()}-")]
-
-
-def test_limited_network():
-    """Workers talk over their limited links, each with its own counter; all is removed, also after an error."""
-    try:
-        with network.limited_network(1, 1e9):
-            pass
-    except SDPConfigError as error:
-        pytest.skip(str(error))
-    with pytest.raises(ZeroDivisionError), network.limited_network(2, 1e9) as names:
-        assert len(_namespaces()) == 3
-        command = ["tc", "-n", names[1], "qdisc", "show", "dev", network.INTERFACE]
-        assert "tbf" in (shown := subprocess.run(command, capture_output=True, text=True).stdout) and "1Gbit" in shown
-        for sent in launch(reduced_on_the_wire, 2, namespaces=names, timeout_s=60):
-            assert 2**20 < sent < 1.2 * 2**20  # what a ring of two sends, and headers
-        1 / 0  # noqa: B018
-    assert not _namespaces()
 
 
 def test_summary_takes_the_slowest_worker():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sdp import SDPConfigError
 from hf_sdp.checkpoint.weights import INDEX, SINGLE, Weights, WeightsWriter
+from tests.support.models import tiny_model
 
 TENSORS = {
     "a": torch.randn(7, 3),

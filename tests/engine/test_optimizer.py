@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from models import batch, tiny_model
-from test_engine import prepared
-from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, patch_model
 from hf_sdp.model.state import get_state, local_tensor
+from tests.support.models import batch, tiny_model
+from tests.support.training import prepared
+from tests.support.workers import run_workers
 
 VARIANTS = {
     "AdamW for-loop": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),

@@ -1,7 +1,8 @@
 """Unequal workers, depth profiles and layers that are always held, against N virtual workers in one process."""
 
 import pytest
-from test_oracle import compare
+
+from tests.support.oracle import compare
 
 UNEQUAL = [0.75, 0.5, 0.5, 0.25]
 

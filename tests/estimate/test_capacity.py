@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from models import tiny_config
 
 from hf_sdp import SDPConfig, SDPConfigError, Workload, make_plan
 from hf_sdp.estimate.capacity import GIB, STEPS
 from hf_sdp.estimate.memory import worker_memory
 from hf_sdp.families.meta_model import meta_model
 from hf_sdp.planner import plan_of
+from tests.support.models import tiny_config
 
 WORKLOAD = Workload(batch=2, sequence=64)
 MODEL = tiny_config(

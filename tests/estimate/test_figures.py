@@ -1,21 +1,18 @@
-"""The figures of a plan against the same figures computed unit by unit, and the pictures."""
+"""The figures of a plan against the same figures computed unit by unit."""
 
 import itertools
-import math
-import struct
 
 import numpy as np
 import pytest
-from models import tiny_config
 
 from hf_sdp import SDPConfig, make_plan
-from hf_sdp.bench.picture import DPI, draw_plan
 from hf_sdp.estimate.figures import plan_figures
 from hf_sdp.families.meta_model import meta_model
 from hf_sdp.plan.holdings import Holdings
 from hf_sdp.plan.plan import Plan
-from hf_sdp.plan.units import MaskableModule
 from hf_sdp.plan.worker_graph import connected_components, spectral_gap
+from tests.support.models import tiny_config
+from tests.support.plans import hand_made, units_of
 
 SEQUENCE = 48
 MODEL = dict(num_attention_heads=8, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
@@ -26,15 +23,6 @@ def figures_of(workers: int, subnetworks: int, model: dict | None = None, **opti
     full = meta_model(tiny_config(**{**MODEL, **(model or {})}))
     plan = make_plan(full, config, subnetworks)
     return plan, plan_figures(plan, full, config, num_workers=workers, sequence=SEQUENCE, element_bytes=4)
-
-
-def units_of(plan: Plan):
-    """``(module, holders, elements, weights of linear layers)`` of every unit."""
-    for module in plan.modules:
-        for index, holders in enumerate(plan.unit_holders[module.name]):
-            sizes = [math.prod(plan.shapes[name]) // module.num_units for name in module.dims]
-            weights = [s for s, name in zip(sizes, module.dims, strict=True) if name.endswith("proj.weight")]
-            yield module, index, holders, sum(sizes), sum(weights)
 
 
 CASES = [
@@ -124,18 +112,6 @@ def test_the_spectral_gap_is_that_of_the_walk(options):
     assert figures.spectral_gap <= 1 - (1 / plan.coverage - 1) / 3 + 1e-9
 
 
-def hand_made(num_subnetworks: int, *holders: tuple[int, ...]) -> Plan:
-    """Layer i is held by ``holders[i]``."""
-    plan = make_plan(
-        tiny_config(num_hidden_layers=len(holders)),
-        SDPConfig(level="block", coverage=1.0, block_granularity="layer"),
-        2,
-    )
-    units = {module.name: (h,) for module, h in zip(plan.modules, holders, strict=True)}
-    values = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return Plan(**{**values, "num_subnetworks": num_subnetworks, "unit_holders": units})
-
-
 @pytest.mark.parametrize(
     ("holders", "components", "gap"),
     [
@@ -181,49 +157,3 @@ def test_a_thousand_subnetworks_are_as_many_as_eight():
         plan = hand_made(n, *family)
         gaps.append(spectral_gap(Holdings.of(plan), np.ones(len(family), dtype=int)))
     assert gaps == pytest.approx([0.75, 0.75])
-
-
-def png_size(path) -> tuple[int, int]:
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", content[16:24])
-
-
-@pytest.mark.parametrize(
-    ("layers", "subnetworks", "options"),
-    [(4, 8, dict(level="block")), (4, 4, dict(level="neuron", coverage=0.75)), (24, 128, dict(level="block"))],
-    ids=str,
-)
-def test_a_picture_has_a_size_that_follows_layers_and_subnetworks(tmp_path, layers, subnetworks, options):
-    plan = make_plan(tiny_config(num_hidden_layers=layers), SDPConfig(**options), subnetworks)
-    draw_plan(plan, tmp_path / "plan.png")
-    inches = 2 + 2 * min(max(0.3 * subnetworks, 2.5), 6), max(0.22 * layers, 3)
-    assert png_size(tmp_path / "plan.png") == tuple(int(DPI * inch) for inch in inches)
-
-
-def test_cells_of_the_picture_are_those_of_the_plan(tmp_path, monkeypatch):
-    """Read back from the axes: a cell is filled where the subnetwork holds the unit."""
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    plan = hand_made(4, (0, 1), (1, 2, 3), (0, 3))
-    draw_plan(plan, tmp_path / "plan.svg")
-    (panel,) = drawn[0].axes
-    (mesh,) = [c for c in panel.collections if hasattr(c, "get_array") and type(c).__name__ == "QuadMesh"]
-    filled = ~np.ma.getmaskarray(np.ma.masked_invalid(mesh.get_array())).reshape(3, 4)
-    assert filled.tolist() == [[True, True, False, False], [False, True, True, True], [True, False, False, True]]
-    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert labels == ["2 holders", "3 holders"]
-
-
-def test_a_picture_of_uneven_widths(tmp_path):
-    """Modules of different numbers of units stack without gaps."""
-    plan = make_plan(tiny_config(), SDPConfig(), 2)
-    module = plan.modules[1]
-    other = MaskableModule(module.name, module.kind, module.layer, 1, module.dims)
-    values = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    values["modules"] = tuple(other if m is module else m for m in plan.modules)
-    values["unit_holders"] = {**plan.unit_holders, module.name: ((0, 1),)}
-    draw_plan(Plan(**values), tmp_path / "plan.SVG")
-    assert "</svg>" in (tmp_path / "plan.SVG").read_text()

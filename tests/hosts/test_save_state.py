@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from models import batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from workers import run_workers
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
 from hf_sdp.engine.gradients import GlobalGradScaler
+from tests.support.models import batch, tiny_model
+from tests.support.resume import optimizer_of
+from tests.support.workers import run_workers
 
 
 class Counter:
@@ -99,7 +100,6 @@ def load_from_plain(folder, config):
 
 
 def test_a_plain_accelerators_state_is_loaded(tmp_path):
-    from test_resume import optimizer_of
 
     run_workers(save_plain, tmp_path, world_size=1)
     assert run_workers(load_from_plain, tmp_path, dict(coverage=0.75)) == [1e-2] * 4

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_sdp import SDPConfig, patch_model
 from hf_sdp.model.state import get_state
+from tests.support.models import batch, tiny_model
 
 
 def backward_model(rank: int, dtype=torch.float32, **config):

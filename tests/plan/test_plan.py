@@ -4,13 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import networkx as nx
 import pytest
-from models import tiny_config, tiny_model
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, make_plan
 from hf_sdp.plan.even import MAX_HOLDER_SETS, reduced, worker_graph
+from tests.support.models import tiny_config, tiny_model
 
 SHAPES = {  # key/value heads, layers, neurons -> how many of the settings below can be met
     (2, 4, 96): 92, (4, 1, 128): 64, (5, 3, 100): 102, (8, 8, 1376): 118, (3, 7, 129): 104,
@@ -172,12 +173,12 @@ def test_seeds_deal_other_plans_of_the_same_balance():
 
 def test_the_hash_is_the_same_in_every_process():
     code = (
-        "from models import tiny_config; from hf_sdp import *; "
+        "from tests.support.models import tiny_config; from hf_sdp import *; "
         "print(make_plan(tiny_config(), SDPConfig(seed=3), 4).hash)"
     )
     hashes = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=os.path.dirname(__file__),
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=Path(__file__).parents[2],
             capture_output=True, text=True, check=True, timeout=120,
         ).stdout.split()[-1]
         for seed in ("1",)  # this process has another

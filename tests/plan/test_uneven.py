@@ -5,10 +5,10 @@ import itertools
 import networkx as nx
 import numpy as np
 import pytest
-from models import tiny_config
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, Workload, make_plan
 from hf_sdp.plan.even import worker_graph
+from tests.support.models import tiny_config
 
 UNEQUAL = [0.75, 0.5, 0.5, 0.25]
 

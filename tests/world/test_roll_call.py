@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import sys
-from models import batch, tiny_model
+from tests.support.models import batch, tiny_model
 from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, patch_model
 
 accelerator = SDPAccelerator(cpu=True)
@@ -26,12 +26,11 @@ if accelerator.process_index == int(sys.argv[1]):
 @pytest.mark.parametrize("stays", [0, 1])
 def test_waiting_for_a_worker_that_has_ended_is_an_error_at_once(tmp_path, stays):
     (tmp_path / "script.py").write_text(SCRIPT)
-    tests = Path(__file__).parent
-    config = tests.parent / "configs" / "accelerate" / "cpu_2.yaml"
+    root = Path(__file__).parents[2]
+    config = root / "configs" / "accelerate" / "cpu_2.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, tmp_path / "script.py"]
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
     done = subprocess.run(
-        [*command, str(stays)], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120
+        [*command, str(stays)], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert f"Rank {stays}: a forward in eval mode is a collective" in done.stdout
