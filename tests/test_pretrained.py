@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hf_sdp
-from hf_sdp import SDPAccelerator, SDPConfig, consolidate
+from hf_sdp import SDPAccelerator, SDPConfig, consolidate, verify
 from hf_sdp.checkpoint.weights import Weights
-from hf_sdp.engine import consistency as verify
 from hf_sdp.engine.placement import local_box, numel
 from hf_sdp.model.state import get_state
 from tests.support.models import batch, tiny_config, tiny_model

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
-from hf_sdp.engine import consistency as verify
+from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model, verify
 from hf_sdp.engine.placement import numel, owned_boxes
 from hf_sdp.model.state import get_state, local_tensor
 from tests.support.models import tiny_model

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model
-from hf_sdp.engine import consistency as verify
+from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model, verify
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
 
