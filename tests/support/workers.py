@@ -6,6 +6,7 @@ A worker that raises sends its traceback; one that does not answer in time ends 
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -13,6 +14,7 @@ from hf_sdp.bench.workers import Answers, answer, collect, context, join_world
 
 COLLECTIVE_TIMEOUT_S = 100
 START_S = 60  # what the first function of a pool may take longer
+END_S = 60  # for a worker's own end
 _POOLS: dict[int, "Pool"] = {}
 
 
@@ -25,13 +27,19 @@ def run_workers(function: Callable, *args, world_size: int = 4, timeout_s: float
     try:
         return pool.run(function, args, timeout_s)
     except BaseException:
-        _POOLS.pop(world_size).stop()
+        _POOLS.pop(world_size).kill()
         raise
 
 
 def stop_all() -> None:
+    """Workers that have done all that was asked for leave their process groups and end by themselves, without fault.
+
+    Their processes end as those of multiprocessing do, without the interpreter's finalization. Processes that finalize
+    are those of world/test_roll_call.py.
+    """
     for world_size in list(_POOLS):
-        _POOLS.pop(world_size).stop()
+        exit_codes = _POOLS.pop(world_size).stop()
+        assert exit_codes == [0] * world_size, f"exit codes of {world_size} workers at their end: {exit_codes}"
 
 
 class Pool:
@@ -57,7 +65,18 @@ class Pool:
         _raise_failures(answers)
         return [answers.results[rank] for rank in range(len(self.pipes))]
 
-    def stop(self) -> None:
+    def stop(self) -> list[int | None]:
+        """Let the workers end. Returns: their exit codes, None for those that have not ended in time."""
+        for pipe in self.pipes:
+            pipe.close()
+        deadline = time.monotonic() + END_S
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        exit_codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return exit_codes
+
+    def kill(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -74,14 +93,17 @@ def _raise_failures(answers: Answers) -> None:
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    import torch.distributed as dist
+
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     join_world(rank, world_size, rendezvous, timeout_s=COLLECTIVE_TIMEOUT_S)
     while True:
         try:
             function, args = pipe.recv()
-        except EOFError:
-            return
+        except EOFError:  # the pool has closed the pipe
+            break
         answer(pipe, _call_afresh, (function, args))
+    dist.destroy_process_group()
 
 
 def _call_afresh(function: Callable, args: tuple):
