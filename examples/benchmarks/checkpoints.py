@@ -249,8 +249,8 @@ def tables(result: dict) -> str:
     lines = ["| written by | read by | parameters | optimizer state | loss, moved | loss, stayed |", "|" + " --- |" * 6]
     for row in result["moves"]:
         lines.append(
-            f"| {row['written']} | {row['read']} | {row['parameters']:g} | {row['optimizer']:g} | {row['loss_moved']:.4f} | "
-            f"{row['loss_stayed']:.4f} |"
+            f"| {row['written']} | {row['read']} | {row['parameters']:g} | {row['optimizer']:g} | "
+            f"{row['loss_moved']:.4f} | {row['loss_stayed']:.4f} |"
         )
     lines += ["", "| engine | save, s | load, s | MB | save / DDP | load / DDP |", "|" + " --- |" * 6]
     engines = {name: values for name, values in result["cost"].items() if name != "num_parameters"}

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/kill_and_resume.py --kills 20
 
 Four real workers train a tiny Llama under the Trainer and save every second step. SIGKILL hits one of them at a moment
-drawn from the time between the first step and the end; as a launcher would, the script then stops the others and starts all again with
-``resume_from_checkpoint=True``. After every kill the run goes on to its end, whose weights must be those of the
-undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
+drawn from the time between the first step and the end. As a launcher would, the script then stops the others and starts
+all again with ``resume_from_checkpoint=True``. After every kill the run goes on to its end, whose weights must be those
+of the undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
 """
 
 import argparse

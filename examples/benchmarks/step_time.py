@@ -3,10 +3,11 @@
     python examples/benchmarks/step_time.py                                  # 4 workers, writes step_time.json
     python examples/benchmarks/step_time.py --profile "SDP neuron C=0.5"     # where the time of a step goes
 
-All engines are stepped in turn, as `hf-sdp compare` does (hf_sdp/bench/compare/measure.py), which also splits the step, measures
-memory, and limits bandwidth; here are the engines that show what SDP adds to FSDP2 at coverage 1. A step's time is that
-of the slowest worker, median over the rounds; "CPU" is the processor time that all workers spent on it together, which other
-programs on the machine disturb least. One thread a worker. Llama of 6.85 M parameters, fp32, random tokens.
+All engines are stepped in turn, as `hf-sdp compare` does (hf_sdp/bench/compare/measure.py), which also splits the step,
+measures memory, and limits bandwidth; here are the engines that show what SDP adds to FSDP2 at coverage 1. A step's
+time is that of the slowest worker, median over the rounds. "CPU" is the processor time that all workers spent on it
+together, which other programs on the machine disturb least. One thread a worker. Llama of 6.85 M parameters, fp32,
+random tokens.
 
 Bytes are counted as a ring sends them (hf_sdp/engine/traffic.py); gloo's reduce-scatter is an all-reduce inside.
 """

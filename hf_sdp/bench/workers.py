@@ -125,8 +125,10 @@ def launch(
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that workers are ended and what was made is removed. (Signals can be set in the main
-    thread only.)"""
+    """SIGTERM raises SystemExit, so that workers are ended and what was made is removed.
+
+    Without effect in other threads than the main one: signals can be set there only.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -18,8 +18,8 @@ TINY = dict(
     vocab_size=300, sequence=16, batch=1, workers=4, steps=8, evaluations=2, eval_sequences=8,
 )  # fmt: skip
 TINY_OPTIONS = (
-    "--hidden 32 --mlp 64 --layers 4 --heads 4 --vocabulary 300 --seq 16 --batch 1 --workers 4 --steps 8 --evaluations 2 "
-    "--eval-sequences 8 --seeds 0"
+    "--hidden 32 --mlp 64 --layers 4 --heads 4 --vocabulary 300 --seq 16 --batch 1 --workers 4 --steps 8 "
+    "--evaluations 2 --eval-sequences 8 --seeds 0"
 ).split()
 IDS = torch.arange(16).reshape(1, 16)
 
@@ -85,7 +85,7 @@ class TestDropout:
 
 class TestStochasticDepth:
     def test_evaluation_scales_each_block_by_its_survival(self):
-        """A residual branch is linear in its last layer: the scaled model is the dense one with scaled weights there."""
+        """A branch is linear in its last layer: the scaled model is the dense one with scaled weights there."""
         dense, model = build("data-parallel").eval(), build("stochastic-depth-linear@0.75").eval()
         probabilities = survival_probabilities(0.75, 8, linear=True)
         with torch.no_grad():

@@ -57,8 +57,8 @@ def save_everywhere(folder):
     from hf_sdp import consolidate
 
     arguments = dict(
-        max_steps=6, gradient_accumulation_steps=1, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1, learning_rate=3e-1,
+        max_steps=6, gradient_accumulation_steps=1, save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1, learning_rate=3e-1,
     )  # fmt: skip
 
     class LateSave(TrainerCallback):

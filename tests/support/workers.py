@@ -93,9 +93,9 @@ def _raise_failures(answers: Answers) -> None:
 
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import torch.distributed as dist
 
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     join_world(rank, world_size, rendezvous, timeout_s=COLLECTIVE_TIMEOUT_S)
     while True:
         try:
