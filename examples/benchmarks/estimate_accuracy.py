@@ -5,8 +5,8 @@
 
 Measured as in peak_memory.py: torch's fake process group, the CPU allocator's events of the third step or later. The
 peak is parameters and AdamW's moments, DDP's buckets, and the peak of one step above what was allocated before it.
-Predicted: ``hf_sdp.estimate.memory``, on the meta device. One process; about half a minute for a setting of the larger model.
-With ``--measured estimate_accuracy.json`` what that file has is not measured again, only predicted.
+Predicted: ``hf_sdp.estimate.memory``, on the meta device. One process; about half a minute for a setting of the larger
+model. With ``--measured estimate_accuracy.json`` what that file has is not measured again, only predicted.
 
 bfloat16 is FSDP2's mixed precision, for DDP autocast. The CPU's bfloat16 matrix products hold their result in float32
 for a moment, which the meta device does not show (FORMULAS.md).

@@ -50,8 +50,14 @@ def train(folder, sdp, arguments=None, model=None, ragged=False):
 
 
 def losses_of(log_history) -> list[float]:
-    return [entry["loss"] for entry in log_history if "loss" in entry]
+    return _logged("loss", log_history)
 
 
 def norms_of(log_history) -> list[float]:
-    return [entry["grad_norm"] for entry in log_history if "grad_norm" in entry]
+    return _logged("grad_norm", log_history)
+
+
+def _logged(key: str, log_history) -> list[float]:
+    values = [entry[key] for entry in log_history if key in entry]
+    assert values, f"no {key} was logged: nothing would be compared"
+    return values
