@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_sdp import SDPCallback, SDPConfig, patch_model
 from hf_sdp.bench import corpus
+from hf_sdp.bench.small_llama import small_llama
 
 
 @dataclass
@@ -117,7 +118,8 @@ def main() -> None:
             data_args.cache_dir, shape.vocab_size, data_args.block_length, data_args.max_bytes, data_args.text_file
         )
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        llama = LlamaConfig(**asdict(shape), **special, max_position_embeddings=data_args.block_length)
+        positions = data_args.block_length
+        llama = small_llama(**asdict(shape), **special, max_position_embeddings=positions, use_cache=True)
         folder = initial_model(llama, training.seed, data_args.cache_dir)
 
     model = load_model(folder, training.engine, config, training.world_size)

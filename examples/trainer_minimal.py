@@ -1,4 +1,7 @@
-"""SDP in an unmodified Trainer: accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/trainer_minimal.py"""
+"""SDP in an unmodified Trainer.
+
+accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/trainer_minimal.py
+"""
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments

@@ -17,15 +17,16 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, set_seed
 
-from hf_sdp.bench.compare.workers import launch
+from hf_sdp.bench.loading_memory import load_and_watch, make_checkpoint
+from hf_sdp.bench.small_llama import small_llama
+from hf_sdp.bench.workers import launch
 
 SEQUENCES, BEFORE, AFTER = 16, 10, 20
 NEURON, BLOCK = dict(level="neuron", coverage=0.5), dict(level="block", coverage=0.5)
@@ -47,20 +48,9 @@ MOVES = [  # (world, SDPConfig or None for DDP) that writes -> that reads
 ]
 
 
-def small_llama(seed: int = 0) -> LlamaForCausalLM:
+def make_model(seed: int = 0) -> LlamaForCausalLM:
     set_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )  # fmt: skip
-    )
+    return LlamaForCausalLM(small_llama(vocab_size=256, hidden_size=64, intermediate_size=128))
 
 
 def prepared(model, sdp: dict | None, **options):
@@ -104,7 +94,7 @@ def evaluate(model) -> float:
 
 
 def write_and_go_on(folder: str, sdp: dict | None) -> float:
-    accelerator, model, optimizer = prepared(small_llama(), sdp)
+    accelerator, model, optimizer = prepared(make_model(), sdp)
     learn(accelerator, model, optimizer, range(BEFORE))
     accelerator.save_state(folder)
     learn(accelerator, model, optimizer, range(BEFORE, BEFORE + AFTER))
@@ -120,7 +110,7 @@ def read_and_go_on(folder: str, copy: str, sdp: dict | None) -> float:
         accelerator, model, optimizer = prepared(model, None)
         load_optimizer(optimizer, model, open_optimizer_state(optimizer, model, folder))
     else:
-        accelerator, model, optimizer = prepared(small_llama(seed=1), sdp)
+        accelerator, model, optimizer = prepared(make_model(seed=1), sdp)
         accelerator.load_state(folder)
     accelerator.save_state(copy)
     learn(accelerator, model, optimizer, range(BEFORE, BEFORE + AFTER))
@@ -135,7 +125,7 @@ def read_full(folder: Path) -> tuple[dict, dict]:
 
     weights, state = load_file(folder / "model.safetensors"), {}
     if (folder / "optimizer.bin").is_file():
-        names = [name for name, _ in small_llama().named_parameters()]
+        names = [name for name, _ in make_model().named_parameters()]
         for number, values in torch.load(folder / "optimizer.bin", weights_only=True)["state"].items():
             state.update({f"{names[number]}/{key}": value for key, value in values.items() if value.dim()})
         return weights, state
@@ -165,7 +155,7 @@ def moves() -> list[dict]:
             folder, stayed = written[key]
             copy = Path(parent, f"read-{number}")
             if sdp is None and not (folder / "config.json").is_file():
-                small_llama().config.save_pretrained(folder)
+                make_model().config.save_pretrained(folder)
             moved = launch(read_and_go_on, new_world, str(folder), str(copy), new_sdp)[0]
             (weights, state), (new_weights, new_state) = read_full(folder), read_full(copy)
             rows.append(
@@ -195,10 +185,9 @@ def time_rounds(folder: str, rounds: int) -> dict[str, dict]:
     ready = {}
     for name, sdp in engines.items():
         set_seed(0)
-        config = LlamaConfig(
-            vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
-            num_key_value_heads=8, tie_word_embeddings=False, use_cache=False,
-        )  # fmt: skip
+        config = small_llama(
+            vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8
+        )
         accelerator, model, optimizer = ready[name] = prepared(LlamaForCausalLM(config), sdp)
         ids = torch.zeros(1, 16, dtype=torch.long)
         accelerator.backward(model(input_ids=ids, labels=ids).loss)
@@ -234,63 +223,10 @@ def cost(rounds: int) -> dict:
     return result
 
 
-class PeakMemory(threading.Thread):
-    """Largest resident memory of this process while it runs: all of it, and what is not mapped from files, in bytes."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.done, self.all, self.anonymous = threading.Event(), 0, 0
-
-    def run(self):
-        while not self.done.is_set():
-            self.all, self.anonymous = (max(a, b) for a, b in zip((self.all, self.anonymous), resident(), strict=True))
-            self.done.wait(0.002)
-
-    def stop(self) -> tuple[int, int]:
-        self.done.set()
-        self.join()
-        return self.all, self.anonymous
-
-
-def resident() -> tuple[int, int]:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
-
-
-def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
-    import hf_sdp
-    from hf_sdp import SDPAccelerator, SDPConfig
-    from hf_sdp.engine.sharded import find_sharded
-    from hf_sdp.model.state import local_tensor
-
-    accelerator = SDPAccelerator(cpu=True)
-    before, watch = resident(), PeakMemory()
-    watch.start()
-    if sliced:
-        model = hf_sdp.from_pretrained(folder, SDPConfig(**sdp))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        model = accelerator.prepare(hf_sdp.patch_model(model, SDPConfig(**sdp)))
-    peak = watch.stop()
-    stored = sum(local_tensor(p.detach()).nbytes for p in find_sharded(model).parameters.values())
-    return {"resident": peak[0] - before[0], "anonymous": peak[1] - before[1], "stored": stored}
-
-
-def big_checkpoint(folder: Path) -> int:
-    """Makes a checkpoint of 325 MB; returns the bytes of its largest tensor."""
-    config = LlamaConfig(
-        vocab_size=16000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
-        num_key_value_heads=12, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    return max(p.nbytes for p in model.parameters())
-
-
 def memory() -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        largest = big_checkpoint(Path(folder))
+        largest = make_checkpoint(Path(folder))
         size = os.path.getsize(f"{folder}/model.safetensors")
         for sdp in (NEURON, BLOCK, dict(coverage=0.5, masking="backward"), dict(coverage=0.5, sharding="none")):
             for sliced in (False, True):
@@ -313,8 +249,8 @@ def tables(result: dict) -> str:
     lines = ["| written by | read by | parameters | optimizer state | loss, moved | loss, stayed |", "|" + " --- |" * 6]
     for row in result["moves"]:
         lines.append(
-            f"| {row['written']} | {row['read']} | {row['parameters']:g} | {row['optimizer']:g} | {row['loss_moved']:.4f} | "
-            f"{row['loss_stayed']:.4f} |"
+            f"| {row['written']} | {row['read']} | {row['parameters']:g} | {row['optimizer']:g} | "
+            f"{row['loss_moved']:.4f} | {row['loss_stayed']:.4f} |"
         )
     lines += ["", "| engine | save, s | load, s | MB | save / DDP | load / DDP |", "|" + " --- |" * 6]
     engines = {name: values for name, values in result["cost"].items() if name != "num_parameters"}

@@ -1,14 +1,15 @@
 """Predicted against measured memory of one worker of eight: DDP, FSDP2 and SDP, in settings far apart.
 
-    OMP_NUM_THREADS=1 python examples/benchmarks/estimate_accuracy.py --output examples/benchmarks/estimate_accuracy.json
+    OMP_NUM_THREADS=1 python examples/benchmarks/estimate_accuracy.py \\
+        --output examples/benchmarks/estimate_accuracy.json
 
-Measured as in peak_memory.py: torch's fake process group, the CPU allocator's events of the third step or later. The peak
-is parameters and AdamW's moments, DDP's buckets, and the peak of one step above what was allocated before it. Predicted:
-``hf_sdp.estimate.memory``, on the meta device. One process; about half a minute for a setting of the larger model.
-With ``--measured estimate_accuracy.json`` what that file has is not measured again, only predicted.
+Measured as in peak_memory.py: torch's fake process group, the CPU allocator's events of the third step or later. The
+peak is parameters and AdamW's moments, DDP's buckets, and the peak of one step above what was allocated before it.
+Predicted: ``hf_sdp.estimate.memory``, on the meta device. One process; about half a minute for a setting of the larger
+model. With ``--measured estimate_accuracy.json`` what that file has is not measured again, only predicted.
 
-bfloat16 is FSDP2's mixed precision, for DDP autocast. The CPU's bfloat16 matrix products hold their result in float32 for a
-moment, which the meta device does not show (FORMULAS.md).
+bfloat16 is FSDP2's mixed precision, for DDP autocast. The CPU's bfloat16 matrix products hold their result in float32
+for a moment, which the meta device does not show (FORMULAS.md).
 """
 
 import argparse
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.bench.small_llama import small_llama
 from hf_sdp.estimate.memory import Step, fsdp_step, replicated_step, sdp_step
 from hf_sdp.workload import Workload
 
@@ -95,7 +97,7 @@ def settings() -> list[Setting]:
 
 
 def model_config(name: str) -> LlamaConfig:
-    return LlamaConfig(**{"tie_word_embeddings": False, **MODELS[name]}, use_cache=False)
+    return small_llama(**MODELS[name])
 
 
 def predict(setting: Setting, batch: tuple[int, int]) -> Step:

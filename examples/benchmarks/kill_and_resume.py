@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/kill_and_resume.py --kills 20
 
 Four real workers train a tiny Llama under the Trainer and save every second step. SIGKILL hits one of them at a moment
-drawn from the time between the first step and the end; as a launcher would, the script then stops the others and starts all again with
-``resume_from_checkpoint=True``. After every kill the run goes on to its end, whose weights must be those of the
-undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
+drawn from the time between the first step and the end. As a launcher would, the script then stops the others and starts
+all again with ``resume_from_checkpoint=True``. After every kill the run goes on to its end, whose weights must be those
+of the undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hf_sdp.bench.compare.workers import context, join_world
+from hf_sdp.bench.workers import context, join_world
 
 NUM_WORKERS, NUM_STEPS, SAVE_STEPS = 4, 10, 2
 CONFIGS = [
@@ -34,9 +34,10 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     """One worker's life: from the newest complete checkpoint, if there is one, to the end."""
     import torch
     import torch.distributed as dist
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from hf_sdp import SDPCallback, SDPConfig, patch_model
+    from hf_sdp.bench.small_llama import small_llama
     from hf_sdp.checkpoint.folder import newest_complete
 
     log = open(f"{folder}.{rank}.log", "a")  # noqa: SIM115, for the life of the process
@@ -49,9 +50,9 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
         warmup_steps=2, report_to="none", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     set_seed(0)
-    config = LlamaConfig(
+    config = small_llama(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, attention_dropout=0.1,
+        attention_dropout=0.1, use_cache=True,
     )  # fmt: skip
     model = patch_model(LlamaForCausalLM(config), SDPConfig(**sdp))
     ids = torch.randint(0, 128, (256, 16), generator=torch.Generator().manual_seed(1))

@@ -4,12 +4,12 @@
     python examples/benchmarks/peak_memory.py --device cuda                  # bf16 autocast, 134 M and 1.1 B parameters
 
 Collectives run on torch's fake process group: buffers are allocated as ever, no data moves, values are garbage. What is
-summed up: parameters and AdamW's moments this worker stores, DDP's gradient buckets, and the peak of one step above what
-was allocated before it (gradients, activations, gathered parameters, buffers of collectives). Every case has a process of
-its own; the step measured is the third, when moments exist and DDP has rebuilt its buckets.
+summed up: parameters and AdamW's moments this worker stores, DDP's gradient buckets, and the peak of one step above
+what was allocated before it (gradients, activations, gathered parameters, buffers of collectives). Every case has a
+process of its own; the step measured is the third, when moments exist and DDP has rebuilt its buckets.
 
-On CPU the peak comes from the allocator's events in the profiler, on CUDA from torch.cuda.max_memory_allocated. The CUDA
-path has never been run: it was written on a machine without a GPU. DDP's buckets are not measured: they are as
+On CPU the peak comes from the allocator's events in the profiler, on CUDA from torch.cuda.max_memory_allocated. The
+CUDA path has never been run: it was written on a machine without a GPU. DDP's buckets are not measured: they are as
 large as the gradients. Its reducer cannot wait for fake collectives, hence the communication hook that does nothing.
 """
 
@@ -19,15 +19,18 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_sdp import SDPConfig
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.bench.small_llama import small_llama
 
 WORLD_SIZE = 8
 MODELS = {
     "97M": dict(vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
-    "134M": dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
+    "134M": dict(
+        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+    ),
     "1.1B": dict(
         vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
         num_key_value_heads=4,
@@ -55,7 +58,7 @@ def cases(coverages: list[float]) -> dict[str, SDPConfig | None]:
 def measure(name: str, config: SDPConfig | None, model_name: str, device_name: str) -> dict[str, dict[str, int]]:
     """``{"4 x 512": {"parameters": bytes, "moments": bytes, "buckets": bytes, "step": bytes}, ...}``"""
     device = torch.device(device_name)
-    model_config = LlamaConfig(**MODELS[model_name], tie_word_embeddings=False, use_cache=False)
+    model_config = small_llama(**MODELS[model_name])
     batches = BATCHES[device.type]
     with fake_world(WORLD_SIZE):
         model, optimizer = parallelize(LlamaForCausalLM(model_config), config or name, device)

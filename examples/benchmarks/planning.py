@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/planning.py --output examples/benchmarks/planning.json
 
-Planning is the model on the meta device and make_plan. Memory is the peak of the process above what it had when all imports were
-done (an upper bound: the imports' own peak counts as well).
+Planning is the model on the meta device and make_plan. Memory is the peak of the process above what it had when all
+imports were done (an upper bound: the imports' own peak counts as well).
 """
 
 import argparse
@@ -88,8 +88,9 @@ def main():
             ).stdout
             rows.append(row := json.loads(answer.splitlines()[-1]))
             print(
-                f"| {level} | {workers} | {row['units']} | {row['plan_s']:.2f} | {row['plan_peak_bytes'] / 2**20:.0f} | "
-                f"{row['figures_s']:.2f} | {row['spectral_gap']:.4f} | {row['spectral_gap_s']:.3f} |",
+                f"| {level} | {workers} | {row['units']} | {row['plan_s']:.2f} | "
+                f"{row['plan_peak_bytes'] / 2**20:.0f} | {row['figures_s']:.2f} | "
+                f"{row['spectral_gap']:.4f} | {row['spectral_gap_s']:.3f} |",
                 flush=True,
             )
     if options.output:

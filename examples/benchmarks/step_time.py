@@ -3,10 +3,11 @@
     python examples/benchmarks/step_time.py                                  # 4 workers, writes step_time.json
     python examples/benchmarks/step_time.py --profile "SDP neuron C=0.5"     # where the time of a step goes
 
-All engines are stepped in turn, as `hf-sdp compare` does (hf_sdp/bench/compare/measure.py), which also splits the step, measures
-memory, and limits bandwidth; here are the engines that show what SDP adds to FSDP2 at coverage 1. A step's time is that
-of the slowest worker, median over the rounds; "CPU" is the processor time that all workers spent on it together, which other
-programs on the machine disturb least. One thread a worker. Llama of 6.85 M parameters, fp32, random tokens.
+All engines are stepped in turn, as `hf-sdp compare` does (hf_sdp/bench/compare/measure.py), which also splits the step,
+measures memory, and limits bandwidth; here are the engines that show what SDP adds to FSDP2 at coverage 1. A step's
+time is that of the slowest worker, median over the rounds. "CPU" is the processor time that all workers spent on it
+together, which other programs on the machine disturb least. One thread a worker. Llama of 6.85 M parameters, fp32,
+random tokens.
 
 Bytes are counted as a ring sends them (hf_sdp/engine/traffic.py); gloo's reduce-scatter is an all-reduce inside.
 """
@@ -19,18 +20,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig
 
 from hf_sdp import SDPConfig
 from hf_sdp.bench.compare.contenders import Contender, Workplace, expected_bytes
 from hf_sdp.bench.compare.measure import timed_rounds
 from hf_sdp.bench.compare.run import summary
-from hf_sdp.bench.compare.workers import launch
+from hf_sdp.bench.small_llama import small_llama
+from hf_sdp.bench.workers import launch
 
 LENGTH = 128
 MODEL = dict(
     vocab_size=1024, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=8, max_position_embeddings=LENGTH, tie_word_embeddings=False,
+    num_key_value_heads=8, max_position_embeddings=LENGTH,
 )  # fmt: skip
 ENGINES = {
     "DDP": None,
@@ -129,7 +130,7 @@ def main():
     parser.add_argument("--profile", choices=ENGINES, help="profile this engine instead of timing all")
     parser.add_argument("--output", type=Path, help="JSON file for times, bytes and settings")
     options = parser.parse_args()
-    config = LlamaConfig(**MODEL, use_cache=False)
+    config = small_llama(**MODEL)
     workplace = Workplace(model=config, workers=options.workers, batch=options.tokens // LENGTH, sequence=LENGTH)
     measured = launch(worker, options.workers, workplace, options)
     if options.profile:

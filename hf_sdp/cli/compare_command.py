@@ -17,7 +17,7 @@ from ..bench.compare import run
 from ..bench.compare.contenders import BASELINES, Workplace, sdp_name
 from ..bench.compare.plots import draw
 from ..bench.compare.report import about, tables, write
-from ..bench.compare.workers import WorkerError
+from ..bench.workers import WorkerError
 from ..config import SDPConfig
 from ..families.meta_model import meta_model
 from ..workload import Workload

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ...config import SDPConfig
+from ..workers import progress
 from .contenders import Contender, Workplace
-from .workers import progress
 
 SMALLEST_VOCABULARY = 512
 """Of a byte-level BPE worth the name; a model with less learns synthetic tokens."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from ...errors import SDPConfigError
+from ..small_llama import small_llama
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Setting:
             )
 
     def model_config(self) -> LlamaConfig:
-        return LlamaConfig(
+        return small_llama(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -78,8 +79,6 @@ class Setting:
             num_key_value_heads=self.num_key_value_heads,
             initializer_range=self.initializer_range,
             max_position_embeddings=self.sequence,
-            tie_word_embeddings=False,
-            use_cache=False,
         )
 
     @property

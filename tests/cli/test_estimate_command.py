@@ -1,0 +1,76 @@
+"""``hf-sdp estimate``: what it prints, and what it refuses."""
+
+import contextlib
+import json
+import resource
+
+import pytest
+
+from hf_sdp.cli import main
+from hf_sdp.cli.units import Bandwidth
+from tests.support.models import SMALL, tiny_config
+
+
+def run(capsys, *arguments) -> str:
+    """What ``hf-sdp estimate`` prints when all is well."""
+    with contextlib.suppress(SystemExit):
+        main(["estimate", *map(str, arguments)])
+    printed = capsys.readouterr()
+    assert printed.out, printed.err
+    return printed.out
+
+
+def test_command_as_table_and_json(capsys, tmp_path):
+    tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
+    arguments = ["--workers", "4", "--level", "block", "--batch", "2", "--seq", "64"]
+    assert "SDP, sharding none" in run(capsys, tmp_path, *arguments)
+    arguments += ["--bandwidth", "1Gbit", "--flops", "1TFLOPS", "--json"]
+    engines = {e["engine"]: e for e in json.loads(run(capsys, tmp_path, *arguments))["engines"]}
+    assert len(engines) == 9
+    ddp, full, none = (engines[name] for name in ("DDP", "SDP, sharding full", "SDP, sharding none"))
+    assert full["peak_bytes"]["max"] < none["peak_bytes"]["max"] < ddp["peak_bytes"]["max"]
+    assert ddp["step_time_s"]["total"] == pytest.approx(ddp["step_time_s"]["compute"] + ddp["step_time_s"]["exposed"])
+    between = (full["peak_bytes"]["max"] + none["peak_bytes"]["max"]) / 2
+    report = json.loads(run(capsys, tmp_path, *arguments, "--gib", between / 2**30))
+    assert [e["fits"] for e in report["engines"] if e["engine"].startswith("SDP")] == [True, True, False]
+    largest = report["largest_coverage_that_fits"]
+    assert largest["SDP, sharding none"] == 0.25 and largest["SDP, sharding full"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--bandwidth", "-1Gbit", "--flops", "1e12"],
+        ["--bandwidth", "10Gfoo", "--flops", "1e12"],
+        ["--bandwidth", "10Gbit"],
+        ["--bandwidth", "10Gbit", "--flops", "fast"],
+        ["--gib", "0"],
+        ["--num-subnetworks", "3"],
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, wrong):
+    with pytest.raises(SystemExit) as exited:
+        main(["estimate", "llama-134m", *wrong])
+    captured = capsys.readouterr()
+    assert exited.value.code == 2 and captured.out == "" and len(captured.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_second"),
+    [("10Gbit", 1.25e9), ("25GB/s", 25e9), ("800Mbit", 1e8), ("100Gbps", 12.5e9), ("1GiB/s", 2**30)],
+)
+def test_bandwidths(text, bytes_per_second):
+    assert Bandwidth().convert(text, None, None) == bytes_per_second
+
+
+def test_a_model_of_70_billion_parameters_takes_little_memory(capsys, tmp_path):
+    tiny_config(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = json.loads(run(capsys, tmp_path, "--level", "block", "--json"))
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert report["parameters"] > 70e9
+    assert grown_kib < 300 * 1024

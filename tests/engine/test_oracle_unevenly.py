@@ -1,0 +1,37 @@
+"""Unequal workers, depth profiles and layers that are always held, against N virtual workers in one process."""
+
+import pytest
+
+from tests.support.oracle import compare
+
+UNEQUAL = [0.75, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("sharding", ["full", "none"])
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_unequal_workers_equal_the_oracle(level, masking, sharding):
+    compare(dict(level=level, masking=masking, sharding=sharding, coverage=UNEQUAL), accumulation=2, steps=6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(level="neuron", depth_profile="linear"),
+        dict(level="block", depth_profile="linear", masking="backward"),
+        dict(level="neuron", always_held=[0, -1], coverage=[0.25, 0.25, 0.5, 0.75], reshard_after_forward=True),
+        dict(level="block", always_held=[-1], coverage=[1.0, 0.5, 0.5, 0.5], balance="compute"),
+        # Units with one and with two holders in one module: the mean is over another number for each slice.
+        dict(level="neuron", coverage=[0.75, 0.25, 0.25, 0.25], masking="backward"),
+        dict(level="neuron", coverage=[0.75, 0.25, 0.25, 0.25]),
+    ],
+    ids=str,
+)
+def test_profiles_and_held_layers_equal_the_oracle(options):
+    compare(
+        {"coverage": 0.5, **options}, model_options=dict(attention_bias=True, mlp_bias=True), optimizer="adamw", steps=8
+    )
+
+
+def test_replicas_of_unequal_subnetworks_equal_the_oracle():
+    compare(dict(coverage=[0.75, 0.25], num_subnetworks=2), steps=6, oracle=dict(simulate=2))

@@ -1,0 +1,103 @@
+"""Bytes that are sent, and the order of collectives."""
+
+import itertools
+
+import networkx as nx
+import pytest
+import torch
+import torch.distributed as dist
+
+from hf_sdp import SDPConfig, make_plan
+from hf_sdp.engine.sharded import find_sharded
+from tests.support.models import tiny_config
+from tests.support.training import EVERYTHING, one_step, prepared
+from tests.support.workers import run_workers
+
+
+def count_collectives(config, micro_batches, model_options=None):
+    """Bytes sent in the second step: as the engine counts, and as seen where torch.distributed is called."""
+    seen, calls = [0], []
+
+    def spied(name, sent):
+        original = getattr(dist, name)
+
+        def call(*args, **kwargs):
+            group = kwargs.get("group")
+            n = dist.get_world_size(group)
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            if tensors[0].numel() > 1:  # not the gradient norm
+                seen[0] += sent(n, tensors)
+                calls.append((name, tuple(dist.get_process_group_ranks(group))))
+            return original(*args, **kwargs)
+
+        return name, original, call
+
+    def smaller(n, tensors):
+        return (n - 1) * min(t.nbytes for t in tensors)
+
+    spies = [
+        spied(name, sent)
+        for name, sent in {
+            "all_gather_single": smaller, "all_gather_into_tensor": smaller,
+            "reduce_scatter_single": smaller, "reduce_scatter_tensor": smaller,
+            "all_reduce": lambda n, t: 2 * (n - 1) * t[0].nbytes // n,
+        }.items() if hasattr(dist, name)
+    ]  # fmt: skip
+    accelerator, model, optimizer = prepared(config, model_options, gradient_accumulation_steps=micro_batches)
+    one_step(accelerator, model, optimizer, micro_batches)
+    before = find_sharded(model).traffic.bytes_sent
+    try:
+        for name, _, call in spies:
+            setattr(dist, name, call)
+        one_step(accelerator, model, optimizer, micro_batches)
+    finally:
+        for name, original, _ in spies:
+            setattr(dist, name, original)
+    return find_sharded(model).traffic.bytes_sent - before, seen[0], calls
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("config", [dict(), dict(level="block"), dict(sharding="none"), dict(coverage=0.75)], ids=str)
+def test_bytes_sent_are_what_the_formula_says(config, micro_batches):
+    """2·C·(r-1)/r of the maskable bytes and 2·(W-1)/W of the shared ones, however long the accumulation window."""
+    thirds = dict(hidden_size=48, intermediate_size=96)  # divisible by 3 and 4: nothing is padded
+    plan = make_plan(tiny_config(**thirds), SDPConfig(**config), 4)
+    r, maskable = plan.replication[0], (plan.full_numel - plan.shared_numel) * 4
+    formula = 2 * plan.coverage * (r - 1) / r * maskable + 2 * 3 / 4 * plan.shared_numel * 4
+    for counted, seen, _ in run_workers(count_collectives, config, micro_batches, thirds):
+        assert counted == seen == pytest.approx(formula, abs=1e-6)
+
+
+def test_gathering_twice_is_the_only_extra_traffic_of_resharding():
+    plan = make_plan(tiny_config(), SDPConfig(), 4)
+    maskable = (plan.full_numel - plan.shared_numel) * 4
+    plain, twice = (run_workers(count_collectives, dict(reshard_after_forward=r), 1)[0][0] for r in (False, True))
+    assert maskable * plan.coverage / 2 <= twice - plain <= maskable * plan.coverage / 2 + plan.shared_numel * 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(coverage=0.75, reshard_after_forward=True),
+        dict(level="block", reshard_after_forward=True),
+        dict(level="block", coverage=0.75),
+        dict(coverage=0.5),
+    ],
+    ids=str,
+)
+def test_order_of_collectives_is_one_global_order(config):
+    """Two workers must issue the collectives of all groups they share in the same order, and all these orders must
+    fit into one; else NCCL hangs, or pairs the wrong ones."""
+    calls = [calls for _, _, calls in run_workers(count_collectives, config, 1, EVERYTHING)]
+    for a, b in itertools.combinations(range(4), 2):
+        common = [[c for c in calls[w] if {a, b} <= set(c[1])] for w in (a, b)]
+        assert common[0] == common[1] and common[0]
+    order = nx.DiGraph()
+    for worker in calls:  # a collective is its group and how often the group has been used before
+        count, events = {}, []
+        for _, group in worker:
+            count[group] = count.get(group, -1) + 1
+            events.append((group, count[group]))
+        nx.add_path(order, events)
+    assert nx.is_directed_acyclic_graph(order)
+    assert any(len(group) not in (1, 4) for _, group in calls[0])

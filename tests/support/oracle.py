@@ -1,0 +1,82 @@
+"""N worker processes against N virtual workers in one process: same data, same parameters, same norms."""
+
+import pytest
+import torch
+
+from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model, verify
+from tests.support.models import batch, tiny_model
+from tests.support.workers import run_workers
+
+STEPS = 20
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.2, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01),
+}
+TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4}  # AdamW's first steps amplify rounding where gradients are near zero
+
+
+def train_workers(config: dict, model_options: dict, optimizer: str, accumulation: int, steps: int = STEPS):
+    """One worker of the distributed run: its gradient norms, and on rank 0 the full weights."""
+    import torch.distributed as dist
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    accelerator = SDPAccelerator(gradient_accumulation_steps=accumulation)
+    # Another seed on every rank: rank 0's values are the ones that count.
+    model = patch_model(tiny_model(seed=rank, **model_options), SDPConfig(**config))
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    norms, losses = [], []
+    for step in range(steps):
+        for micro in range(accumulation):
+            with accelerator.accumulate(model):
+                loss = model(**batch((step * accumulation + micro) * world_size + rank)).loss
+                losses.append(loss.item())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.5).item())
+                optimizer.step()
+                optimizer.zero_grad()
+    verify(model)
+    return norms, losses, consolidate(model)
+
+
+def train_oracle(
+    config: dict, model_options: dict, optimizer: str, accumulation: int, world_size: int = 4, steps: int = STEPS
+):
+    config = {k: v for k, v in config.items() if k not in ("sharding", "reshard_after_forward", "num_subnetworks")}
+    num_subnetworks = config.pop("simulate", world_size)
+    model = patch_model(tiny_model(seed=0, **model_options), SDPConfig(simulate=num_subnetworks, **config))
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    norms, losses = [], []
+    micro_batches = world_size * accumulation
+    for step in range(steps):
+        for micro in range(micro_batches):
+            loss = model(**batch(step * micro_batches + micro)).loss
+            losses.append(loss.item())
+            (loss / micro_batches).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, losses, consolidate(model)
+
+
+def compare(config, model_options=None, optimizer="sgd", accumulation=1, world_size=4, steps=STEPS, oracle=None):
+    model_options = model_options or {}
+    results = run_workers(train_workers, config, model_options, optimizer, accumulation, steps, world_size=world_size)
+    norms, losses, weights = train_oracle(
+        {**config, **(oracle or {})}, model_options, optimizer, accumulation, world_size, steps
+    )
+    for worker_norms, _, _ in results:
+        assert worker_norms == results[0][0]  # the same on every rank, bit for bit
+        assert worker_norms == pytest.approx(norms, rel=1e-4)
+    for rank, (_, worker_losses, _) in enumerate(results):
+        assert worker_losses == pytest.approx(losses[rank::world_size], abs=1e-4)
+    assert [r[2] is None for r in results] == [False] + [True] * (world_size - 1)
+    trained = results[0][2]
+    assert trained.keys() == weights.keys()
+    for name, expected in weights.items():
+        torch.testing.assert_close(
+            trained[name], expected, rtol=0, atol=TOLERANCE[optimizer], msg=lambda m, n=name: f"{n}: {m}"
+        )
+    start = tiny_model(seed=0, **model_options).state_dict()
+    assert all((start[n] - expected).abs().max() > 10 * TOLERANCE[optimizer] for n, expected in weights.items())
