@@ -108,7 +108,8 @@ def test_groups_are_what_fsdp2_shards_together(config, changes):
         shard(model, torch.device("cpu"))
         held = get_state(model).held
         names = {id(p): name for name, p in find_sharded(model).parameters.items()}
-        made = [group for module in fsdp_modules(model) for group in module._get_fsdp_state()._fsdp_param_groups]
+        states = {module._get_fsdp_state(): None for module in fsdp_modules(model)}  # modules of a group share one
+        made = [group for state in states for group in state._fsdp_param_groups]
         expected = sorted(
             (
                 sorted(names[id(p.sharded_param)] for p in group.fsdp_params),
