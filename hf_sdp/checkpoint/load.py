@@ -13,7 +13,8 @@ from ..model.state import find_state, get_state, unwrap
 from ..plan.region import Region
 from ..world.agreement import together
 from .folder import OPTIMIZER, changes, check
-from .optimizer_state import SavedByTorch, SavedOptimizer, check_optimizer
+from .optimizer_state import check_optimizer
+from .saved_optimizer import SavedByTorch, SavedOptimizer
 from .weights import Weights
 
 logger = logging.getLogger(__name__)

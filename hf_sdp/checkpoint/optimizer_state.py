@@ -6,70 +6,23 @@ what it owns; loading reads from it just the regions that a worker stores, whate
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..engine.optimizer import local_shards
-from ..engine.sharded import control_group, find_sharded
+from ..engine.sharded import control_group
 from ..errors import SDPStateError
-from ..model.state import find_state, local_tensor, unwrap
-from ..plan.region import Region, Shape
+from ..model.state import local_tensor
 from ..world.agreement import together
 from . import tensors as boxes
+from .saved_optimizer import GROUPS, TENSORS, SavedByTorch, SavedOptimizer, Wanted, from_json
+from .stored import full_shapes, stored_parameters
 from .tensors import Boxes
 
-TENSORS, GROUPS = "tensors", "groups.json"
 _OF_THIS_RUN = ("foreach", "fused", "capturable", "differentiable")  # how to step, not what the step is
-
-
-class Wanted(NamedTuple):
-    """State to be read: the tensor ``key`` of a region, and where it goes, of the region's shape."""
-
-    region: Region
-    key: str
-    tensor: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A parameter of this process.
-
-    Attributes:
-        region: what it stores of which full parameter.
-        shape: of the full parameter.
-        owned: whether this process is the owner of the region.
-    """
-
-    region: Region
-    shape: Shape
-    owned: bool
-
-    @property
-    def name(self) -> str:
-        return self.region.name
-
-
-def stored_parameters(model: nn.Module) -> dict[nn.Parameter, Stored]:
-    """Of a sharded SDP model what this worker stores; of any other model its full parameters, owned by rank 0."""
-    model = unwrap(model)
-    sharded = find_sharded(model)
-    if sharded is None:
-        owned = not dist.is_initialized() or dist.get_rank() == 0
-        return {
-            p: Stored(Region.whole(name, tuple(p.shape)), tuple(p.shape), owned) for name, p in model.named_parameters()
-        }
-    held = sharded.held
-    mine = {region for regions in held.owners.values() for rank, region in regions if rank == held.rank}
-    result = {}
-    for local_name, parameter in sharded.parameters.items():
-        region = held.stored(local_name)
-        result[parameter] = Stored(region, held.plan.shapes[region.name], region in mine)
-    return result
 
 
 @torch.no_grad()
@@ -109,19 +62,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     if dist.is_initialized():
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (groups, numbers), group=group)
-        groups, numbers = _union(everyone, list(_order(model)))
+        groups, numbers = _union(everyone, list(full_shapes(model)))
     with together(group):
         if not dist.is_initialized() or dist.get_rank() == 0:
             content = {"optimizer": type(optimizer).__name__, "groups": groups, "numbers": numbers}
             (folder / GROUPS).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _order(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Full parameter name -> shape, in the order of the full model's ``named_parameters()``."""
-    state = find_state(model)
-    if state is not None:
-        return state.held.plan.shapes
-    return {name: tuple(p.shape) for name, p in unwrap(model).named_parameters()}
 
 
 def _union(everyone: list, order: list[str]) -> tuple[list[dict], dict]:
@@ -143,106 +88,6 @@ def _to_json(value):
     if isinstance(value, (tuple, list)):
         return [_to_json(v) for v in value]
     raise SDPStateError(f"Optimizer state of type {type(value).__name__} ({value!r}) cannot be saved.")
-
-
-def _from_json(value, like=None):
-    if isinstance(value, dict):
-        return torch.tensor(value["value"], dtype=getattr(torch, value["dtype"]))
-    if isinstance(value, list):
-        return tuple(_from_json(v) for v in value) if not isinstance(like, list) else [_from_json(v) for v in value]
-    if isinstance(like, torch.Tensor):  # lr as a tensor (capturable)
-        return torch.full_like(like, value)
-    return value
-
-
-class SavedOptimizer:
-    """State written by :func:`save_optimizer`.
-
-    Attributes: ``optimizer`` (class name), ``groups`` (options and ``params`` by full name), ``numbers`` (full name ->
-    key -> value), ``tensors`` (full name -> key -> ``(shape, dtype)``).
-    """
-
-    def __init__(self, folder: Path, model: nn.Module):
-        self.folder, self.group = folder, control_group(model)
-        content = json.loads((folder / GROUPS).read_text())
-        self.optimizer, self.groups = content["optimizer"], content["groups"]
-        self.numbers = {n: {k: _from_json(v) for k, v in s.items()} for n, s in content["numbers"].items()}
-        self.tensors: dict[str, dict[str, tuple]] = {}
-        for entry, shape_and_dtype in boxes.stored(folder / TENSORS).items():
-            name, _, key = entry.rpartition("/")
-            self.tensors.setdefault(name, {})[key] = shape_and_dtype
-
-    def read(self, wanted: list[Wanted]) -> None:
-        """Fill the tensors: only the elements of their regions are read. Collective."""
-        tensors: dict[str, Boxes] = {}
-        for region, key, tensor in wanted:
-            shape, _ = self.tensors[region.name][key]
-            tensors.setdefault(f"{region.name}/{key}", Boxes(shape, tensor.dtype)).add(region, tensor)
-        boxes.read(self.folder / TENSORS, tensors, self.group)
-
-
-class SavedByTorch:
-    """The same of a file with a plain optimizer's ``state_dict()`` (optimizer.pt, optimizer.bin). It numbers the
-    parameters group by group, in the order of the model that wrote it. Mapped into memory, read where asked for.
-
-    Collective. Raises: SDPStateError when the file has other groups than ``optimizer``.
-    """
-
-    optimizer = None  # the file does not say
-
-    def __init__(self, file: Path, optimizer: torch.optim.Optimizer, model: nn.Module):
-        names_of_groups = _names_of_groups(optimizer, model)
-        with together(control_group(model)):
-            saved = self._load(file, names_of_groups)
-        self.groups, self.numbers, self.tensors, self._values = [], {}, {}, {}
-        for saved_group, names in zip(saved["param_groups"], names_of_groups, strict=True):
-            self.groups.append({**saved_group, "params": names})
-            for number, name in zip(saved_group["params"], names, strict=True):
-                for key, value in saved["state"].get(number, {}).items():
-                    if isinstance(value, torch.Tensor) and value.dim() > 0:
-                        self.tensors.setdefault(name, {})[key] = (tuple(value.shape), value.dtype)
-                        self._values[name, key] = value
-                    else:
-                        self.numbers.setdefault(name, {})[key] = value
-
-    @staticmethod
-    def _load(file: Path, names_of_groups: list[list[str]]) -> dict:
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise SDPStateError(f"{file} is cut short or not a plain optimizer's state: {error}") from error
-        counts = [len(g["params"]) for g in saved.get("param_groups", [])]
-        if counts != [len(names) for names in names_of_groups]:
-            raise SDPStateError(
-                f"{file} has parameter groups of {counts} parameters, this optimizer of {[len(n) for n in names_of_groups]}. "
-                "It was written by another optimizer or for another model."
-            )
-        return saved
-
-    def read(self, wanted: list[Wanted]) -> None:
-        for region, key, tensor in wanted:
-            tensor.copy_(region.of(self._values[region.name, key]))
-
-
-def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """Full names in every param group over all workers, in the full model's order. Collective."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    stored = stored_parameters(model)
-    mine = [list(dict.fromkeys(stored[p].name for p in g["params"])) for g in optimizer.param_groups]
-    place = {name: i for i, name in enumerate(_order(model))}
-    with together(control_group(model)):
-        for names in mine:
-            if sorted(names, key=place.__getitem__) != names:
-                raise SDPStateError(
-                    "A plain optimizer's state numbers the parameters; those of this optimizer are not in the model's order, so "
-                    "it cannot be said which is which. Make the optimizer from model.parameters(), in their order."
-                )
-    everyone: list = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=control_group(model))
-    unions = [{name for theirs in everyone for name in theirs[i]} for i in range(len(mine))]
-    return [[name for name in _order(model) if name in names] for names in unions]
 
 
 @torch.no_grad()
@@ -279,7 +124,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
         options = saved_group[names[0]] if names else saved.groups[min(number, len(saved.groups) - 1)]
         for key, value in options.items():
             if key not in ("params", *_OF_THIS_RUN):
-                g[key] = _from_json(value, like=g.get(key)) if not isinstance(value, torch.Tensor) else value
+                g[key] = from_json(value, like=g.get(key)) if not isinstance(value, torch.Tensor) else value
     with local_shards(optimizer):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -296,7 +141,7 @@ def _check(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptim
             f"The checkpoint has the state of {saved.optimizer}, this run trains with {type(optimizer).__name__}. "
             "Use the same optimizer, or start anew from the weights."
         )
-    shapes = _order(model)
+    shapes = full_shapes(model)
     for name, keys in saved.tensors.items():
         for key, (shape, _) in keys.items():
             if shape != tuple(shapes.get(name, ())):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoint import tensors as boxes
 from ..checkpoint.folder import MARKER, OPTIMIZER, PLAN, check
-from ..checkpoint.optimizer_state import TENSORS
+from ..checkpoint.saved_optimizer import TENSORS
 from ..checkpoint.weights import INDEX, Weights
 from ..compat import converts_checkpoints
 from ..errors import SDPStateError

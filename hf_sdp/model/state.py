@@ -6,7 +6,6 @@ Both are set by ``patch_model``. What sharding adds is the engine's (``engine/sh
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -108,8 +107,8 @@ class Run:
     cursor: Cursor
     next_micro_batch: int = 0
     version: int = 0
-    own_forward: Callable[..., Any] | None = None
-    full_forward: Callable[..., Any] | None = None
+    own_forward: Callable[..., object] | None = None
+    full_forward: Callable[..., object] | None = None
     replaced: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_sdp import SDPConfigError, SDPStateError
 from hf_sdp.checkpoint.folder import OPTIMIZER, finish_all_interrupted, newest_complete
-from hf_sdp.checkpoint.optimizer_state import TENSORS
+from hf_sdp.checkpoint.saved_optimizer import TENSORS
 from tests.support.resume import NEURON, RUN, train, truncate
 from tests.support.trainer import Rows, make_trainer
 from tests.support.workers import run_workers

@@ -9,7 +9,7 @@ import hf_sdp
 from hf_sdp import SDPConfig
 from hf_sdp.checkpoint import tensors as boxes
 from hf_sdp.checkpoint.folder import OPTIMIZER
-from hf_sdp.checkpoint.optimizer_state import TENSORS
+from hf_sdp.checkpoint.saved_optimizer import TENSORS
 from tests.support.models import tiny_config
 from tests.support.trainer import losses_of, make_trainer, norms_of
 
