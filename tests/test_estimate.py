@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
 from hf_sdp.cli import main
-from hf_sdp.cli.units import Bandwidth
 from hf_sdp.engine.shard import _sharding_groups
 from hf_sdp.estimate.groups import sdp_groups, skeleton
 from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step, worker_memory
@@ -238,14 +237,6 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, wrong):
         main(["estimate", "llama-134m", *wrong])
     captured = capsys.readouterr()
     assert exited.value.code == 2 and captured.out == "" and len(captured.err.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "bytes_per_second"),
-    [("10Gbit", 1.25e9), ("25GB/s", 25e9), ("800Mbit", 1e8), ("100Gbps", 12.5e9), ("1GiB/s", 2**30)],
-)
-def test_bandwidths(text, bytes_per_second):
-    assert Bandwidth().convert(text, None, None) == bytes_per_second
 
 
 def test_a_model_of_70_billion_parameters_takes_little_memory(capsys, tmp_path):

@@ -1,13 +1,14 @@
 """``hf-sdp simulate``."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from ..bench.quality.setting import Setting, text_name
 from .errors import CommandError
-from .options import Numbers, add_options, workers_option
+from .options import add_options, numbers, workers_option
 
 _DEFAULT_METHODS = (
     "data-parallel,forward-neuron,forward-block,backward-neuron,backward-block,forward-neuron-linear@0.5,"
@@ -50,8 +51,8 @@ _setting_options = add_options(
 @click.option(
     "--methods", default=_DEFAULT_METHODS, help="FAMILY (at every --coverage) or FAMILY@COVERAGE, with commas."
 )
-@click.option("--coverage", type=Numbers(float), default="0.25,0.5,0.75", help="For methods that name none.")
-@click.option("--seeds", type=Numbers(int), default="0,1,2", help="One run of every method for each.")
+@click.option("--coverage", type=numbers(Sequence[float]), default="0.25,0.5,0.75", help="For methods that name none.")
+@click.option("--seeds", type=numbers(Sequence[int]), default="0,1,2", help="One run of every method for each.")
 @click.option(
     "--text",
     "text_file",

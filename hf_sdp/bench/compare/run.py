@@ -12,10 +12,11 @@ from ...config import SDPConfig
 from ...errors import SDPConfigError
 from ...families import family_of
 from ...planner import make_plan
+from ...quantities import bits_per_second
 from .contenders import Workplace
 from .losses import curves, losses, write_tokens
 from .measure import Samples, memory_and_traffic, step_times
-from .network import bits_per_second, limited_network
+from .network import limited_network
 from .workers import ended_by_sigterm, launch
 
 UNLIMITED = "none"
