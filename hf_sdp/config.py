@@ -40,7 +40,7 @@ class SDPConfig:
     )
     memory_gib: Sequence[float] | None = option(
         "Instead of coverage: memory of each subnetwork's worker in GiB (2**30 bytes). The planner finds the shares that "
-        "fit, or says how many GiB are missing. It needs a workload.",
+        "fit, or says how many GiB are missing.",
         default=None,
     )
     workload: Workload | None = option(

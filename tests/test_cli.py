@@ -1,5 +1,6 @@
 """The command hf-sdp: what it prints, what it refuses, and how."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,9 +15,9 @@ import torch
 from models import batch, tiny_config, tiny_model
 from workers import run_workers
 
-from hf_sdp import SDPAccelerator, SDPConfig, make_plan, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, Workload, make_plan, patch_model
 from hf_sdp.checkpoint.folder import MARKER, PLAN, _fingerprint
-from hf_sdp.cli import main
+from hf_sdp.cli import SHORT_HELPS, commands, main
 from hf_sdp.cli.tables import short, short_bytes
 
 
@@ -207,6 +208,64 @@ def test_help_names_every_option(run):
     assert code == 0
     for option in ("--workers", "--level", "--coverage", "--picture", "--seq", "--json", "--memory-gib"):
         assert option in out
+
+
+@pytest.mark.parametrize("name", SHORT_HELPS)
+def test_the_short_help_is_the_first_sentence_of_the_long_one(run, name):
+    first = re.match(r".*?\.(?=\s|$)", commands.get_command(None, name).help, re.DOTALL)[0]
+    assert SHORT_HELPS[name] == " ".join(first.split())
+    shown = " ".join(run("--help")[1].split())
+    assert f"{name} {SHORT_HELPS[name]}" in shown
+
+
+def imported_by(program: str, *modules: str) -> set[str]:
+    """Which of the modules a new process has imported after a program."""
+    program += "\nimport json, sys\nprint(json.dumps([*sys.modules]), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    return set(modules) & set(json.loads(done.stderr.splitlines()[-1]))
+
+
+HEAVY = ("torch", "transformers", "numpy", "networkx", "rich", "matplotlib", "datasets", "accelerate")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import hf_sdp, hf_sdp.cli, hf_sdp.cli.options",
+        "from hf_sdp import SDPConfig, SDPConfigError, Workload",
+        "from hf_sdp.cli import main; main(['--help'])",
+    ],
+)
+def test_what_needs_no_model_imports_nothing_heavy(program):
+    assert imported_by(program, "hf_sdp", *HEAVY) == {"hf_sdp"}
+
+
+def test_a_plan_without_picture_imports_no_tool_of_another_room():
+    """accelerate is not among them: transformers imports it."""
+    rooms = ("hf_sdp.bench", "hf_sdp.hosts", "hf_sdp.engine", "hf_sdp.checkpoint")
+    tools = ("matplotlib", "datasets", "pandas", "scipy", "sklearn", "torchvision")
+    program = "from hf_sdp.cli import main; main(['plan', 'llama-134m', '--json'])"
+    assert imported_by(program, "torch", *rooms, *tools) == {"torch"}
+
+
+def test_without_options_it_is_the_plan_of_the_default_config(run, tiny):
+    _, out, _ = run("plan", tiny, "--json")
+    assert json.loads(out)["sdp_config"] == json.loads(json.dumps(dataclasses.asdict(SDPConfig())))
+
+
+def test_options_are_those_of_the_config(run, tiny):
+    given = dict(
+        level="block", masking="backward", coverage=(0.75, 0.5), min_replication=1, balance="compute",
+        depth_profile="uniform", always_held=(0, -1), block_granularity="sub-block", num_subnetworks=2, seed=3,
+    )  # fmt: skip
+    arguments = ["--reshard-after-forward", "--seq", 64]
+    for name, value in given.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        arguments += [f"--{name.replace('_', '-')}", text]
+    code, out, err = run("plan", tiny, "--json", *arguments)
+    assert code == 0, err
+    expected = SDPConfig(**given, reshard_after_forward=True, workload=Workload(batch=1, sequence=64, dtype="bfloat16"))
+    assert json.loads(out)["sdp_config"] == json.loads(json.dumps(dataclasses.asdict(expected)))
 
 
 def test_short_numbers():

@@ -1,5 +1,6 @@
 """The command ``hf-sdp``: one file per subcommand; ``options.py``, ``models.py`` and ``tables.py`` are what they share."""
 
+import atexit
 import gc
 import importlib
 import sys
@@ -51,6 +52,9 @@ commands = LazyGroup(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input."""
+    atexit.register(
+        gc.freeze
+    )  # all memory goes back at the end: Python then looks for no garbage first, which takes a second
     try:
         code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
         if isinstance(code, int) and code:  # of context.exit(code)
