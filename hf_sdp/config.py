@@ -34,13 +34,13 @@ class SDPConfig:
         default="forward",
     )
     coverage: float | Sequence[float] = option(
-        "Share C of the maskable parameters that a worker holds, in (0, 1]. Times num_subnetworks it must be a whole number "
-        "of holders. Several shares are one for each subnetwork.",
+        "Share C of the maskable parameters that a worker holds, in (0, 1]. Times num_subnetworks it must be a whole "
+        "number of holders. Several shares are one for each subnetwork.",
         default=0.5,
     )
     memory_gib: Sequence[float] | None = option(
-        "Instead of coverage: memory of each subnetwork's worker in GiB (2**30 bytes). The planner finds the shares that "
-        "fit, or says how many GiB are missing.",
+        "Instead of coverage: memory of each subnetwork's worker in GiB (2**30 bytes). The planner finds the shares "
+        "that fit, or says how many GiB are missing.",
         default=None,
     )
     workload: Workload | None = option(
@@ -71,7 +71,8 @@ class SDPConfig:
         default=False,
     )
     num_subnetworks: int | None = option(
-        "Number of different subnetworks N. By default one for each worker; a divisor of the world size makes replicas.",
+        "Number of different subnetworks N. By default one for each worker. A divisor of the world size makes "
+        "replicas.",
         default=None,
         positive=True,
     )
@@ -80,24 +81,26 @@ class SDPConfig:
         default="sub-block",
     )
     evaluate: Literal["full", "subnetwork"] = option(
-        "full: evaluate the full model, with collectives in every forward. subnetwork: each worker its own; the metric is "
-        "then eval_subnetwork_loss.",
+        "full: evaluate the full model, with collectives in every forward. subnetwork: each worker its own; the metric "
+        "is then eval_subnetwork_loss.",
         default="full",
     )
     evaluation_timeout_s: float = option(
-        "Seconds that evaluation and saving wait for a worker that does nothing. One that does something else is an error "
-        "at once.",
+        "Seconds that evaluation and saving wait for a worker that does nothing. One that does something else is an "
+        "error at once.",
         default=600.0,
         positive=True,
     )
     seed: int = option("Deals the subnetworks. Another seed is another plan with the same balance.", default=0)
     simulate: int | None = option(
-        "Number of virtual workers in one process. Micro-batch k of an accumulation window uses subnetwork k mod simulate.",
+        "Number of virtual workers in one process. Micro-batch k of an accumulation window uses subnetwork k mod "
+        "simulate.",
         default=None,
         positive=True,
     )
     param_dtype: Dtype | None = option(
-        "FSDP2's mixed precision: dtype of the gathered parameters and of computation. By default as stored. TrainingArguments(bf16=True) works too.",
+        "FSDP2's mixed precision: dtype of the gathered parameters and of computation. By default as stored. "
+        "TrainingArguments(bf16=True) works too.",
         default=None,
     )
     reduce_dtype: Dtype | None = option(
@@ -144,7 +147,8 @@ class SDPConfig:
         if self.simulate is None and gathered != self.workload.dtype:
             raise SDPConfigError(
                 f"The workload computes in {self.workload.dtype}, parameters would be gathered in {gathered} "
-                f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the workload."
+                f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the "
+                "workload."
             )
 
     def _refuse_options_without_effect(self):

@@ -1,10 +1,11 @@
 """The options of a dataclass, known from its fields alone: how a value is read from text, checked and described.
 
-A field's type, default and help are written once, in the dataclass. The command line, ``HfArgumentParser``, texts such as
-``level=block,coverage=0.5`` and the tables of the documentation are all made of them.
+A field's type, default and help are written once, in the dataclass. The command line, ``HfArgumentParser``, texts such
+as ``level=block,coverage=0.5`` and the tables of the documentation are all made of them.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -86,42 +87,26 @@ def without_list(values: Sequence, kind: Kind) -> Any:
 
 
 def parse_all(fields: Iterable[dataclasses.Field], text: str, *, what: str, example: str) -> dict[str, Any]:
-    """Values by name from ``"level=block,coverage=0.75,0.5"``: after a list's name, elements go on until the next name.
+    """Values by name from ``"level=block,coverage=0.75,0.5"``: a list goes on until the next name.
 
     Args:
         what: says in an error where the text is from.
         example: says in an error how to write it.
     Raises: SDPConfigError that names what is not understood, or is given twice.
     """
-    types_of = {field.name: field.type for field in fields}
-
-    def refuse(piece: str):
-        names = ", ".join(types_of)
-        raise SDPConfigError(
-            f"{what} {text!r}: {piece.strip()!r} is not understood. Write it as {example} with any of {names}."
-        )
-
-    texts: dict[str, str] = {}
-    name = ""
-    for piece in text.split(","):
-        before, equals, value = (word.strip() for word in piece.partition("="))
-        if not (value if equals else before):
-            refuse(piece)
-        if equals:
-            name = before
-            if name not in types_of or name in texts:
-                refuse(piece)
-            texts[name] = value
-        elif name and kind_of(types_of[name]).is_list:
-            texts[name] += f",{before}"
-        else:
-            refuse(piece)
-    values = {}
-    for name, value in texts.items():
+    annotations = {field.name: field.type for field in fields}
+    values: dict[str, Any] = {}
+    for item in re.split(r",(?=[^,=]*=)", text):
+        name, equals, value = (word.strip() for word in item.partition("="))
         try:
-            values[name] = parse(types_of[name], value)
-        except ValueError:
-            refuse(f"{name}={value}")
+            if not equals or name in values:
+                raise KeyError(name)
+            values[name] = parse(annotations[name], value)
+        except (KeyError, ValueError):
+            raise SDPConfigError(
+                f"{what} {text!r}: {item.strip()!r} is not understood. Write it as {example} with any of "
+                f"{', '.join(annotations)}."
+            ) from None
     return values
 
 
@@ -152,8 +137,10 @@ def is_positive(value, element: type) -> bool:
 
 
 def arguments(cls: type, prefix: str) -> type:
-    """A dataclass with the fields of ``cls`` under prefixed names and types that ``HfArgumentParser`` can read: lists as
-    ``list``, a class with ``parse`` as text."""
+    """A dataclass with the fields of ``cls`` under prefixed names, and with types that ``HfArgumentParser`` can read.
+
+    A list is then a ``list``, and a class with ``parse`` is text.
+    """
     fields = []
     for field in dataclasses.fields(cls):
         kind, default = kind_of(field.type), {"default": field.default}
@@ -188,7 +175,7 @@ def markdown(options: type) -> str:
 
 def _values(kind: Kind) -> str:
     names = {bool: "`True`, `False`", int: "whole number", float: "number"}
-    single = ", ".join(f'`"{choice}"`' for choice in kind.choices) or names.get(kind.element)
-    single = single or f"`{kind.element.__name__}`"
-    many = f"list of {single}s"
-    return f"{single} or {many}" if kind.is_list and kind.is_single else many if kind.is_list else single
+    element = ", ".join(f'`"{choice}"`' for choice in kind.choices)
+    element = element or names.get(kind.element) or f"`{kind.element.__name__}`"
+    forms = [element] * kind.is_single + [f"list of {element}s"] * kind.is_list
+    return " or ".join(forms)

@@ -143,7 +143,10 @@ def test_bad_configs_are_refused_in_one_line(run, tmp_path, case):
         (["plan", "llama-134m", "--memory-gib", "-1"], "memory_gib must list a positive number"),
         (["plan", "llama-134m", "--num-subnetworks", "3"], "--num-subnetworks 3 does not divide --workers 8"),
         (["plan", "llama-134m", "--batch", "4"], "--batch has no effect without --memory-gib"),
-        (["plan", "llama-134m", "--sharding", "none", "--reshard-after-forward"], "reshard_after_forward=True has no effect"),
+        (
+            ["plan", "llama-134m", "--sharding", "none", "--reshard-after-forward"],
+            "reshard_after_forward=True has no effect",
+        ),
         (["plan", "llama-134m", "--picture", "plan.gif"], "must end in one of .png, .svg"),
         (["plan", "llama-134m", "--picture", "/no/such/plan.png"], "there is no folder /no/such"),
         (["plan", "llama-134m", "--picture", "/proc/plan.png"], "--picture /proc/plan.png cannot be written"),

@@ -150,8 +150,9 @@ def test_lists_go_on_until_the_next_name():
 @pytest.mark.parametrize(
     ("text", "piece"),
     [
-        ("", ""), ("level", "level"), ("level=", "level="), ("color=red", "color=red"), ("level=block,neuron", "neuron"),
-        ("seed=1,seed=2", "seed=2"), ("seed=x", "seed=x"), ("coverage=0.5,,0.25", ""), ("coverage=a,b", "coverage=a,b"),
+        ("", ""), ("level", "level"), ("=block", "=block"), ("color=red", "color=red"), ("seed=1,2", "seed=1,2"),
+        ("seed=1,seed=2", "seed=2"), ("seed=x", "seed=x"), ("seed=", "seed="), ("coverage=0.5,,1", "coverage=0.5,,1"),
+        ("coverage=0.5,level=block,color=red,seed=1", "color=red"), ("level=block,coverage=a,b", "coverage=a,b"),
     ],
 )  # fmt: skip
 def test_options_that_are_not_understood_are_named(text, piece):

@@ -1,4 +1,4 @@
-"""The command ``hf-sdp``: one file per subcommand; ``options.py``, ``models.py`` and ``tables.py`` are what they share."""
+"""The command ``hf-sdp``: one file per subcommand. They share ``options.py``, ``models.py`` and ``tables.py``."""
 
 import atexit
 import gc
@@ -14,11 +14,16 @@ SHORT_HELPS = {
     "compare": "Measure DDP, DDP with activation checkpointing, FSDP2 and SDP on this machine, side by side.",
     "estimate": "Memory, traffic and step time, beside DDP, ZeRO and FSDP2.",
     "plan": "Who holds what, how evenly, and what crosses the wire.",
-    "simulate": "Quality at equal FLOPs or equal steps: data parallel, SDP and baselines, N virtual workers in one process.",
+    "simulate": (
+        "Quality at equal FLOPs or equal steps: data parallel, SDP and baselines, N virtual workers in one process."
+    ),
     "verify": "Check a checkpoint FOLDER: complete, shapes, plan, hashes.",
 }
-"""Subcommand -> first sentence of its help. The command itself is in ``NAME_command.py``, imported when it is called: the
-list of commands is shown without waiting for torch."""
+"""Subcommand -> first sentence of its help.
+
+The command itself is in ``NAME_command.py``, which is imported when the command is called. So the list of commands is
+shown without waiting for torch.
+"""
 
 
 class LazyGroup(click.Group):
@@ -31,7 +36,7 @@ class LazyGroup(click.Group):
         if cmd_name not in SHORT_HELPS:
             return None
         collects = gc.isenabled()
-        gc.disable()  # importing torch and transformers makes objects that stay: collections find nothing, and take a second
+        gc.disable()  # What torch and transformers make on import stays. Looking for garbage among it takes a second.
         try:
             return getattr(importlib.import_module(f".{cmd_name}_command", __name__), cmd_name)
         finally:
@@ -51,10 +56,11 @@ commands = LazyGroup(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input."""
-    atexit.register(
-        gc.freeze
-    )  # all memory goes back at the end: Python then looks for no garbage first, which takes a second
+    """Run the command.
+
+    Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input.
+    """
+    atexit.register(gc.freeze)  # All memory goes back at the end. Looking for garbage in it first takes half a second.
     try:
         code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
         if isinstance(code, int) and code:  # of context.exit(code)

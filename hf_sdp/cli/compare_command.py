@@ -64,7 +64,8 @@ size_options = add_options(
     "bandwidths",
     multiple=True,
     default=("none",),
-    help="Limit of every worker's link, such as 1Gbit, or none. Repeat it to time steps on several networks. Needs root.",
+    help="Limit of every worker's link, such as 1Gbit, or none. Repeat it to time steps on several networks. "
+    "Needs root.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="gloo, or NCCL with a GPU a worker.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", help="bf16: autocast.")
@@ -195,6 +196,6 @@ def _what(workplace: Workplace) -> str:
     millions = sum(p.numel() for p in meta_model(workplace.model).parameters()) / 1e6
     link = "over gloo, one thread each" if workplace.device == "cpu" else "over NCCL, one GPU each"
     return (
-        f"{workplace.workers} workers {link}; {workplace.model.model_type} of {millions:.1f} M parameters; {workplace.batch} x "
-        f"{workplace.sequence} tokens a worker and step; {workplace.dtype}; fused AdamW, clipping."
+        f"{workplace.workers} workers {link}; {workplace.model.model_type} of {millions:.1f} M parameters; "
+        f"{workplace.batch} x {workplace.sequence} tokens a worker and step; {workplace.dtype}; fused AdamW, clipping."
     )

@@ -50,8 +50,8 @@ def estimate(
 ) -> None:
     """Memory, traffic and step time, beside DDP, ZeRO and FSDP2. Nothing is allocated.
 
-    A step is one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is what
-    the device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
+    A step is one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is
+    what the device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
     """
     if (bandwidth is None) != (flops is None):
         raise click.UsageError("The step time needs both --bandwidth and --flops.")
@@ -124,13 +124,13 @@ def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, t
     checkpointing = ", activation checkpointing" if workload.gradient_checkpointing else ""
     console.print(
         f"{workers} workers, batch {workload.batch} x {workload.sequence} each, {workload.dtype} (stored "
-        f"{workload.param_dtype}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} masking, coverage "
-        f"{plan.coverage:.3g}.",
+        f"{workload.param_dtype}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} "
+        f"masking, coverage {plan.coverage:.3g}.",
         highlight=False,
     )
     console.print(
-        "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and buffers "
-        "of collectives, and what of it all lives at one moment (--json: at_peak).",
+        "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and "
+        "buffers of collectives, and what of it all lives at one moment (--json: at_peak).",
         highlight=False,
     )
     if len(subnetworks(plan)) < plan.num_subnetworks:

@@ -46,8 +46,9 @@ MAX_ROWS = 16
 def plan(context: click.Context, model: str, workers: int, picture: Path | None, as_json: bool, **options) -> None:
     """Who holds what, how evenly, and what crosses the wire.
 
-    MODEL is a local folder or config.json, a name on the hub, or llama-134m, llama-500m, llama-1b, llama-7b. FLOPs are for
-    sequences of --seq tokens, bytes for elements of --dtype; the other options of the batch matter with --memory-gib only.
+    MODEL is a local folder or config.json, a name on the hub, or llama-134m, llama-500m, llama-1b, llama-7b. FLOPs are
+    for sequences of --seq tokens, bytes for elements of --dtype; the other options of the batch matter with
+    --memory-gib only.
     """
     refuse_without_memory(context, ("batch", "param_dtype", "optimizer", "gradient_checkpointing"))
     if picture is not None:

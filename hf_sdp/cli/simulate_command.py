@@ -131,9 +131,8 @@ def _train(results, methods, coverage, seeds, text_file, processes, note, shape)
             nonlocal done
             done += 1
             method, seed = job
-            console.print(
-                f"{method.name}, seed {seed}: {run['curve'][-1][1]:.4f} after {run['steps']} steps, {run['seconds']:.0f} s"
-            )
+            loss = run["curve"][-1][1]
+            console.print(f"{method.name}, seed {seed}: {loss:.4f} after {run['steps']} steps, {run['seconds']:.0f} s")
             status.update(f"{done} of {len(missing)} runs done")
 
         status.update(f"0 of {len(missing)} runs done")
