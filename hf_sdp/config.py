@@ -1,20 +1,15 @@
 """``SDPConfig``: everything a user chooses about Subnetwork Data Parallelism."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
+from . import options
 from .errors import SDPConfigError
-from .workload import Workload
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _option(default, help: str):
-    return field(default=default, metadata={"help": help})
+from .options import option
+from .workload import Dtype, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,77 +23,92 @@ class SDPConfig:
     Source: arXiv 2507.09029, section 3 (forward and backward masking, neuron and block level).
     """
 
-    level: Literal["neuron", "block"] = _option(
-        "neuron", "Unit that is held or not held: groups of MLP neurons and key/value heads, or residual blocks."
+    level: Literal["neuron", "block"] = option(
+        "The unit that is held or not held. neuron: groups of MLP neurons, and key/value heads with their query heads. "
+        "block: residual blocks with their norms.",
+        default="neuron",
     )
-    masking: Literal["forward", "backward"] = _option(
-        "forward",
-        "forward: what is not held is absent; backward: full forward, weight gradients of the held part only.",
+    masking: Literal["forward", "backward"] = option(
+        "forward: what is not held is absent. backward: the forward is the full model, weight gradients exist for the "
+        "held part only.",
+        default="forward",
     )
-    coverage: float | Sequence[float] = _option(
-        0.5,
-        "Share of the maskable parameters that one worker holds, in (0, 1]; or one for each subnetwork.",
+    coverage: float | Sequence[float] = option(
+        "Share C of the maskable parameters that a worker holds, in (0, 1]. Times num_subnetworks it must be a whole "
+        "number of holders. Several shares are one for each subnetwork.",
+        default=0.5,
     )
-    memory_gib: Sequence[float] | None = _option(
-        None,
-        "Memory of each subnetwork's worker, GiB (2**30 bytes), instead of coverage: each gets what fits. Needs workload.",
+    memory_gib: Sequence[float] | None = option(
+        "Instead of coverage: memory of each subnetwork's worker in GiB (2**30 bytes). The planner finds the shares "
+        "that fit, or says how many GiB are missing.",
+        default=None,
     )
-    workload: Workload | None = _option(
-        None, "What memory_gib has to be enough for: 'batch=4,sequence=1024,dtype=bfloat16,optimizer=adamw'."
+    workload: Workload | None = option(
+        "What memory_gib has to be enough for, as batch=4,sequence=1024,dtype=bfloat16,optimizer=adamw.", default=None
     )
-    min_replication: int = _option(1, "Unequal workers: the fewest holders a unit may have.")
-    balance: Literal["memory", "compute"] = _option(
-        "memory", "Units that do not divide evenly are dealt so that bytes (memory) or FLOPs (compute) are balanced."
+    min_replication: int = option("Unequal workers: the fewest holders a unit may have.", default=1, positive=True)
+    balance: Literal["memory", "compute"] = option(
+        "Units that do not divide evenly are dealt so that bytes (memory) or FLOPs (compute) are balanced. With "
+        "memory_gib, memory fills each worker, and compute makes the shares as equal as fits.",
+        default="memory",
     )
-    depth_profile: Literal["uniform", "linear"] = _option(
-        "uniform", "Coverage over depth: uniform, or linear: more of early layers and less of late ones, same mean."
+    depth_profile: Literal["uniform", "linear"] = option(
+        "Coverage over depth. linear: from C+d in early layers to C-d in late ones, in three steps, with "
+        "d = min(C, 1-C)/2; the mean stays the coverage C.",
+        default="uniform",
     )
-    always_held: Sequence[int] = _option(
-        (), "Decoder layers that every worker holds (0: first, -1: last); coverage is of the others."
+    always_held: Sequence[int] = option(
+        "Decoder layers that every worker holds (0: the first, -1: the last). Coverage is of the others.", default=()
     )
-    sharding: Literal["full", "none"] = _option(
-        "full", "full: FSDP2 among the holders; none: every holder keeps the whole slice (gradients are all-reduced)."
+    sharding: Literal["full", "none"] = option(
+        "full: state is sharded among the holders (FSDP2). none: every holder keeps its slices whole and gradients are "
+        "all-reduced; nothing is ever gathered, for slow links.",
+        default="full",
     )
-    reshard_after_forward: bool = _option(False, "Free the gathered part after forward and gather again in backward.")
-    num_subnetworks: int | None = _option(
-        None, "Different subnetworks N; default: the world size, which N must divide."
+    reshard_after_forward: bool = option(
+        "As in FSDP2: free the gathered part after forward and gather it again in backward. Less memory, half again as "
+        "much traffic.",
+        default=False,
     )
-    block_granularity: Literal["sub-block", "layer"] = _option(
-        "sub-block", "Block level: attention and MLP (each with its norm) are separate units, or whole layers are."
+    num_subnetworks: int | None = option(
+        "Number of different subnetworks N. By default one for each worker. A divisor of the world size makes "
+        "replicas.",
+        default=None,
+        positive=True,
     )
-    evaluate: Literal["full", "subnetwork"] = _option(
-        "full", "Evaluate the full model (a collective in every forward), or each worker's own subnetwork."
+    block_granularity: Literal["sub-block", "layer"] = option(
+        "Block level: attention and MLP are separate units, each with its norm (sub-block), or whole layers are units.",
+        default="sub-block",
     )
-    evaluation_timeout_s: float = _option(
-        600.0,
-        "Seconds that evaluation and saving wait for a worker that does nothing; one that does something else is an error at once.",
+    evaluate: Literal["full", "subnetwork"] = option(
+        "full: evaluate the full model, with collectives in every forward. subnetwork: each worker its own; the metric "
+        "is then eval_subnetwork_loss.",
+        default="full",
     )
-    seed: int = _option(0, "Deals the subnetworks: another seed, another plan with the same balance.")
-    simulate: int | None = _option(
-        None, "Virtual workers in one process; micro-batch k of an accumulation window uses subnetwork k mod simulate."
+    evaluation_timeout_s: float = option(
+        "Seconds that evaluation and saving wait for a worker that does nothing. One that does something else is an "
+        "error at once.",
+        default=600.0,
+        positive=True,
     )
-    param_dtype: Literal["float32", "bfloat16", "float16"] | None = _option(
-        None, "FSDP2 mixed precision: dtype of the gathered parameters (computation). Default: as stored."
+    seed: int = option("Deals the subnetworks. Another seed is another plan with the same balance.", default=0)
+    simulate: int | None = option(
+        "Number of virtual workers in one process. Micro-batch k of an accumulation window uses subnetwork k mod "
+        "simulate.",
+        default=None,
+        positive=True,
     )
-    reduce_dtype: Literal["float32", "bfloat16", "float16"] | None = _option(
-        None, "FSDP2 mixed precision: dtype of the gradient reduction. Default: the gradients' dtype."
+    param_dtype: Dtype | None = option(
+        "FSDP2's mixed precision: dtype of the gathered parameters and of computation. By default as stored. "
+        "TrainingArguments(bf16=True) works too.",
+        default=None,
+    )
+    reduce_dtype: Dtype | None = option(
+        "FSDP2's mixed precision: dtype of the gradient reduction. By default the gradients' dtype.", default=None
     )
 
     def __post_init__(self):
-        choices = {
-            "level": ("neuron", "block"),
-            "masking": ("forward", "backward"),
-            "sharding": ("full", "none"),
-            "block_granularity": ("sub-block", "layer"),
-            "evaluate": ("full", "subnetwork"),
-            "balance": ("memory", "compute"),
-            "depth_profile": ("uniform", "linear"),
-            "param_dtype": (None, *_DTYPES),
-            "reduce_dtype": (None, *_DTYPES),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise SDPConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        options.check(self)
         self._check_coverage()
         self._check_memory()
         if not _is_list(self.always_held, int):
@@ -106,17 +116,6 @@ class SDPConfig:
                 f"always_held must be a list of layer indices such as [0, -1], got {self.always_held!r}."
             )
         object.__setattr__(self, "always_held", tuple(self.always_held))
-        for name in ("num_subnetworks", "simulate", "min_replication"):
-            value = getattr(self, name)
-            optional = name != "min_replication"
-            if not (optional and value is None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise SDPConfigError(
-                    f"{name} must be a positive integer{' or None' if optional else ''}, got {value!r}."
-                )
-        if not self.evaluation_timeout_s > 0:
-            raise SDPConfigError(f"evaluation_timeout_s must be positive, got {self.evaluation_timeout_s!r}.")
         self._refuse_options_without_effect()
 
     def _check_coverage(self):
@@ -148,7 +147,8 @@ class SDPConfig:
         if self.simulate is None and gathered != self.workload.dtype:
             raise SDPConfigError(
                 f"The workload computes in {self.workload.dtype}, parameters would be gathered in {gathered} "
-                f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the workload."
+                f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the "
+                "workload."
             )
 
     def _refuse_options_without_effect(self):
@@ -203,21 +203,12 @@ class SDPConfig:
 
         Lists are separated by spaces: ``--sdp_coverage 0.75 0.5 0.5 0.25``; one value is that of all subnetworks.
         """
-        fields = []
-        for f in dataclasses.fields(cls):
-            default = {"default": f.default}
-            if f.name in ("coverage", "always_held"):  # for a list the parser looks at the factory only
-                default = {"default_factory": [f.default].copy if f.name == "coverage" else list}
-            fields.append((prefix + f.name, _ARGUMENT_TYPES.get(f.name, f.type), field(**default, metadata=f.metadata)))
-        return dataclasses.make_dataclass("SDPArguments", fields)
+        return options.arguments(cls, prefix)
 
     @classmethod
-    def from_arguments(cls, arguments: "argparse.Namespace | object", prefix: str = "sdp_") -> "SDPConfig":
+    def from_arguments(cls, arguments: object, prefix: str = "sdp_") -> "SDPConfig":
         """The config from an instance of :meth:`arguments`."""
-        values = {f.name: getattr(arguments, prefix + f.name) for f in dataclasses.fields(cls)}
-        if len(values["coverage"]) == 1:
-            (values["coverage"],) = values["coverage"]
-        return cls(**values)
+        return cls(**options.from_arguments(cls, arguments, prefix))
 
 
 def _shares(coverage) -> Sequence:
@@ -232,10 +223,7 @@ def _is_list(value, element: type) -> bool:
     )
 
 
-_ARGUMENT_TYPES = {
-    "coverage": list[float],
-    "memory_gib": list[float] | None,
-    "workload": str | None,
-    "always_held": list[int],
-}  # where HfArgumentParser cannot read a field's own type
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(SDPConfig)}
+
+if __name__ == "__main__":  # python -m hf_sdp.config: the tables of OPTIONS.md
+    print(options.markdown(SDPConfig), options.markdown(Workload), sep="\n\n")

@@ -2,50 +2,40 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
+from . import options
 from .errors import SDPConfigError
+from .options import option
 
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Name -> bytes of an element."""
-SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0}
+SHORT_DTYPES: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Optimizer = Literal["adamw", "adam", "sgd-momentum", "sgd"]
+OPTIMIZER_STATES: dict[Optimizer, int] = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0}
 """Name -> tensors of the parameter's shape and dtype that the optimizer keeps for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One worker's micro-batch and number formats.
+    """One worker's micro-batch and number formats. The short names of dtypes ("bf16") are understood as well.
 
-    Attributes:
-        batch, sequence: sequences of a micro-batch and tokens of each.
-        dtype: of computation, activations and gathered parameters ("bf16" etc. are understood).
-        param_dtype: of stored parameters, gradients and optimizer state.
-        optimizer: one of ``OPTIMIZER_STATES``.
-        gradient_checkpointing: decoder layers are recomputed in backward.
     Raises: SDPConfigError for a value out of range.
     """
 
-    batch: int
-    sequence: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    optimizer: str = "adamw"
-    gradient_checkpointing: bool = False
+    batch: int = option("Sequences of a worker's micro-batch.", positive=True)
+    sequence: int = option("Tokens of a sequence.", positive=True)
+    dtype: Dtype = option("Number format of computation, activations and gathered parameters.", default="float32")
+    param_dtype: Dtype = option("Number format of stored parameters, gradients and optimizer state.", default="float32")
+    optimizer: Optimizer = option("Decides how many tensors of state a parameter has.", default="adamw")
+    gradient_checkpointing: bool = option("Decoder layers are recomputed in backward.", default=False)
 
     def __post_init__(self):
-        for name in ("batch", "sequence"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SDPConfigError(f"{name} must be a positive integer, got {value!r}.")
         for name in ("dtype", "param_dtype"):
-            value = SHORT_DTYPES.get(getattr(self, name), getattr(self, name))
-            if value not in DTYPES:
-                raise SDPConfigError(f"{name} must be one of {[*DTYPES, *SHORT_DTYPES]}, got {value!r}.")
-            object.__setattr__(self, name, value)
-        if self.optimizer not in OPTIMIZER_STATES:
-            raise SDPConfigError(f"optimizer must be one of {list(OPTIMIZER_STATES)}, got {self.optimizer!r}.")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise SDPConfigError(f"gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}.")
+            value = getattr(self, name)
+            object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
+        options.check(self)
 
     @property
     def tokens(self) -> int:
@@ -55,19 +45,9 @@ class Workload:
     @classmethod
     def parse(cls, text: str) -> "Workload":
         """From ``"batch=4,sequence=1024,dtype=bfloat16"``. Raises: SDPConfigError naming what is not understood."""
-        types = {f.name: f.type for f in dataclasses.fields(cls)}
-        read = {int: int, str: str, bool: lambda value: {"true": True, "false": False}[value.lower()]}
-        values = {}
-        for item in text.split(","):
-            name, _, value = (piece.strip() for piece in item.partition("="))
-            try:
-                values[name] = read[types[name]](value)
-            except (KeyError, ValueError):
-                raise SDPConfigError(
-                    f"workload={text!r}: {item.strip()!r} is not understood. Write it as 'batch=4,sequence=1024' with any of "
-                    f"{list(types)}."
-                ) from None
-        missing = {"batch", "sequence"} - values.keys()
+        fields = dataclasses.fields(cls)
+        values = options.parse_all(fields, text, what="workload", example="batch=4,sequence=1024")
+        missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in values]
         if missing:
-            raise SDPConfigError(f"workload={text!r} lacks {sorted(missing)}.")
+            raise SDPConfigError(f"workload {text!r} lacks {missing}. Write it as batch=4,sequence=1024.")
         return cls(**values)

@@ -1,27 +1,66 @@
-"""The command ``hf-sdp``: one file per subcommand; ``options.py``, ``models.py`` and ``tables.py`` are what they share."""
+"""The command ``hf-sdp``: one file per subcommand. They share ``options.py``, ``models.py`` and ``tables.py``."""
 
+import atexit
+import gc
+import importlib
 import sys
 
 import click
 
 from ..errors import SDPConfigError, SDPStateError
-from .compare_command import compare
 from .errors import CommandError
-from .estimate_command import estimate
-from .plan_command import plan
-from .simulate_command import simulate
-from .verify_command import verify
 
-commands = click.Group(
+SHORT_HELPS = {
+    "compare": "Measure DDP, DDP with activation checkpointing, FSDP2 and SDP on this machine, side by side.",
+    "estimate": "Memory, traffic and step time, beside DDP, ZeRO and FSDP2.",
+    "plan": "Who holds what, how evenly, and what crosses the wire.",
+    "simulate": (
+        "Quality at equal FLOPs or equal steps: data parallel, SDP and baselines, N virtual workers in one process."
+    ),
+    "verify": "Check a checkpoint FOLDER: complete, shapes, plan, hashes.",
+}
+"""Subcommand -> first sentence of its help.
+
+The command itself is in ``NAME_command.py``, which is imported when the command is called. So the list of commands is
+shown without waiting for torch.
+"""
+
+
+class LazyGroup(click.Group):
+    """The subcommands of ``SHORT_HELPS``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SHORT_HELPS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in SHORT_HELPS:
+            return None
+        collects = gc.isenabled()
+        gc.disable()  # What torch and transformers make on import stays. Looking for garbage among it takes a second.
+        try:
+            return getattr(importlib.import_module(f".{cmd_name}_command", __name__), cmd_name)
+        finally:
+            if collects:
+                gc.enable()
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SHORT_HELPS.items()))
+
+
+commands = LazyGroup(
     "hf-sdp",
     help="Subnetwork Data Parallelism: see it before you launch it.",
-    commands=[plan, estimate, compare, simulate, verify],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command. Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input."""
+    """Run the command.
+
+    Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input.
+    """
+    atexit.register(gc.freeze)  # All memory goes back at the end. Looking for garbage in it first takes half a second.
     try:
         code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
         if isinstance(code, int) and code:  # of context.exit(code)

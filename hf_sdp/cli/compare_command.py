@@ -20,6 +20,7 @@ from ..bench.compare.report import about, tables, write
 from ..bench.workers import WorkerError
 from ..config import SDPConfig
 from ..families.meta_model import meta_model
+from ..options import parse_all
 from ..workload import Workload
 from .errors import CommandError
 from .models import load_config
@@ -63,7 +64,8 @@ size_options = add_options(
     "bandwidths",
     multiple=True,
     default=("none",),
-    help="Limit of every worker's link, such as 1Gbit, or none. Repeat it to time steps on several networks. Needs root.",
+    help="Limit of every worker's link, such as 1Gbit, or none. Repeat it to time steps on several networks. "
+    "Needs root.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="gloo, or NCCL with a GPU a worker.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", help="bf16: autocast.")
@@ -107,6 +109,12 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
         (output / "failure.txt").write_text(f"{error}\n")
         print(f"hf-sdp: {error.reason} (in full: {output / 'failure.txt'})", file=sys.stderr)
         sys.exit(1)
+    _print_tables(console, result)
+    pictures = draw(result, output)
+    console.print(f"{output}: comparison.md, .csv, .json, {', '.join(path.name for path in pictures)}")
+
+
+def _print_tables(console: Console, result: dict) -> None:
     for table in tables(result):
         shown = Table(title=table.title, caption=table.note, box=SIMPLE)
         for column in table.columns:
@@ -114,8 +122,6 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-    pictures = draw(result, output)
-    console.print(f"{output}: comparison.md, .csv, .json, {', '.join(path.name for path in pictures)}")
 
 
 def _model_config(model: str | None, sizes: dict, sequence: int) -> PretrainedConfig:
@@ -171,36 +177,10 @@ def _chosen(engines: str, variants: tuple[str, ...], workload: Workload) -> dict
 def parse_sdp(text: str) -> dict:
     """Options of SDPConfig from ``"level=block,coverage=0.5"``; a list goes on after commas: ``coverage=0.75,0.5``.
 
-    Raises: CommandError naming what is not understood.
+    Raises: SDPConfigError naming what is not understood.
     """
-    known = [f.name for f in dataclasses.fields(SDPConfig) if f.name not in _SET_ELSEWHERE]
-    lists: dict[str, list] = {}
-    name = ""
-    for piece in text.split(","):
-        before, equals, value = (word.strip() for word in piece.partition("="))
-        if equals:
-            name = before
-        if name not in known or not (value if equals else before) or equals and name in lists:
-            raise CommandError(
-                f"--sdp {text!r}: {piece.strip()!r} is not understood. Write it as level=neuron,coverage=0.5 with any of "
-                f"{', '.join(known)}."
-            )
-        lists.setdefault(name, []).append(_value(value if equals else before))
-    always_lists = ("memory_gib", "always_held")
-    return {
-        n: values[0] if len(values) == 1 and n not in always_lists else tuple(values) for n, values in lists.items()
-    }
-
-
-def _value(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
+    fields = [field for field in dataclasses.fields(SDPConfig) if field.name not in _SET_ELSEWHERE]
+    return parse_all(fields, text, what="--sdp", example="level=neuron,coverage=0.5")
 
 
 def _make_folder(output: Path) -> None:
@@ -216,6 +196,6 @@ def _what(workplace: Workplace) -> str:
     millions = sum(p.numel() for p in meta_model(workplace.model).parameters()) / 1e6
     link = "over gloo, one thread each" if workplace.device == "cpu" else "over NCCL, one GPU each"
     return (
-        f"{workplace.workers} workers {link}; {workplace.model.model_type} of {millions:.1f} M parameters; {workplace.batch} x "
-        f"{workplace.sequence} tokens a worker and step; {workplace.dtype}; fused AdamW, clipping."
+        f"{workplace.workers} workers {link}; {workplace.model.model_type} of {millions:.1f} M parameters; "
+        f"{workplace.batch} x {workplace.sequence} tokens a worker and step; {workplace.dtype}; fused AdamW, clipping."
     )

@@ -8,20 +8,28 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import make_plan
-from ..errors import SDPConfigError
 from ..estimate.allocations import WorkerMemory
 from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, sdp_rows, subnetworks
 from ..estimate.time import StepTime, step_time
 from ..families.meta_model import meta_model
 from ..plan.plan import Plan
+from ..quantities import bytes_per_second, flops_per_second
 from ..workload import Workload
 from .models import load_config
-from .options import json_option, model_argument, sdp_config, sdp_options, workers_option, workload_options
-from .units import Bandwidth, Flops
+from .options import (
+    Text,
+    json_option,
+    model_argument,
+    num_subnetworks,
+    pop_workload,
+    sdp_config,
+    sdp_options,
+    workers_option,
+    workload_options,
+)
 
 GIB = 2**30
 _KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
-_WORKLOAD = ("batch", "sequence", "dtype", "param_dtype", "optimizer", "gradient_checkpointing")
 
 
 @click.command()
@@ -30,33 +38,35 @@ _WORKLOAD = ("batch", "sequence", "dtype", "param_dtype", "optimizer", "gradient
 @sdp_options
 @workload_options
 @click.option("--gib", type=click.FloatRange(min=0, min_open=True), help="Memory of a worker, GiB: what fits?")
-@click.option("--bandwidth", type=Bandwidth(), help="Of a worker, to send and to receive: 10Gbit, 25GB/s.")
-@click.option("--flops", type=Flops(), help="That the device reaches: 100TFLOPS, 100e12.")
+@click.option(
+    "--bandwidth",
+    type=Text("bandwidth", bytes_per_second),
+    help="Of a worker, to send and to receive: 10Gbit, 25GB/s.",
+)
+@click.option("--flops", type=Text("flop/s", flops_per_second), help="That the device reaches: 100TFLOPS, 100e12.")
 @json_option
 def estimate(
     model: str, workers: int, gib: float | None, bandwidth: float | None, flops: float | None, as_json: bool, **options
 ) -> None:
     """Memory, traffic and step time, beside DDP, ZeRO and FSDP2. Nothing is allocated.
 
-    A step is one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is what
-    the device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
+    A step is one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is
+    what the device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
     """
     if (bandwidth is None) != (flops is None):
         raise click.UsageError("The step time needs both --bandwidth and --flops.")
-    workload = Workload(**{name: options.pop(name) for name in _WORKLOAD})
+    workload = pop_workload(options)
     config = sdp_config(workload=workload, **options)
-    num_subnetworks = config.num_subnetworks or workers
-    if workers % num_subnetworks:
-        raise SDPConfigError(f"--num-subnetworks {num_subnetworks} does not divide --workers {workers}.")
+    n = num_subnetworks(config, workers)
     model_config = load_config(model)
     full = meta_model(model_config)
-    plan = make_plan(full, config, num_subnetworks)
+    plan = make_plan(full, config, n)
     rows = other_rows(model_config, workload, workers) + sdp_rows(model_config, plan, workload, workers)
     times = {}
     if bandwidth is not None:
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
     coverages = None
-    if gib is not None and num_subnetworks == workers:
+    if gib is not None and n == workers:
         coverages = largest_coverage(
             lambda coverage: make_plan(full, config_of(config, coverage), workers),
             model_config,
@@ -114,13 +124,13 @@ def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, t
     checkpointing = ", activation checkpointing" if workload.gradient_checkpointing else ""
     console.print(
         f"{workers} workers, batch {workload.batch} x {workload.sequence} each, {workload.dtype} (stored "
-        f"{workload.param_dtype}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} masking, coverage "
-        f"{plan.coverage:.3g}.",
+        f"{workload.param_dtype}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} "
+        f"masking, coverage {plan.coverage:.3g}.",
         highlight=False,
     )
     console.print(
-        "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and buffers "
-        "of collectives, and what of it all lives at one moment (--json: at_peak).",
+        "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and "
+        "buffers of collectives, and what of it all lives at one moment (--json: at_peak).",
         highlight=False,
     )
     if len(subnetworks(plan)) < plan.num_subnetworks:
@@ -165,7 +175,7 @@ def _report(model, workers, workload: Workload, plan: Plan, rows, gib, times, co
         "model": model,
         "parameters": plan.full_numel,
         "workers": workers,
-        "workload": {name: getattr(workload, name) for name in _WORKLOAD},
+        "workload": dataclasses.asdict(workload),
         "plan": {"level": plan.level, "masking": plan.masking, "coverage": plan.coverage, "hash": plan.hash},
         "gib": gib,
         "engines": engines,

@@ -27,8 +27,8 @@ _HUB_TIMEOUT_S = 5
 def load_config(model: str) -> PretrainedConfig:
     """The transformers config of MODEL; no weights are read.
 
-    A name of the hub is looked up in the local cache first, and asked for once: without network there is an answer within
-    seconds.
+    A name of the hub is looked up in the local cache first, and asked for once: without network there is an answer
+    within seconds.
 
     Raises: CommandError when there is no such model, the file cannot be read, or the hub cannot be reached.
     """
@@ -58,16 +58,16 @@ def load_config(model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # no network, no such name, no permission: no common class
         raise CommandError(
-            f"MODEL {model!r} is no named size ({', '.join(NAMED)}), no local folder or config.json, and could not be had "
-            f"from the hub: {first_line(error)}"
+            f"MODEL {model!r} is no named size ({', '.join(NAMED)}), no local folder or config.json, and could not be "
+            f"had from the hub: {first_line(error)}"
         ) from error
 
 
 def load_meta_model(model: str) -> nn.Module:
     """The full model of MODEL on the meta device: shapes, no memory.
 
-    Raises: as :func:`load_config`; SDPConfigError for a family that is not supported; CommandError when transformers can
-        make no model of the config.
+    Raises: as :func:`load_config`; SDPConfigError for a family that is not supported; CommandError when transformers
+        can make no model of the config.
     """
     config = load_config(model)
     family_of(config)

@@ -1,28 +1,35 @@
-"""Options that several subcommands share, and the ``SDPConfig`` they make."""
+"""Options that several subcommands share, made of the fields of ``SDPConfig`` and ``Workload``."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import click
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
-from ..workload import OPTIMIZER_STATES, SHORT_DTYPES, Workload
+from ..options import kind_of, parse
+from ..workload import SHORT_DTYPES, Workload
 
 
-class Numbers(click.ParamType):
-    """``0.75,0.5,0.25``: a tuple of numbers."""
+class Text(click.ParamType):
+    """A value that ``read`` makes of text. Its ValueError is a usage error."""
 
-    def __init__(self, number: type):
-        self.number = number
-        self.name = f"{number.__name__},..."
+    def __init__(self, name: str, read: Callable):
+        self.name, self.read = name, read
 
     def convert(self, value, param, ctx):
         if not isinstance(value, str):
             return value
         try:
-            return tuple(self.number(piece) for piece in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers separated by commas.", param, ctx)
+            return self.read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def numbers(annotation) -> Text:
+    """``0.75,0.5,0.25``, for a type such as ``Sequence[float]``."""
+    return Text(f"{kind_of(annotation).element.__name__},...", partial(parse, annotation))
 
 
 def add_options(*options: Callable) -> Callable:
@@ -39,60 +46,61 @@ def add_options(*options: Callable) -> Callable:
 model_argument = click.argument("model")
 workers_option = click.option("--workers", "-n", type=click.IntRange(1), default=8, help="Workers of the world.")
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of tables.")
-sdp_options = add_options(
-    click.option("--level", type=click.Choice(["neuron", "block"]), default="neuron", help="Unit that is held or not."),
-    click.option("--masking", type=click.Choice(["forward", "backward"]), default="forward"),
-    click.option(
-        "--coverage",
-        type=Numbers(float),
-        default="0.5",
-        help="Share a worker holds; or one for each subnetwork: 0.75,0.5,0.25.",
-    ),
-    click.option("--memory-gib", type=Numbers(float), help="Instead of coverage: memory of each subnetwork's worker."),
-    click.option("--min-replication", type=click.IntRange(1), default=1, help="The fewest holders a unit may have."),
-    click.option(
-        "--balance",
-        type=click.Choice(["memory", "compute"]),
-        default="memory",
-        help="What is balanced where units do not divide.",
-    ),
-    click.option(
-        "--depth-profile", type=click.Choice(["uniform", "linear"]), default="uniform", help="Coverage over depth."
-    ),
-    click.option(
-        "--always-held", type=Numbers(int), help="Layers every worker holds: 0,-1 for the first and the last."
-    ),
-    click.option("--block-granularity", type=click.Choice(["sub-block", "layer"]), default="sub-block"),
-    click.option("--num-subnetworks", type=click.IntRange(1), help="Default: one for each worker."),
-    click.option("--seed", type=int, default=0, help="Deals the subnetworks."),
-)
+
+
+def option_of(field: dataclasses.Field, *, flag: str | None = None, **settings) -> Callable:
+    """The option of a field, by its name or as ``flag``. ``settings`` take the place of what the field says."""
+    kind = kind_of(field.type)
+    if kind.element is bool:
+        made = {"is_flag": True}
+    else:
+        default = None if field.default in (dataclasses.MISSING, ()) else field.default
+        made = {"type": _click_type(field), "default": default}
+    made["help"] = field.metadata["help"]
+    return click.option(flag or f"--{field.name.replace('_', '-')}", field.name, **{**made, **settings})
+
+
+def _click_type(field: dataclasses.Field) -> click.ParamType | type:
+    kind = kind_of(field.type)
+    if kind.choices:
+        return click.Choice(kind.choices)
+    if kind.is_list:
+        return numbers(field.type)
+    return click.IntRange(1) if kind.element is int and field.metadata["positive"] else kind.element
+
+
+_SDP = {field.name: field for field in dataclasses.fields(SDPConfig)}
+_WORKLOAD = {field.name: field for field in dataclasses.fields(Workload)}
+_short_dtypes = click.Choice([*SHORT_DTYPES])
+_DECIDES_THE_PLAN = (
+    "level", "masking", "coverage", "memory_gib", "min_replication", "balance", "depth_profile", "always_held",
+    "block_granularity", "num_subnetworks", "seed",
+)  # fmt: skip
+sdp_options = add_options(*(option_of(_SDP[name]) for name in _DECIDES_THE_PLAN))
 """What decides a plan; the values are keyword arguments of :func:`sdp_config`."""
-sharding_options = add_options(
-    click.option("--sharding", type=click.Choice(["full", "none"]), default="full", help="Of state among the holders."),
-    click.option("--reshard-after-forward", is_flag=True, help="Gather again in backward: less memory, more traffic."),
-)
+sharding_options = add_options(*(option_of(_SDP[name]) for name in ("sharding", "reshard_after_forward")))
 """How state is kept; keyword arguments of :func:`sdp_config` as well."""
 workload_options = add_options(
-    click.option("--batch", type=click.IntRange(1), default=1, help="Sequences of a worker's micro-batch."),
-    click.option("--seq", "sequence", type=click.IntRange(1), default=1024, help="Tokens of a sequence."),
-    click.option(
-        "--dtype", type=click.Choice([*SHORT_DTYPES]), default="bf16", help="Of computation and gathered parameters."
-    ),
-    click.option("--param-dtype", type=click.Choice([*SHORT_DTYPES]), default="fp32", help="Of what is stored."),
-    click.option("--optimizer", type=click.Choice([*OPTIMIZER_STATES]), default="adamw"),
-    click.option("--gradient-checkpointing", is_flag=True, help="Recompute decoder layers in backward."),
+    option_of(_WORKLOAD["batch"], default=1),
+    option_of(_WORKLOAD["sequence"], flag="--seq", default=1024),
+    option_of(_WORKLOAD["dtype"], type=_short_dtypes, default="bf16"),
+    option_of(_WORKLOAD["param_dtype"], type=_short_dtypes, default="fp32"),
+    option_of(_WORKLOAD["optimizer"]),
+    option_of(_WORKLOAD["gradient_checkpointing"]),
 )
-"""Fields of :class:`~hf_sdp.workload.Workload`."""
+"""The fields of ``Workload``, with the command line's own names and defaults; see :func:`pop_workload`."""
+
+
+def pop_workload(options: dict) -> Workload:
+    """The workload of ``workload_options``, which are taken out of ``options``."""
+    return Workload(**{name: options.pop(name) for name in _WORKLOAD})
 
 
 def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
-    """The config of ``sdp_options`` and further fields; None keeps a default.
+    """The config of ``sdp_options`` and further fields. None keeps a default.
 
     ``workload`` is dropped where neither ``memory_gib`` nor ``balance`` uses it.
     """
-    coverage = options.get("coverage")
-    if isinstance(coverage, tuple) and len(coverage) == 1:
-        options["coverage"] = coverage[0]
     if options.get("memory_gib") is not None or options.get("balance") == "compute":
         options["workload"] = workload
         if options.get("memory_gib") is not None and workload.dtype != workload.param_dtype:

@@ -8,18 +8,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.picture import FORMATS, draw_plan
 from ..config import SDPConfig
 from ..estimate.figures import SHARED, PlanFigures, plan_figures, spread
+from ..plan.plan import Plan
 from ..plan.worker_graph import MAX_EXACT
 from ..planner import make_plan
-from ..workload import DTYPES, Workload
+from ..workload import DTYPES
 from .errors import CommandError
 from .models import load_meta_model
 from .options import (
     json_option,
     model_argument,
     num_subnetworks,
+    pop_workload,
     refuse_without_memory,
     sdp_config,
     sdp_options,
@@ -45,13 +46,14 @@ MAX_ROWS = 16
 def plan(context: click.Context, model: str, workers: int, picture: Path | None, as_json: bool, **options) -> None:
     """Who holds what, how evenly, and what crosses the wire.
 
-    MODEL is a local folder or config.json, a name on the hub, or llama-134m, llama-500m, llama-1b, llama-7b. FLOPs are for
-    sequences of --seq tokens, bytes for elements of --dtype; the other options of the batch matter with --memory-gib only.
+    MODEL is a local folder or config.json, a name on the hub, or llama-134m, llama-500m, llama-1b, llama-7b. FLOPs are
+    for sequences of --seq tokens, bytes for elements of --dtype; the other options of the batch matter with
+    --memory-gib only.
     """
     refuse_without_memory(context, ("batch", "param_dtype", "optimizer", "gradient_checkpointing"))
     if picture is not None:
         _check_picture(picture)
-    workload = Workload(**{f.name: options.pop(f.name) for f in dataclasses.fields(Workload)})
+    workload = pop_workload(options)
     config = sdp_config(workload=workload, **options)
     subnetworks = num_subnetworks(config, workers)
     full = load_meta_model(model)
@@ -60,10 +62,7 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
         made, full, config, num_workers=workers, sequence=workload.sequence, element_bytes=DTYPES[workload.dtype]
     )
     if picture is not None:
-        try:
-            draw_plan(made, picture)
-        except OSError as error:
-            raise CommandError(f"--picture {picture} cannot be written: {error.strerror or error}.") from error
+        _draw(made, picture)
     if as_json:
         print(json.dumps(_as_json(model, config, made.hash, figures), indent=1))
     else:
@@ -74,10 +73,21 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
 
 def _check_picture(path: Path) -> None:
     """Before any work."""
+    from ..bench.picture import FORMATS  # only here: without a picture nobody needs matplotlib
+
     if path.suffix.lower() not in FORMATS:
         raise CommandError(f"--picture {path} must end in one of {', '.join(FORMATS)}.")
     if not path.parent.is_dir():
         raise CommandError(f"--picture {path} cannot be written: there is no folder {path.parent}.")
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    from ..bench.picture import draw_plan
+
+    try:
+        draw_plan(plan, path)
+    except OSError as error:
+        raise CommandError(f"--picture {path} cannot be written: {error.strerror or error}.") from error
 
 
 def _as_json(model: str, config: SDPConfig, plan_hash: str, figures: PlanFigures) -> dict:

@@ -1,13 +1,14 @@
 """``hf-sdp simulate``."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from ..bench.quality.setting import Setting, text_name
 from .errors import CommandError
-from .options import Numbers, add_options, workers_option
+from .options import add_options, numbers, workers_option
 
 _DEFAULT_METHODS = (
     "data-parallel,forward-neuron,forward-block,backward-neuron,backward-block,forward-neuron-linear@0.5,"
@@ -50,8 +51,8 @@ _setting_options = add_options(
 @click.option(
     "--methods", default=_DEFAULT_METHODS, help="FAMILY (at every --coverage) or FAMILY@COVERAGE, with commas."
 )
-@click.option("--coverage", type=Numbers(float), default="0.25,0.5,0.75", help="For methods that name none.")
-@click.option("--seeds", type=Numbers(int), default="0,1,2", help="One run of every method for each.")
+@click.option("--coverage", type=numbers(Sequence[float]), default="0.25,0.5,0.75", help="For methods that name none.")
+@click.option("--seeds", type=numbers(Sequence[int]), default="0,1,2", help="One run of every method for each.")
 @click.option(
     "--text",
     "text_file",
@@ -130,9 +131,8 @@ def _train(results, methods, coverage, seeds, text_file, processes, note, shape)
             nonlocal done
             done += 1
             method, seed = job
-            console.print(
-                f"{method.name}, seed {seed}: {run['curve'][-1][1]:.4f} after {run['steps']} steps, {run['seconds']:.0f} s"
-            )
+            loss = run["curve"][-1][1]
+            console.print(f"{method.name}, seed {seed}: {loss:.4f} after {run['steps']} steps, {run['seconds']:.0f} s")
             status.update(f"{done} of {len(missing)} runs done")
 
         status.update(f"0 of {len(missing)} runs done")

@@ -133,8 +133,8 @@ def _plan(folder: Path, marker: dict, shapes: dict[str, tuple[int, ...]]) -> str
                 f"0..{plan.num_subnetworks - 1}."
             )
     return (
-        f"{plan.num_subnetworks} subnetworks, {plan.level} level, {plan.masking} masking, coverage {plan.coverage:.4g}: fits "
-        f"the model and the SDPConfig; hash {plan.hash[:12]}"
+        f"{plan.num_subnetworks} subnetworks, {plan.level} level, {plan.masking} masking, coverage "
+        f"{plan.coverage:.4g}: fits the model and the SDPConfig; hash {plan.hash[:12]}"
     )
 
 

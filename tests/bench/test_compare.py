@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPConfig
+from hf_sdp import SDPConfig, SDPConfigError
 from hf_sdp.bench.compare import run
 from hf_sdp.bench.compare.contenders import BASELINES, Contender, Workplace, expected_bytes, sdp_name
 from hf_sdp.bench.compare.losses import curves
@@ -16,7 +16,6 @@ from hf_sdp.bench.compare.measure import Sample, Samples
 from hf_sdp.bench.workers import WorkerError
 from hf_sdp.cli import main
 from hf_sdp.cli.compare_command import parse_sdp
-from hf_sdp.cli.errors import CommandError
 from hf_sdp.families.meta_model import meta_model
 from tests.support.models import tiny_config
 from tests.support.workers import run_workers
@@ -174,5 +173,5 @@ def test_names_and_curves_of_variants():
     }
     assert parse_sdp("coverage=0.75,0.5,level=block") == {"coverage": (0.75, 0.5), "level": "block"}
     assert parse_sdp("always_held=0") == {"always_held": (0,)}
-    with pytest.raises(CommandError, match="workload"):
+    with pytest.raises(SDPConfigError, match="workload"):
         parse_sdp("workload=batch")

@@ -7,7 +7,6 @@ import resource
 import pytest
 
 from hf_sdp.cli import main
-from hf_sdp.cli.units import Bandwidth
 from tests.support.models import SMALL, tiny_config
 
 
@@ -54,14 +53,6 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, wrong):
         main(["estimate", "llama-134m", *wrong])
     captured = capsys.readouterr()
     assert exited.value.code == 2 and captured.out == "" and len(captured.err.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "bytes_per_second"),
-    [("10Gbit", 1.25e9), ("25GB/s", 25e9), ("800Mbit", 1e8), ("100Gbps", 12.5e9), ("1GiB/s", 2**30)],
-)
-def test_bandwidths(text, bytes_per_second):
-    assert Bandwidth().convert(text, None, None) == bytes_per_second
 
 
 def test_a_model_of_70_billion_parameters_takes_little_memory(capsys, tmp_path):

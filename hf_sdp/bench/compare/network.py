@@ -12,7 +12,6 @@ both ends of its veth pair). The machine's own network is not touched. Needs Lin
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -23,18 +22,6 @@ INTERFACE = "eth0"
 """Name of a worker's interface in its namespace."""
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _limited = False  # whether this process has entered a namespace
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
-
-
-def bits_per_second(text: str) -> float:
-    """``"1Gbit"``, ``"100Mbit"``, ``"2.5Gbit/s"`` in bits per second. Raises: SDPConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)bit(?:/s|ps)?", text.strip(), re.IGNORECASE)
-    value = float(match[1]) * _UNITS[match[2].lower()] if match else 0.0
-    if value <= 0:
-        raise SDPConfigError(
-            f"{text!r} is no bandwidth: write a positive number and kbit, Mbit or Gbit, such as 1Gbit."
-        )
-    return value
 
 
 @contextlib.contextmanager
