@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ..compat import fake_store
 from ..config import SDPConfig
 from ..engine.metrics import measured_peak, state_bytes
 from ..engine.optimizer import repoint
@@ -29,7 +29,7 @@ from ..plan.units import decoder_layers
 def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
     """This process is one worker of a world whose others do not exist."""
     gc.collect()  # nothing of an earlier world may be freed while this one is measured
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def parallelize(
         model.register_comm_hook(None, _finished)  # the reducer cannot wait for fake collectives
     else:
         mesh = DeviceMesh(device.type, torch.arange(dist.get_world_size()))
-        policy = MixedPrecisionPolicy(param_dtype=param_dtype and getattr(torch, param_dtype))
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, param_dtype) if param_dtype else None)
         _, layers = decoder_layers(model, family_of(model.config))
         for module in (*layers, model):
             fully_shard(module.to(device), mesh=mesh, reshard_after_forward=engine == "FSDP2", mp_policy=policy)
@@ -64,7 +64,7 @@ def parallelize(
 
 
 def _finished(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    future = torch.futures.Future()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
 
@@ -77,9 +77,13 @@ def measure_steps(
     *,
     autocast: bool = False,
 ) -> list[dict[str, int]]:
-    """Bytes for each batch (sequences, tokens of each): state by kind (of ``metrics.state_bytes``), DDP's buckets, which are
-    not measured but are as large as the gradients, ``step``: the peak of a step above what was allocated before it, and
-    ``bytes_sent`` (SDP). Two small steps come first: moments exist then, and DDP has rebuilt its buckets."""
+    """Bytes for each batch (sequences, tokens of each).
+
+    Two small steps come first: moments exist then, and DDP has rebuilt its buckets.
+    Returns: for each batch the state by kind (of ``metrics.state_bytes``); ``buckets``: DDP's, which are not measured
+        but are as large as the gradients; ``step``: the peak of a step above what was allocated before it;
+        ``bytes_sent`` (SDP).
+    """
     state = find_state(model)
     stored: dict[str, int] = {}
 

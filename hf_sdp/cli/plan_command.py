@@ -8,13 +8,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ..bench.picture import FORMATS, draw_plan
 from ..config import SDPConfig
 from ..estimate.figures import SHARED, PlanFigures, plan_figures, spread
 from ..plan.worker_graph import MAX_EXACT
 from ..planner import make_plan
 from ..workload import DTYPES, Workload
 from .errors import CommandError
+from .extras import require_bench
 from .models import load_meta_model
 from .options import (
     json_option,
@@ -60,6 +60,8 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
         made, full, config, num_workers=workers, sequence=workload.sequence, element_bytes=DTYPES[workload.dtype]
     )
     if picture is not None:
+        from ..bench.picture import draw_plan
+
         try:
             draw_plan(made, picture)
         except OSError as error:
@@ -74,6 +76,9 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
 
 def _check_picture(path: Path) -> None:
     """Before any work."""
+    require_bench("plan --picture", "matplotlib")
+    from ..bench.picture import FORMATS
+
     if path.suffix.lower() not in FORMATS:
         raise CommandError(f"--picture {path} must end in one of {', '.join(FORMATS)}.")
     if not path.parent.is_dir():

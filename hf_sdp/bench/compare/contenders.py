@@ -7,14 +7,13 @@ clipping, and the fused AdamW of the Trainer's default.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
@@ -22,14 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ...compat import checkpoint_activations
+from ...compat import checkpoint_activations, fsdp_groups, functional_collectives
 from ...config import SDPConfig
 from ...engine.traffic import Traffic
 from ...estimate.figures import plan_figures
 from ...families import family_of
 from ...families.meta_model import meta_model
 from ...hosts.accelerator import SDPAccelerator
-from ...model.state import find_state, fsdp_modules
+from ...model.state import fsdp_modules, get_state
 from ...patch import patch_model
 from ...plan.units import decoder_layers
 from ...planner import make_plan
@@ -106,7 +105,8 @@ class Engine:
     Args:
         name: of ``BASELINES``' values, or any when there is a ``sdp`` config.
     Attributes:
-        traffic: counts ``bytes_sent`` and ``num_collectives`` for parameters and gradients (see ``hf_sdp/engine/traffic.py``).
+        traffic: counts ``bytes_sent`` and ``num_collectives`` for parameters and gradients. See
+            ``hf_sdp/engine/traffic.py``.
     """
 
     def __init__(self, name: str, sdp: SDPConfig | None, workplace: Workplace, learning_rate: float = 1e-4):
@@ -114,13 +114,14 @@ class Engine:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(workplace.model, dtype=torch.float32).to(self.device)
         model.train()
-        self.clip = clip_grad_norm_
+        self.clip: Callable = clip_grad_norm_
+        self.traffic: Traffic | DDPTraffic
         if sdp is not None:
             accelerator = SDPAccelerator()
             patch_model(model, sdp)
             optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-            self.clip, self.traffic = accelerator.clip_grad_norm_, find_state(model).traffic
+            self.clip, self.traffic = accelerator.clip_grad_norm_, get_state(model).traffic
             return
         if name in ("FSDP2", "FSDP2, no reshard"):
             _, layers = decoder_layers(model, family_of(model.config))
@@ -171,7 +172,7 @@ class Engine:
                 replace(self.traffic, "silent", True)
                 replace(self.model, "will_sync_module_buffers", lambda: False)
             for module in fsdp_modules(self.model):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
+                for group in fsdp_groups(module):
                     replace(group, "_all_gather_comm", _LocalGather(group._all_gather_comm))
                     replace(group, "_reduce_scatter_comm", _LocalScatter(group._reduce_scatter_comm))
                     replace(group, "_all_reduce_hook", None)  # counts
@@ -195,7 +196,7 @@ class DDPTraffic:
     def buffer_bytes(self) -> int:
         return sum(self._buffers.values())
 
-    def _all_reduce(self, process_group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _all_reduce(self, process_group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if bucket.index() == 0:
             self._buffers.clear()  # DDP cuts its buckets anew after the first backward
         size, num_workers = bucket.buffer().nbytes, dist.get_world_size()
@@ -229,7 +230,7 @@ class _LocalScatter(_Local):
 
 def expected_bytes(name: str, sdp: SDPConfig | None, model: PretrainedConfig, world_size: int) -> float:
     """Bytes that the worker with the most to send sends in a step, by formula, with one subnetwork a worker.
-    fp32, without padding; see ``report/plan.py``. DDP and FSDP2 are plans that hold everything.
+    fp32, without padding; see ``hf_sdp/estimate/figures.py``. DDP and FSDP2 are plans that hold everything.
     """
     config = sdp if sdp is not None else SDPConfig(coverage=1.0, reshard_after_forward=name == "FSDP2")
     full = meta_model(model)

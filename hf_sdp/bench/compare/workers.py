@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
+from typing import Any
 
 from .network import INTERFACE, enter
 
@@ -50,7 +51,7 @@ def join_world(rank: int, world_size: int, rendezvous: str, *, device: str = "cp
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    options = dict(
+    options: dict[str, Any] = dict(
         init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )
     if device == "cuda":
@@ -102,8 +103,10 @@ def launch(
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that workers are ended and what was made is removed. (Signals can be set in the main
-    thread only.)"""
+    """SIGTERM raises SystemExit, so that workers are ended and what was made is removed.
+
+    Signals can be set in the main thread only: in another one nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -125,11 +128,11 @@ def progress() -> None:
 
 
 def _collect(pipes: list, processes: list, timeout_s: float, on_progress: Callable) -> list:
-    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     results: dict[int, object] = {}
     failures: list[tuple[bool, int, str]] = []
     while waiting:
-        ready = wait(list(waiting), timeout=1 if failures else timeout_s)
+        ready: list[Any] = wait(list(waiting), timeout=1 if failures else timeout_s)
         if not ready:
             break
         for pipe in ready:
