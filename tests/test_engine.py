@@ -10,9 +10,8 @@ from models import batch, tiny_config, tiny_model
 from test_oracle import compare
 from workers import run_workers
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, make_plan, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, make_plan, patch_model, verify
 from hf_sdp.checkpoint.load import load_weights
-from hf_sdp.engine import consistency as verify
 from hf_sdp.engine.metrics import state_bytes
 from hf_sdp.engine.placement import numel, owned_boxes
 from hf_sdp.model.state import get_state, local_tensor

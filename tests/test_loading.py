@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from workers import run_workers
 
 import hf_sdp
-from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, consolidate
+from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, consolidate, verify
 from hf_sdp.checkpoint.weights import Weights
-from hf_sdp.engine import consistency as verify
 from hf_sdp.engine.placement import local_box, numel
 from hf_sdp.model.state import get_state
 

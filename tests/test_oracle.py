@@ -5,8 +5,7 @@ import torch
 from models import batch, tiny_model
 from workers import run_workers
 
-from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model
-from hf_sdp.engine import consistency as verify
+from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model, verify
 
 STEPS = 20
 OPTIMIZERS = {

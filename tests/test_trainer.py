@@ -298,7 +298,7 @@ def run_out_of_memory(folder):
 
     trainer.model.model.layers[2].register_forward_pre_hook(fail_once)
     trainer.train()
-    from hf_sdp.engine import consistency as verify
+    from hf_sdp import verify
 
     verify(trainer.model)
     return trainer.args.per_device_train_batch_size, losses_of(trainer.state.log_history)
