@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 from .errors import SDPConfigError
 from .workload import Workload
@@ -121,7 +121,7 @@ class SDPConfig:
 
     def _check_coverage(self):
         shares = _shares(self.coverage)
-        if not shares or any(isinstance(c, bool) or not isinstance(c, Real) or not 0 < float(c) <= 1 for c in shares):
+        if not shares or any(isinstance(c, bool) or not isinstance(c, Real) or not 0 < c <= 1 for c in shares):
             raise SDPConfigError(
                 f"coverage must be in (0, 1], or a list of such for each subnetwork, got {self.coverage!r}. "
                 "1.0 is plain data parallelism (FSDP2)."
@@ -205,7 +205,7 @@ class SDPConfig:
         """
         fields = []
         for f in dataclasses.fields(cls):
-            default: dict[str, Any] = {"default": f.default}
+            default = {"default": f.default}
             if f.name in ("coverage", "always_held"):  # for a list the parser looks at the factory only
                 default = {"default_factory": [f.default].copy if f.name == "coverage" else list}
             fields.append((prefix + f.name, _ARGUMENT_TYPES.get(f.name, f.type), field(**default, metadata=f.metadata)))

@@ -1,9 +1,7 @@
 """``Workload``: what a worker computes in a step, as far as memory and time depend on it."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .errors import SDPConfigError
 
@@ -58,20 +56,16 @@ class Workload:
     def parse(cls, text: str) -> "Workload":
         """From ``"batch=4,sequence=1024,dtype=bfloat16"``. Raises: SDPConfigError naming what is not understood."""
         types = {f.name: f.type for f in dataclasses.fields(cls)}
-        read: dict[Any, Callable[[str], Any]] = {
-            int: int,
-            str: str,
-            bool: lambda value: {"true": True, "false": False}[value.lower()],
-        }
-        values: dict[str, Any] = {}
+        read = {int: int, str: str, bool: lambda value: {"true": True, "false": False}[value.lower()]}
+        values = {}
         for item in text.split(","):
             name, _, value = (piece.strip() for piece in item.partition("="))
             try:
                 values[name] = read[types[name]](value)
             except (KeyError, ValueError):
                 raise SDPConfigError(
-                    f"workload={text!r}: {item.strip()!r} is not understood. "
-                    f"Write it as 'batch=4,sequence=1024' with any of {list(types)}."
+                    f"workload={text!r}: {item.strip()!r} is not understood. Write it as 'batch=4,sequence=1024' with any of "
+                    f"{list(types)}."
                 ) from None
         missing = {"batch", "sequence"} - values.keys()
         if missing:
