@@ -7,6 +7,7 @@ source examples/install.sh test
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 constraints="$PWD/constraints.txt"
+export DATA="$(cd hf_sdp && find . -type f ! -name '*.py' ! -path '*/__pycache__/*')"  # pages and py.typed
 
 # From a copy: setuptools would leave a build folder here, and take files from an old one.
 mkdir "$folder/source" "$folder/elsewhere"
@@ -24,6 +25,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 python - <<'PYTHON'
 import importlib.metadata
+import os
 from importlib.resources import files
 
 import hf_sdp
@@ -32,8 +34,10 @@ assert "site-packages" in hf_sdp.__file__, hf_sdp.__file__
 assert hf_sdp.__version__ == importlib.metadata.version("hf_sdp")
 for name in hf_sdp.__all__:
     getattr(hf_sdp, name)
-for page in ("py.typed", "estimate/PLAN.md", "estimate/FORMULAS.md"):
-    assert files("hf_sdp").joinpath(page).is_file(), page
+data = os.environ["DATA"].split()
+assert "./py.typed" in data
+for name in data:
+    assert files("hf_sdp").joinpath(name).is_file(), name
 PYTHON
 hf-sdp --help > /dev/null
 hf-sdp plan llama-1b
