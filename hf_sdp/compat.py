@@ -5,11 +5,17 @@ Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 
 import importlib.metadata
 import inspect
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from transformers.conversion_mapping import get_model_conversion_mapping
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import PreTrainedModel
 
 __all__ = [
     "DefaultAllGather",
@@ -17,6 +23,9 @@ __all__ = [
     "checkpoint_activations",
     "converts_checkpoints",
     "default_store",
+    "fake_store",
+    "fsdp_groups",
+    "functional_collectives",
     "reset_after_exception",
     "saves_on_every_rank",
     "versions",
@@ -25,11 +34,28 @@ __all__ = [
 
 def reset_after_exception(model: nn.Module) -> None:
     """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
-    if hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
+    reset = getattr(model, "reset_iter_state", None)
+    if reset is not None:
+        reset()
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def fsdp_groups(module: "FSDPModule") -> list[Any]:
+    """FSDP2's parameter groups of one module.
+
+    What is used of a group is private to torch as well: ``_is_hsdp``, ``mesh_info``, ``_all_gather_comm``,
+    ``_reduce_scatter_comm`` and ``_all_reduce_hook``.
+    """
+    return module._get_fsdp_state()._fsdp_param_groups
+
+
+def fake_store() -> Any:
+    """The store of a process group with the backend ``"fake"``: one worker without the others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    return FakeStore()
+
+
+def checkpoint_activations(model: "PreTrainedModel") -> None:
     """Recompute decoder layers in backward, non-reentrant (the method's name is new in transformers 5.23)."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -37,14 +63,17 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def converts_checkpoints(model: nn.Module) -> bool:
+def converts_checkpoints(model: "PreTrainedModel") -> bool:
     """Whether tensors of the model's checkpoints have other names or shapes than its parameters (transformers >= 5
     converts them while loading and back while saving)."""
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def saves_on_every_rank(trainer_class: type) -> bool:
-    """Whether ``Trainer.save_model`` enters ``_save`` on every rank (later versions of transformers), or on rank 0 only."""
+def saves_on_every_rank(trainer_class: Any) -> bool:
+    """Whether ``Trainer.save_model`` enters ``_save`` on every rank, as in later versions of transformers.
+
+    In earlier ones rank 0 alone does.
+    """
     return "not self.args.should_save" in inspect.getsource(trainer_class._save)
 
 

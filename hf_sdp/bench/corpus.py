@@ -7,17 +7,21 @@ import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict, load_from_disk
-from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # of the extra hf_sdp[bench]: the functions import them, so that commands can say what is missing
+    from datasets import Dataset, DatasetDict
 
 END_OF_TEXT = "<|endoftext|>"
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings"}
 
 
-def standard_library(max_bytes: int | None = None) -> Dataset:
+def standard_library(max_bytes: int | None = None) -> "Dataset":
     """One row ``{"name", "text"}`` a source file, in sorted order, at most ``max_bytes`` of text in all."""
+    from datasets import Dataset
+
     root = Path(sysconfig.get_paths()["stdlib"])
     names, texts, total = [], [], 0
     for path in sorted(root.rglob("*.py")):
@@ -32,8 +36,10 @@ def standard_library(max_bytes: int | None = None) -> Dataset:
     return Dataset.from_dict({"name": names, "text": texts})
 
 
-def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: "Dataset", vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of ``vocab_size`` tokens trained on the corpus."""
+    from tokenizers import ByteLevelBPETokenizer
+
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts["text"], vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(
@@ -41,11 +47,15 @@ def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def blocks(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int, valid_share: float = 0.05) -> DatasetDict:
+def blocks(
+    texts: "Dataset", tokenizer: PreTrainedTokenizerFast, length: int, valid_share: float = 0.05
+) -> "DatasetDict":
     """The corpus as token blocks ``{"input_ids", "labels"}`` of ``length``; every twentieth file or so is ``valid``.
 
     Raises: ValueError for a corpus of one row.
     """
+    from datasets import DatasetDict
+
     if len(texts) < 2:
         raise ValueError("one row of text cannot be split: the text is too short. Take more of it.")
 
@@ -63,15 +73,20 @@ def blocks(texts: Dataset, tokenizer: PreTrainedTokenizerFast, length: int, vali
     return result.map(chunk, batched=True, batch_size=None, remove_columns=["ids"], desc="cut into blocks")
 
 
-def load(vocab_size: int, length: int, max_bytes: int | None = None) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+def load(vocab_size: int, length: int, max_bytes: int | None = None) -> tuple["DatasetDict", PreTrainedTokenizerFast]:
     """Token blocks of the standard library and the tokenizer trained on it."""
     texts = standard_library(max_bytes)
     tokenizer = train_tokenizer(texts, vocab_size)
     return blocks(texts, tokenizer, length), tokenizer
 
 
-def text_lines(text_file: str | Path, lines_per_row: int = 200) -> Dataset:
-    """A text file (UTF-8) as rows ``{"name", "text"}`` of ``lines_per_row`` lines, so that a share of them is ``valid``."""
+def text_lines(text_file: str | Path, lines_per_row: int = 200) -> "Dataset":
+    """A text file (UTF-8) as rows ``{"name", "text"}`` of ``lines_per_row`` lines each.
+
+    The rows are many, so that a share of them can be ``valid``.
+    """
+    from datasets import Dataset
+
     lines = Path(text_file).read_text(encoding="utf-8").splitlines(keepends=True)
     texts = ["".join(lines[i : i + lines_per_row]) for i in range(0, len(lines), lines_per_row)]
     return Dataset.from_dict({"name": [f"row {i}" for i in range(len(texts))], "text": texts})
@@ -93,12 +108,14 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
 
 def prepared(
     folder: str | Path, vocab_size: int, length: int, max_bytes: int | None = None, text_file: str | Path | None = None
-) -> tuple[DatasetDict, PreTrainedTokenizerFast]:
+) -> tuple["DatasetDict", PreTrainedTokenizerFast]:
     """Like :func:`load`, of the standard library or ``text_file``, but made once and kept under ``folder``.
 
     Several workers: call it under ``main_process_first()``, so that one of them makes it and the others read it.
     Raises: ValueError when the text is too short for one block in ``train`` and one in ``valid``.
     """
+    from datasets import load_from_disk
+
     if text_file is None:
         source = f"python{platform.python_version()}-{max_bytes}"
     else:

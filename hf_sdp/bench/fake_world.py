@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ..compat import fake_store
 from ..config import SDPConfig
 from ..engine.fsdp import fully_shard_plainly, mixed_precision_policy
 from ..engine.metrics import measured_peak, state_bytes
@@ -26,7 +26,7 @@ from ..patch import patch_model
 def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
     """This process is one worker of a world whose others do not exist."""
     gc.collect()  # nothing of an earlier world may be freed while this one is measured
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def parallelize(
 
 
 def _finished(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    future = torch.futures.Future()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
 
@@ -72,9 +72,13 @@ def measure_steps(
     *,
     autocast: bool = False,
 ) -> list[dict[str, int]]:
-    """Bytes for each batch (sequences, tokens of each): state by kind (of ``metrics.state_bytes``), DDP's buckets, which are
-    not measured but are as large as the gradients, ``step``: the peak of a step above what was allocated before it, and
-    ``bytes_sent`` (SDP). Two small steps come first: moments exist then, and DDP has rebuilt its buckets."""
+    """Bytes for each batch (sequences, tokens of each).
+
+    Two small steps come first: moments exist then, and DDP has rebuilt its buckets.
+    Returns: for each batch the state by kind (of ``metrics.state_bytes``); ``buckets``: DDP's, which are not measured
+        but are as large as the gradients; ``step``: the peak of a step above what was allocated before it;
+        ``bytes_sent`` (SDP).
+    """
     sharded = find_sharded(model)
     stored: dict[str, int] = {}
 

@@ -1,6 +1,7 @@
 """A picture of a plan: units by layer from top to bottom, subnetworks across, attention and MLP side by side."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +19,7 @@ FORMATS = (".png", ".svg")
 MAX_COLUMNS = 64
 """With more subnetworks, a column is several of them and a row a whole module, shaded by the share they hold."""
 DPI = 120
-_COLORS = matplotlib.colormaps["tab20"].colors
+_COLORS = matplotlib.colormaps["tab20"](range(20))
 _NOT_HELD = "0.93"
 
 
@@ -45,7 +46,8 @@ def draw_plan(plan: Plan, path: Path) -> None:
         panel.set_xlabel("subnetwork", fontsize=8)
     panels[0].set_ylabel("layer", fontsize=8)
     figure.suptitle(
-        f"{plan.level} level, {plan.num_subnetworks} subnetworks, coverage {plan.coverage:.3g} (without shared parameters)",
+        f"{plan.level} level, {plan.num_subnetworks} subnetworks, "
+        f"coverage {plan.coverage:.3g} (without shared parameters)",
         fontsize=8,
     )
     figure.savefig(path, format=path.suffix[1:].lower())
@@ -57,11 +59,12 @@ def _draw_units(plan: Plan, stacks: dict, figure: Figure) -> None:
     sets = Holdings.of(plan).sets
     numbers = sorted({len(holders) for holders in sets})
     by_number = len(numbers) > 1 or len(sets) > len(_COLORS)
-    groups = numbers if by_number else sets
+    groups: Sequence[int | Holders] = numbers if by_number else sets
     color_of = {group: index for index, group in enumerate(groups)}
     continuous = len(groups) > len(_COLORS)
-    colors = matplotlib.colormaps["viridis"].resampled(len(groups)).colors if continuous or by_number else _COLORS
-    colors = matplotlib.colors.ListedColormap(colors[: len(groups)], "holders")
+    scale = matplotlib.colormaps["viridis"].resampled(len(groups))
+    rgba = scale(range(len(groups))) if continuous or by_number else _COLORS[: len(groups)]
+    colors = matplotlib.colors.ListedColormap(rgba, "holders")
     for panel, stack in stacks.items():
         edges, rows = [0.0], []
         for index, module in enumerate(stack):
@@ -80,10 +83,7 @@ def _draw_units(plan: Plan, stacks: dict, figure: Figure) -> None:
         panel.hlines(np.arange(1, len(stack)), 0, plan.num_subnetworks, color="0.5", linewidth=0.4)
         panel.vlines(np.arange(1, plan.num_subnetworks), 0, len(stack), color="white", linewidth=0.6)
     shown = list(range(len(groups)))[:: -(-len(groups) // 20)]
-    labels = {
-        i: f"{groups[i]} holder{'s' * (groups[i] > 1)}" if by_number else f"held by {_short(groups[i])}" for i in shown
-    }
-    patches = [Patch(color=colors(i), label=label) for i, label in labels.items()]
+    patches = [Patch(color=colors(i), label=_label(groups[i])) for i in shown]
     figure.legend(handles=patches, loc="outside right center", fontsize=7, frameon=False)
 
 
@@ -100,6 +100,13 @@ def _draw_shares(plan: Plan, stacks: dict, figure: Figure) -> None:
     bar = figure.colorbar(mesh, ax=list(stacks), shrink=0.6)
     bar.set_label("share held (mean of the column's subnetworks)", fontsize=7)
     bar.ax.tick_params(labelsize=7)
+
+
+def _label(group: int | Holders) -> str:
+    """Of a number of holders, or of a holder set."""
+    if isinstance(group, int):
+        return f"{group} holder{'s' * (group > 1)}"
+    return f"held by {_short(group)}"
 
 
 def _short(holders: Holders) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from .compare.network import INTERFACE, enter
 
@@ -72,7 +73,7 @@ def join_world(rank: int, world_size: int, rendezvous: str, *, device: str = "cp
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    options = dict(
+    options: dict[str, Any] = dict(
         init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )
     if device == "cuda":
@@ -163,10 +164,10 @@ def collect(
         timeout_s: longest time without a word from any worker.
         patience_s: the same from the first failure on. The others then often wait for the one that failed.
     """
-    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     answers = Answers()
     while waiting:
-        ready = wait(list(waiting), timeout=patience_s if answers.failures else timeout_s)
+        ready: list[Any] = wait(list(waiting), timeout=patience_s if answers.failures else timeout_s)
         if not ready:
             break
         for pipe in ready:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +24,7 @@ from ..families.meta_model import meta_model
 from ..options import parse_all
 from ..workload import Workload
 from .errors import CommandError
+from .extras import require_bench
 from .models import load_config
 from .options import add_options, sdp_config
 
@@ -77,6 +79,7 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
     Writes comparison.md, .csv and .json and plots: peak memory, step time (forward, backward, exposed communication,
     optimizer), bytes and number of collectives, and losses.
     """
+    require_bench("compare", "matplotlib", "datasets", "tokenizers")
     sizes = {name: options.pop(name) for name in _SIZES}
     config = _model_config(model, sizes, sequence)
     workplace = Workplace(model=config, workers=workers, batch=batch, sequence=sequence, device=device, dtype=dtype)
@@ -161,7 +164,7 @@ def _chosen(engines: str, variants: tuple[str, ...], workload: Workload) -> dict
     for name in asked:
         if name not in (*BASELINES, "sdp"):
             raise CommandError(f"There is no engine {name!r}. Choose from {', '.join((*BASELINES, 'sdp'))}.")
-    if "sdp" not in asked and click.get_current_context().get_parameter_source("variants").name != "DEFAULT":
+    if "sdp" not in asked and click.get_current_context().get_parameter_source("variants") != ParameterSource.DEFAULT:
         raise CommandError(f"--sdp has no effect with --engines {engines}. Add sdp to the engines.")
     chosen: dict[str, SDPConfig | None] = {}
     for name in asked:

@@ -63,7 +63,7 @@ def estimate(
     plan = make_plan(full, config, n)
     rows = other_rows(model_config, workload, workers) + sdp_rows(model_config, plan, workload, workers)
     times = {}
-    if bandwidth is not None:
+    if bandwidth is not None and flops is not None:
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
     coverages = None
     if gib is not None and n == workers:

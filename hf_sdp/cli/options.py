@@ -103,7 +103,7 @@ def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
     """
     if options.get("memory_gib") is not None or options.get("balance") == "compute":
         options["workload"] = workload
-        if options.get("memory_gib") is not None and workload.dtype != workload.param_dtype:
+        if options.get("memory_gib") is not None and workload and workload.dtype != workload.param_dtype:
             options["param_dtype"] = workload.dtype  # gathered in the dtype of computation
     return SDPConfig(**{name: value for name, value in options.items() if value is not None})
 

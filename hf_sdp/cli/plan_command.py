@@ -15,6 +15,7 @@ from ..plan.worker_graph import MAX_EXACT
 from ..planner import make_plan
 from ..workload import DTYPES
 from .errors import CommandError
+from .extras import require_bench
 from .models import load_meta_model
 from .options import (
     json_option,
@@ -73,6 +74,7 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
 
 def _check_picture(path: Path) -> None:
     """Before any work."""
+    require_bench("plan --picture", "matplotlib")
     from ..bench.picture import FORMATS  # only here: without a picture nobody needs matplotlib
 
     if path.suffix.lower() not in FORMATS:

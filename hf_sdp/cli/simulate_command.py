@@ -8,6 +8,7 @@ import click
 
 from ..bench.quality.setting import Setting, text_name
 from .errors import CommandError
+from .extras import require_bench
 from .options import add_options, numbers, workers_option
 
 _DEFAULT_METHODS = (
@@ -83,6 +84,7 @@ def simulate(
 
     Runs that --output has are not repeated, so the command can be stopped, and given more methods or seeds.
     """
+    require_bench("simulate", "matplotlib", "datasets", "tokenizers")
     from ..bench.quality.report import show, write_report
     from ..bench.quality.results import Results
 

@@ -22,7 +22,10 @@ _numbers = itertools.count()
 
 
 class RollCall:
-    """Made by all workers in the same order. ``timeout_s``: how long :meth:`wait` waits for a worker that does nothing."""
+    """Made by all workers in the same order.
+
+    ``timeout_s``: how long :meth:`wait` waits for a worker that does nothing.
+    """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float):
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
@@ -89,11 +92,13 @@ class RollCall:
 
 
 _REMEDY = (
-    "Call evaluate, predict, save_model and generate(synced_gpus=True) on all workers, with the same number of batches; "
-    "or train with SDPConfig(evaluate='subnetwork', sharding='none'), whose forward is local."
+    "Call evaluate, predict, save_model and generate(synced_gpus=True) on all workers, with the same number of "
+    "batches; or train with SDPConfig(evaluate='subnetwork', sharding='none'), whose forward is local."
 )
 
 
 def _say_goodbye(reference: weakref.ref) -> None:
-    with contextlib.suppress(Exception):  # the store may have ended before
-        reference().announce("the end of its process")
+    roll_call = reference()
+    if roll_call is not None:
+        with contextlib.suppress(Exception):  # the store may have ended before
+            roll_call.announce("the end of its process")

@@ -7,21 +7,20 @@ clipping, and the fused AdamW of the Trainer's default.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ...compat import checkpoint_activations
+from ...compat import checkpoint_activations, fsdp_groups, functional_collectives
 from ...config import SDPConfig
 from ...engine.fsdp import fsdp_modules, fully_shard_plainly
 from ...engine.sharded import get_sharded
@@ -104,7 +103,8 @@ class Contender:
     Args:
         name: of ``BASELINES``' values, or any when there is a ``sdp`` config.
     Attributes:
-        traffic: counts ``bytes_sent`` and ``num_collectives`` for parameters and gradients (see ``hf_sdp/engine/traffic.py``).
+        traffic: counts ``bytes_sent`` and ``num_collectives`` for parameters and gradients. See
+            ``hf_sdp/engine/traffic.py``.
     """
 
     def __init__(self, name: str, sdp: SDPConfig | None, workplace: Workplace, learning_rate: float = 1e-4):
@@ -112,7 +112,8 @@ class Contender:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(workplace.model, dtype=torch.float32).to(self.device)
         model.train()
-        self.clip = clip_grad_norm_
+        self.clip: Callable = clip_grad_norm_
+        self.traffic: Traffic | DDPTraffic
         if sdp is not None:
             accelerator = SDPAccelerator()
             patch_model(model, sdp)
@@ -167,7 +168,7 @@ class Contender:
                 replace(self.traffic, "silent", True)
                 replace(self.model, "will_sync_module_buffers", lambda: False)
             for module in fsdp_modules(self.model):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
+                for group in fsdp_groups(module):
                     replace(group, "_all_gather_comm", _LocalGather(group._all_gather_comm))
                     replace(group, "_reduce_scatter_comm", _LocalScatter(group._reduce_scatter_comm))
                     replace(group, "_all_reduce_hook", None)  # counts
@@ -191,7 +192,7 @@ class DDPTraffic:
     def buffer_bytes(self) -> int:
         return sum(self._buffers.values())
 
-    def _all_reduce(self, process_group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _all_reduce(self, process_group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if bucket.index() == 0:
             self._buffers.clear()  # DDP cuts its buckets anew after the first backward
         size, num_workers = bucket.buffer().nbytes, dist.get_world_size()
@@ -225,7 +226,7 @@ class _LocalScatter(_Local):
 
 def expected_bytes(name: str, sdp: SDPConfig | None, model: PretrainedConfig, world_size: int) -> float:
     """Bytes that the worker with the most to send sends in a step, by formula, with one subnetwork a worker.
-    fp32, without padding; see ``report/plan.py``. DDP and FSDP2 are plans that hold everything.
+    fp32, without padding; see ``hf_sdp/estimate/figures.py``. DDP and FSDP2 are plans that hold everything.
     """
     config = sdp if sdp is not None else SDPConfig(coverage=1.0, reshard_after_forward=name == "FSDP2")
     full = meta_model(model)

@@ -1,9 +1,8 @@
 """Loss curves: the methods that are mathematically different, on the same tokens in the same order.
 
-DDP with and without checkpointing, and FSDP2, compute the same; SDP computes the same however it is sharded, and with
-coverage 1 what DDP does. Hence one
-curve for all that is data parallel and one for each SDP config without its sharding. The loss is that of the full model
-on held-out tokens.
+DDP with and without checkpointing, and FSDP2, compute the same. SDP computes the same however it is sharded, and with
+coverage 1 it computes what DDP does. Hence there is one curve for all that is data parallel, and one for each SDP
+config without its sharding. The loss is that of the full model on held-out tokens.
 """
 
 import dataclasses
@@ -41,11 +40,9 @@ def write_tokens(path: Path, workplace: Workplace, steps: int) -> str:
     vocabulary, length = workplace.model.vocab_size, workplace.sequence
     rows = steps * workplace.workers * workplace.batch
     if vocabulary < SMALLEST_VOCABULARY:
-        what, tokens = (
-            "synthetic tokens",
-            _synthetic(vocabulary, length, rows + 4 * workplace.workers * workplace.batch),
-        )
-        tokens = {"train": tokens[:rows], "valid": tokens[rows:]}
+        what = "synthetic tokens"
+        made = _synthetic(vocabulary, length, rows + 4 * workplace.workers * workplace.batch)
+        tokens = {"train": made[:rows], "valid": made[rows:]}
     else:
         from datasets import disable_progress_bars
 

@@ -26,8 +26,8 @@ from .network import bytes_on_the_wire
 
 def memory_and_traffic(name: str, sdp: SDPConfig | None, workplace: Workplace) -> dict[str, int]:
     """Of this worker, for one engine in a process of its own: bytes of ``parameters``, ``gradients``, ``optimizer`` and
-    ``buckets`` (DDP's), the ``peak`` of all that is allocated during a step, ``bytes_sent`` and ``num_collectives`` of a
-    step, ``flops`` of its forward and backward.
+    ``buckets`` (DDP's), the ``peak`` of all that is allocated during a step, ``bytes_sent`` and ``num_collectives`` of
+    a step, ``flops`` of its forward and backward.
 
     Two steps come before: moments exist then, and DDP has cut its buckets anew. On CPU the peak is what is stored plus
     the allocator's events of the step; on GPU it is ``torch.cuda.max_memory_allocated``. Collective.
@@ -109,8 +109,10 @@ def _timed(engine: Contender, ids: torch.Tensor) -> Sample:
     dist.barrier()
     sent_before, cpu_began = bytes_on_the_wire(), time.process_time()
     parts = engine.step(ids)
-    cpu_s, wire_bytes = time.process_time() - cpu_began, None
-    if sent_before is not None:
-        dist.barrier()  # what others wait for is sent
-        wire_bytes = bytes_on_the_wire() - sent_before
-    return Sample(*parts, cpu_s, wire_bytes)
+    cpu_s = time.process_time() - cpu_began
+    if sent_before is None:
+        return Sample(*parts, cpu_s, None)
+    dist.barrier()  # what others wait for is sent
+    sent_after = bytes_on_the_wire()
+    assert sent_after is not None  # the network stays limited
+    return Sample(*parts, cpu_s, sent_after - sent_before)

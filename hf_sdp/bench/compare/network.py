@@ -28,8 +28,8 @@ _limited = False  # whether this process has entered a namespace
 def limited_network(num_workers: int, rate: float) -> Iterator[list[str]]:
     """Namespaces, one a worker, whose links carry at most ``rate`` bits per second each way.
 
-    All of it is removed at the end, also after an error or Ctrl-C. (After SIGKILL: ``ip netns list`` shows what is left,
-    ``ip netns delete`` removes it.)
+    All of it is removed at the end, also after an error or Ctrl-C. After SIGKILL ``ip netns list`` shows what is left,
+    and ``ip netns delete`` removes it.
     Raises: SDPConfigError where the machine does not allow it.
     """
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
@@ -58,7 +58,8 @@ def _connect(hub: str, name: str, index: int, rate: float) -> None:
     # No IPv6: its addresses cannot be used for the first second, and gloo might choose one.
     _run(*f"ip -n {name} link set {INTERFACE} addrgenmode none".split())
     _run(*f"ip -n {name} address add 10.77.{index // 250}.{index % 250 + 1}/16 dev {INTERFACE}".split())
-    # At least two of the largest packets (64 KiB) or 2 ms; what waits longer than 100 ms is dropped, and TCP slows down.
+    # The burst is 2 ms long, or two of the largest packets (64 KiB) where that is more. What waits longer than 100 ms
+    # is dropped, and TCP slows down.
     limit = f"tbf rate {rate:.0f}bit burst {max(128 * 1024, int(rate / 8 * 2e-3))} latency 100ms"
     for namespace, interface in ((name, INTERFACE), (hub, end)):
         _run(*f"tc -n {namespace} qdisc add dev {interface} root {limit}".split())

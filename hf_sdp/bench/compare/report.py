@@ -18,13 +18,13 @@ REFERENCES = ("DDP", "FSDP2")
 """Engines that the others are divided by, where they were measured."""
 MIB, PARTS = 2**20, ("forward_s", "backward_s", "exposed_s", "optimizer_s")
 _NOTES = (
-    "Memory: what is stored (buckets: DDP's, beside the gradients), and the peak of all that is allocated during a step. Sent: for parameters "
-    "and gradients, as a ring sends it. Figures are those of the worker with the most.",
-    "Step: median of {rounds} interleaved rounds, in each the slowest worker (smallest and largest round). Forward, backward, optimizer (with "
-    "clipping): medians of the same step without communication; exposed: what the step takes longer with it. CPU: processor time of all "
-    "workers together.",
-    "On the wire: what the interface of the worker that sends most has carried in a step, headers included. (gloo's reduce-scatter is an "
-    "all-reduce inside and sends twice what a ring sends.)",
+    "Memory: what is stored (buckets: DDP's, beside the gradients), and the peak of all that is allocated during a "
+    "step. Sent: for parameters and gradients, as a ring sends it. Figures are those of the worker with the most.",
+    "Step: median of {rounds} interleaved rounds, in each the slowest worker (smallest and largest round). Forward, "
+    "backward, optimizer (with clipping): medians of the same step without communication; exposed: what the step takes "
+    "longer with it. CPU: processor time of all workers together.",
+    "On the wire: what the interface of the worker that sends most has carried in a step, headers included. (gloo's "
+    "reduce-scatter is an all-reduce inside and sends twice what a ring sends.)",
 )
 
 

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,8 +38,8 @@ def check(engines: dict[str, SDPConfig | None], workplace: Workplace, bandwidths
     if workplace.device == "cuda":
         if torch.cuda.device_count() < workplace.workers:
             raise SDPConfigError(
-                f"{workplace.workers} workers need a GPU each, this machine has {torch.cuda.device_count()}. Use --device cpu "
-                "or fewer workers."
+                f"{workplace.workers} workers need a GPU each, this machine has {torch.cuda.device_count()}. "
+                "Use --device cpu or fewer workers."
             )
         if bandwidths != [UNLIMITED]:
             raise SDPConfigError(
@@ -66,7 +67,7 @@ def compare(
     """Measure all engines, after :func:`check`.
 
     Args:
-        engines: name -> config, None for one of ``engines.BASELINES``' values.
+        engines: name -> config, None for one of ``contenders.BASELINES``' values.
         bandwidths: of the networks on which steps are timed: ``"1Gbit"`` etc., or ``UNLIMITED``.
         rounds, warmup: steps of every engine and bandwidth that are timed, and that are not.
         loss_steps: of the loss curves; 0: none.
@@ -74,11 +75,11 @@ def compare(
         on_stage: called with the name and the length of every pass; returns what is called at each of its steps.
         on_result: called with all results so far after every pass.
     Returns: ``{"memory": {name: figures}, "times": {bandwidth: {name: figures}}, "losses": {...}}``, see
-        :func:`largest`, :func:`summary` and :func:`~hf_sdp.bench.compare.losses.losses`. Figures are those of the worker with
-        the largest.
+        :func:`largest`, :func:`summary` and :func:`~hf_sdp.bench.compare.losses.losses`. Figures are those of the
+        worker with the largest.
     Raises: WorkerError.
     """
-    started = dict(timeout_s=timeout_s, device=workplace.device)
+    started: dict[str, Any] = dict(timeout_s=timeout_s, device=workplace.device)
     result: dict = {"memory": {}, "times": {}, "losses": {}}
     step = on_stage("memory and traffic", len(engines))
     for name, sdp in engines.items():
@@ -136,9 +137,9 @@ def summary(workers: list[Samples]) -> dict:
     """Step times of one engine from the samples of all workers.
 
     ``step_s``: median over rounds of the slowest worker's step; ``range_s``: smallest and largest round; ``forward_s``,
-    ``backward_s``, ``optimizer_s``: medians of the worker that is slowest without communication; ``exposed_s``: the rest of
-    the step (a little below zero where there is nothing but noise); ``cpu_s``: median of all workers' processor time
-    together; ``wire_bytes``: median of the worker that sends most; ``steps_s``, ``silent_steps_s``: every round.
+    ``backward_s``, ``optimizer_s``: medians of the worker that is slowest without communication; ``exposed_s``: the
+    rest of the step (a little below zero where there is nothing but noise); ``cpu_s``: median of all workers' processor
+    time together; ``wire_bytes``: median of the worker that sends most; ``steps_s``, ``silent_steps_s``: every round.
     """
     rounds = list(zip(*(worker.steps for worker in workers), strict=True))
     steps_s = [max(sample.step_s for sample in samples) for samples in rounds]

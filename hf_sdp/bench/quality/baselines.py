@@ -40,6 +40,10 @@ class RandomlySkipped(nn.Module):
     multiplied by ``survival``. Source: arXiv 1603.09382, equations 2 and 5.
     """
 
+    survival: float
+    generator: torch.Generator
+    skipped: nn.Module
+
     def forward(self, *args, **kwargs):
         if self.training:
             survives = torch.rand((), generator=self.generator) < self.survival
@@ -61,27 +65,31 @@ def skip_at_random(model: nn.Module, survival: float, *, linear: bool, seed: int
     generator = torch.Generator().manual_seed(seed)
     for block, probability in zip(blocks, probabilities, strict=True):
         module = model.get_submodule(block.name)
+        module.__class__ = type(type(module).__name__, (RandomlySkipped, type(module)), {})
+        assert isinstance(module, RandomlySkipped)
         object.__setattr__(module, "skipped", block.of_kind.absent())  # not a child: names stay
         module.survival, module.generator = probability, generator
-        module.__class__ = type(type(module).__name__, (RandomlySkipped, type(module)), {})
 
 
 def survival_probabilities(mean: float, num_blocks: int, *, linear: bool) -> list[float]:
-    """Of each block, first to last. ``linear``: 1 - l/L (1 - p_L) for l = 1..L, with p_L such that the mean is right."""
+    """Of each block, first to last.
+
+    ``linear``: 1 - l/L (1 - p_L) for l = 1..L, with p_L such that the mean is right.
+    """
     if not linear:
         return [mean] * num_blocks
     last = 1 - 2 * num_blocks * (1 - mean) / (num_blocks + 1)
     if last < 0:
         lowest = 1 - (num_blocks + 1) / (2 * num_blocks)
         raise SDPConfigError(
-            f"stochastic-depth-linear@{mean:g}: survival that falls linearly from 1 over {num_blocks} blocks has a mean "
-            f"of at least {lowest:.3g}. Use more, or stochastic-depth."
+            f"stochastic-depth-linear@{mean:g}: survival that falls linearly from 1 over {num_blocks} blocks has a "
+            f"mean of at least {lowest:.3g}. Use more, or stochastic-depth."
         )
     return [1 - index / num_blocks * (1 - last) for index in range(1, num_blocks + 1)]
 
 
 def expected_flops(model: nn.Module, count: Callable[[], int]) -> float:
-    """What ``count()`` (FLOPs of one micro-batch) is on average over the blocks that survive: it is a sum over blocks."""
+    """The mean of ``count()``, FLOPs of one micro-batch, over the blocks that survive: it is a sum over blocks."""
     blocks = [module for module in model.modules() if isinstance(module, RandomlySkipped)]
     if not blocks:
         return count()
@@ -89,7 +97,8 @@ def expected_flops(model: nn.Module, count: Callable[[], int]) -> float:
     try:
         for block in blocks:
             block.survival = 0.0
-        without = total = count()
+        without = count()
+        total: float = without
         for block, probability in zip(blocks, probabilities, strict=True):
             block.survival = 1.0
             total += probability * (count() - without)
@@ -126,8 +135,8 @@ def narrowed(config: PretrainedConfig, coverage: float, workers: int) -> Pretrai
             best, deviation = candidate, off
     if best is None:
         raise SDPConfigError(
-            f"small@{coverage:g}: no narrower model of {config.num_hidden_layers} layers and {config.num_attention_heads} "
-            f"heads has as few as {wanted:.0f} parameters. Use a higher coverage."
+            f"small@{coverage:g}: no narrower model of {config.num_hidden_layers} layers and "
+            f"{config.num_attention_heads} heads has as few as {wanted:.0f} parameters. Use a higher coverage."
         )
     return best
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import LlamaForCausalLM, set_seed
@@ -12,7 +13,7 @@ from ...patch import patch_model
 from . import baselines
 from .setting import Setting
 
-SDP = {
+SDP: dict[str, dict[str, Any]] = {
     f"{masking}-{level}{'-linear' * (profile == 'linear')}": dict(masking=masking, level=level, depth_profile=profile)
     for profile in ("uniform", "linear")
     for masking in ("forward", "backward")
@@ -56,17 +57,18 @@ class Method:
         Raises: SDPConfigError when the coverage cannot be met with this model and number of workers.
         """
         config = setting.model_config()
+        coverage = 1.0 if self.coverage is None else self.coverage
         if self.family == "small":
-            config = baselines.narrowed(config, self.coverage, setting.workers)
+            config = baselines.narrowed(config, coverage, setting.workers)
         set_seed(seed)
         model = LlamaForCausalLM(config)
         if self.is_sdp:
             options = SDP[self.family]
-            return patch_model(model, SDPConfig(simulate=setting.workers, coverage=self.coverage, seed=seed, **options))
+            return patch_model(model, SDPConfig(simulate=setting.workers, coverage=coverage, seed=seed, **options))
         if self.family == "dropout":
-            baselines.add_dropout(model, 1 - self.coverage)
+            baselines.add_dropout(model, 1 - coverage)
         elif self.family.startswith("stochastic-depth"):
-            baselines.skip_at_random(model, self.coverage, linear=self.family.endswith("-linear"), seed=seed)
+            baselines.skip_at_random(model, coverage, linear=self.family.endswith("-linear"), seed=seed)
         return model
 
 

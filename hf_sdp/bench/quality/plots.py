@@ -75,7 +75,10 @@ def _band(axis, seeds: dict[str, dict], budget: float, color: str, label: str) -
 
 
 def plot_final(final: dict[str, list[float]], path: Path, *, reference: str) -> None:
-    """Final loss of every method, best mean on top: a dot for each seed, a bar for the mean; the band is ``reference``."""
+    """Final loss of every method, best mean on top: a dot for each seed, a bar for the mean.
+
+    The band is ``reference``.
+    """
     methods = sorted(final, key=lambda method: statistics.mean(final[method]), reverse=True)
     figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.27 * len(methods)), dpi=130)
     if reference in final:

@@ -50,8 +50,8 @@ def rows(results: Results) -> list[Row]:
                 method=method,
                 parameters=first["parameters"],
                 steps=first["steps"],
-                relative_step_flops=whole and first["step_flops"] / whole["step_flops"],
-                relative_flops=whole and first["steps"] * first["step_flops"] / (whole["steps"] * whole["step_flops"]),
+                relative_step_flops=first["step_flops"] / whole["step_flops"] if whole else None,
+                relative_flops=_flops(first) / _flops(whole) if whole else None,
                 final=final,
                 differences=[
                     loss - reference[seed]["curve"][-1][1] for seed, loss in final.items() if seed in reference
@@ -59,6 +59,10 @@ def rows(results: Results) -> list[Row]:
             )
         )
     return found
+
+
+def _flops(run: dict) -> float:
+    return run["steps"] * run["step_flops"]
 
 
 HEADER = (

@@ -59,8 +59,8 @@ class Setting:
                 raise SDPConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         if self.steps % self.evaluations:
             raise SDPConfigError(
-                f"steps={self.steps} must be a multiple of evaluations={self.evaluations}: the last evaluation is at the "
-                f"end. Nearest: {max(1, round(self.steps / self.evaluations)) * self.evaluations}."
+                f"steps={self.steps} must be a multiple of evaluations={self.evaluations}: the last evaluation is at "
+                f"the end. Nearest: {max(1, round(self.steps / self.evaluations)) * self.evaluations}."
             )
         if self.hidden_size % (2 * self.num_attention_heads) or self.num_attention_heads % self.num_key_value_heads:
             raise SDPConfigError(

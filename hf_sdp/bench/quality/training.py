@@ -1,7 +1,7 @@
 """One run: a method, a seed, under the plain Trainer.
 
-All methods see the same tokens a step, in the same order, with the same learning rate, warm-up and cosine over their own
-length. FLOPs are those of matrix products in forward and backward, attention included; evaluation is not counted. A
+All methods see the same tokens a step, in the same order, with the same learning rate, warm-up and cosine over their
+own length. FLOPs are those of matrix products in forward and backward, attention included; evaluation is not counted. A
 subnetwork of coverage C costs more than C of the full model, since embeddings and head are not cut.
 """
 
