@@ -19,7 +19,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .compare.network import INTERFACE, enter
+from .network import INTERFACE, enter
 
 _PRELOADED = ["hf_sdp.hosts.trainer", "hf_sdp.pretrained", "transformers.models.llama.modeling_llama"]
 

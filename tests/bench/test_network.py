@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp.bench.compare import network
+from hf_sdp.bench import network
 from hf_sdp.bench.workers import launch
 from hf_sdp.errors import SDPConfigError
 

@@ -4,6 +4,5 @@ run.py         all passes: memory and traffic, step times, losses
 contenders.py  what is compared, with one face, also without communication; expected bytes
 measure.py     what a worker measures, and what "exposed communication" is
 losses.py      loss curves
-network.py     links of limited bandwidth between the workers
 report.py      Markdown, CSV, JSON; plots.py: pictures
 """

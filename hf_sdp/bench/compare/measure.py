@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...config import SDPConfig
 from ...engine.metrics import PeakMemory, state_bytes
+from ..network import bytes_on_the_wire
 from ..workers import progress
 from .contenders import Contender, DDPTraffic, Workplace
-from .network import bytes_on_the_wire
 
 
 def memory_and_traffic(name: str, sdp: SDPConfig | None, workplace: Workplace) -> dict[str, int]:

@@ -14,11 +14,11 @@ from ...errors import SDPConfigError
 from ...families import family_of
 from ...planner import make_plan
 from ...quantities import bits_per_second
+from ..network import limited_network
 from ..workers import ended_by_sigterm, launch
 from .contenders import Workplace
 from .losses import curves, losses, write_tokens
 from .measure import Samples, memory_and_traffic, step_times
-from .network import limited_network
 
 UNLIMITED = "none"
 """Instead of a bandwidth: the workers talk over the machine's loopback device, or as NCCL does."""

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from ...errors import SDPConfigError
+from ..errors import SDPConfigError
 
 INTERFACE = "eth0"
 """Name of a worker's interface in its namespace."""
