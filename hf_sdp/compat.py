@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
@@ -21,11 +22,14 @@ __all__ = [
     "DefaultAllGather",
     "DefaultReduceScatter",
     "checkpoint_activations",
+    "checkpointing_options",
     "converts_checkpoints",
     "default_store",
     "fake_store",
     "fsdp_groups",
     "functional_collectives",
+    "is_within_backward",
+    "norms_mixed_meshes",
     "reset_after_exception",
     "saves_on_every_rank",
     "versions",
@@ -80,3 +84,19 @@ def saves_on_every_rank(trainer_class: Any) -> bool:
 def versions() -> dict[str, str]:
     """Of what decides how a checkpoint is written."""
     return {name: importlib.metadata.version(name) for name in ("hf_sdp", "torch", "transformers", "accelerate")}
+
+
+def checkpointing_options(module: nn.Module) -> dict[str, Any]:
+    """With what a module of transformers recomputes its activations; empty when it does not."""
+    if not vars(module).get("gradient_checkpointing"):
+        return {}
+    return getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+
+
+def is_within_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def norms_mixed_meshes(trainer_class: Any) -> bool:
+    """Whether the Trainer computes the norm of gradients on several meshes itself, in ``_has_mixed_mesh_grads``'s case."""
+    return hasattr(trainer_class, "_has_mixed_mesh_grads")

@@ -192,8 +192,7 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
 
 
 def _send_values_of_rank_0(model: nn.Module) -> None:
-    backends = dist.get_backend_config() if hasattr(dist, "get_backend_config") else ""
-    cpu_works = "cpu:" in str(backends) or dist.get_backend() in ("gloo", "fake", "mpi")
+    cpu_works = "cpu:" in dist.get_backend_config() or dist.get_backend() in ("gloo", "fake", "mpi")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and not cpu_works:

@@ -75,7 +75,7 @@ def _boxes(regions: list[Owned], world_size: int) -> list[list[Box]]:
 
 def owned_tensors(model: nn.Module) -> dict[str, list[Local]]:
     """Full parameter name -> the regions this worker owns, in the order of ``Held.owners``, with their tensors."""
-    sharded = get_sharded(model, "this")
+    sharded = get_sharded(model, "Moving weights")
     stored = {region: tensor for region, tensor in sharded.stored()}
     return {
         name: [(region, stored[region]) for rank, region in owned if rank == sharded.held.rank]

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..compat import DefaultAllGather, DefaultReduceScatter
+from ..compat import DefaultAllGather, DefaultReduceScatter, fsdp_groups
 from .fsdp import fsdp_modules
 
 
@@ -29,7 +29,7 @@ class Traffic:
         for module in fsdp_modules(model):
             module.set_custom_all_gather(_CountedAllGather(self))
             module.set_custom_reduce_scatter(_CountedReduceScatter(self))
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in fsdp_groups(module):
                 if group._is_hsdp:
                     module.set_all_reduce_hook(self._all_reduced(group.mesh_info.replicate_mesh_size))
 

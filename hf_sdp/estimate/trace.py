@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import checkpoint_activations
+from ..compat import checkpoint_activations, is_within_backward
 from ..families.meta_model import meta_model
 from ..families.structure import Structure, structure_of
 from ..model.backward_masking import mask_weight_gradients
@@ -239,7 +239,7 @@ def _autocast_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
         weight = copies.get(linear.weight)
         if weight is None:
             weight = linear.weight.to(dtype)
-            if torch._C._current_graph_task_id() == -1:  # not within backward
+            if not is_within_backward():
                 copies[linear.weight] = weight
         return F.linear(x.to(dtype), weight, None if linear.bias is None else linear.bias.to(dtype))
 

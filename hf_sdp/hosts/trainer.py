@@ -11,6 +11,7 @@ import transformers.trainer as host
 from torch import nn
 from transformers import TrainerCallback
 
+from ..compat import norms_mixed_meshes
 from ..config import SDPConfig
 from ..engine.metrics import StepMeter
 from ..engine.sharded import find_sharded
@@ -113,7 +114,7 @@ def enable() -> None:
     if host.Accelerator is _TrainerAccelerator:
         return
     wraps = {**WRAPS, "evaluate": _evaluate, "log": _log}
-    if hasattr(host.Trainer, "_has_mixed_mesh_grads"):
+    if norms_mixed_meshes(host.Trainer):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
         method = getattr(host.Trainer, name, None)

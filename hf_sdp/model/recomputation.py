@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..compat import checkpointing_options
 from ..errors import SDPConfigError
 from ..plan.plan import Plan
 from .state import SDPState
@@ -30,16 +31,8 @@ def recomputation_reorders(plan: Plan) -> bool:
 
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:
     """Raises SDPConfigError when reentrant gradient checkpointing is on: it bypasses FSDP2's backward hooks."""
-    for module in model.modules():
-        function = (
-            getattr(module, "_gradient_checkpointing_func", None) if "gradient_checkpointing" in vars(module) else None
+    if any(checkpointing_options(module).get("use_reentrant") for module in model.modules()):
+        raise SDPConfigError(
+            "Gradient checkpointing with use_reentrant=True does not work with FSDP2. "
+            "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
-        if (
-            function is not None
-            and module.gradient_checkpointing
-            and getattr(function, "keywords", {}).get("use_reentrant")
-        ):
-            raise SDPConfigError(
-                "Gradient checkpointing with use_reentrant=True does not work with FSDP2. "
-                "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )

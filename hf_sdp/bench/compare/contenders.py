@@ -119,7 +119,7 @@ class Contender:
             patch_model(model, sdp)
             optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-            self.clip, self.traffic = accelerator.clip_grad_norm_, get_sharded(model, "This").traffic
+            self.clip, self.traffic = accelerator.clip_grad_norm_, get_sharded(model, "A comparison").traffic
             return
         if name in ("FSDP2", "FSDP2, no reshard"):
             fully_shard_plainly(model, self.device.type, reshard_after_forward=name == "FSDP2")
