@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..plan.plan import Plan
-from .memory import worker_memory
+from .memory import sdp_step
 
 STEPS = 8  # coverages are multiples of 1/8: as fine as a linear depth profile can halve again
 MAX_ESTIMATES = 64  # of the workers of one capacity, who hold equal shares
@@ -76,14 +76,14 @@ class _Search:
         return need
 
     def _peak(self, plan: Plan, subnetwork: int) -> int:
-        return worker_memory(
+        return sdp_step(
             self.model_config,
             plan,
             subnetwork,
             self.config.workload,
             sharding=self.config.sharding,
             reshard_after_forward=self.config.reshard_after_forward,
-        ).peak
+        ).memory.peak
 
     def fits(self, steps: np.ndarray) -> bool:
         try:

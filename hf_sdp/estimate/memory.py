@@ -38,35 +38,6 @@ class Step:
         return sum(a.amount for a in self.actions if a.kind == "compute")
 
 
-def worker_memory(
-    model_config: PreTrainedConfig,
-    plan: Plan,
-    subnetwork: int,
-    workload: Workload,
-    *,
-    sharding: str = "full",
-    reshard_after_forward: bool = False,
-    world_size: int | None = None,
-) -> WorkerMemory:
-    """Memory of a worker that holds ``subnetwork`` of ``plan``. Milliseconds after the first call with a layer of the same
-    structure; nothing is allocated.
-
-    Args:
-        model_config: of the full model; ``plan`` may give each unit its own number of holders.
-        sharding, reshard_after_forward: as in ``SDPConfig``.
-        world_size: workers; default: one for each subnetwork.
-    """
-    return sdp_step(
-        model_config,
-        plan,
-        subnetwork,
-        workload,
-        sharding=sharding,
-        reshard_after_forward=reshard_after_forward,
-        world_size=world_size,
-    ).memory
-
-
 def sdp_step(
     model_config: PreTrainedConfig,
     plan: Plan,
@@ -77,7 +48,14 @@ def sdp_step(
     reshard_after_forward: bool = False,
     world_size: int | None = None,
 ) -> Step:
-    """As :func:`worker_memory`, with traffic and the order of everything."""
+    """What a worker that holds ``subnetwork`` of ``plan`` does. Milliseconds after the first call with a layer of the same
+    structure; nothing is allocated.
+
+    Args:
+        model_config: of the full model; ``plan`` may give each unit its own number of holders.
+        sharding, reshard_after_forward: as in ``SDPConfig``.
+        world_size: workers; default: one for each subnetwork.
+    """
     placement = Placement(world_size or plan.num_subnetworks, plan.num_subnetworks, sharding)
     local = subnetwork_of(plan, subnetwork) if plan.masking == "forward" else whole_model(plan)
     structure = shapes_of(model_config).structure

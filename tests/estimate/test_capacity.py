@@ -5,7 +5,7 @@ import pytest
 
 from hf_sdp import SDPConfig, SDPConfigError, Workload, make_plan
 from hf_sdp.estimate.capacity import GIB, STEPS
-from hf_sdp.estimate.memory import worker_memory
+from hf_sdp.estimate.memory import sdp_step
 from hf_sdp.families.meta_model import meta_model
 from hf_sdp.planner import plan_of
 from tests.support.models import tiny_config
@@ -22,9 +22,9 @@ def needs(coverages, **options) -> np.ndarray:
     plan = plan_of(meta_model(MODEL), config, np.array(coverages))
     return np.array(
         [
-            worker_memory(
+            sdp_step(
                 MODEL, plan, w, WORKLOAD, sharding=config.sharding, reshard_after_forward=config.reshard_after_forward
-            ).peak
+            ).memory.peak
             for w in range(len(coverages))
         ]
     )

@@ -10,7 +10,7 @@ from hf_sdp.engine.fsdp import fsdp_modules
 from hf_sdp.engine.shard import shard
 from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.estimate.groups import stored_groups
-from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step, worker_memory
+from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step
 from hf_sdp.estimate.shapes import shapes_of
 from hf_sdp.estimate.time import step_time
 from hf_sdp.estimate.trace import Segment, _trace_stream, trace, trace_subnetwork
@@ -153,10 +153,10 @@ def test_memory_grows_with_coverage_and_shrinks_with_sharding():
     config = tiny_config(**SMALL, num_key_value_heads=8)
     workload = Workload(batch=2, sequence=128)
     plans = {c: make_plan(config, SDPConfig(level="neuron", coverage=c), 4) for c in (0.25, 0.5, 1.0)}
-    peaks = [worker_memory(config, plan, 0, workload).peak for plan in plans.values()]
+    peaks = [sdp_step(config, plan, 0, workload).memory.peak for plan in plans.values()]
     assert peaks == sorted(peaks) and len(set(peaks)) == 3
     of = {
-        name: worker_memory(config, plans[0.5], 0, workload, **sharding)
+        name: sdp_step(config, plans[0.5], 0, workload, **sharding).memory
         for name, sharding in (
             ("full", {}),
             ("reshard", dict(reshard_after_forward=True)),
