@@ -113,7 +113,7 @@ class SDPAccelerator(Accelerator):
         return consolidate(model)
 
     def save_state(self, output_dir=None, safe_serialization: bool = True, **save_model_func_kwargs):
-        """As ``Accelerator.save_state``, into a folder that is whole or not there (see ``checkpoint.py``): the full
+        """As ``Accelerator.save_state``, into a folder that is whole or not there (see ``checkpoint/folder.py``): the full
         model as a standard checkpoint, optimizer state in the canonical layout, and what Accelerate saves. Collective.
 
         Raises: SDPStateError on every worker when any of them cannot write; earlier checkpoints stay.
