@@ -29,7 +29,7 @@ shown without waiting for torch.
 
 @contextlib.contextmanager
 def _import_without_collections() -> Iterator[None]:
-    """What torch and transformers make on import stays. Looking for garbage among it, then and at exit, takes a second."""
+    """What torch and transformers make on import stays. Looking for garbage in it, then and at exit, takes a second."""
     if "torch" in sys.modules:  # somebody else's process
         yield
         return
