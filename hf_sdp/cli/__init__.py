@@ -1,9 +1,10 @@
 """The command ``hf-sdp``: one file per subcommand. They share ``options.py``, ``models.py`` and ``tables.py``."""
 
-import atexit
+import contextlib
 import gc
 import importlib
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -26,6 +27,20 @@ shown without waiting for torch.
 """
 
 
+@contextlib.contextmanager
+def _import_without_collections() -> Iterator[None]:
+    """What torch and transformers make on import stays. Looking for garbage in it, then and at exit, takes a second."""
+    if "torch" in sys.modules:  # somebody else's process
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 class LazyGroup(click.Group):
     """The subcommands of ``SHORT_HELPS``."""
 
@@ -35,13 +50,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SHORT_HELPS:
             return None
-        collects = gc.isenabled()
-        gc.disable()  # What torch and transformers make on import stays. Looking for garbage among it takes a second.
-        try:
+        with _import_without_collections():
             return getattr(importlib.import_module(f".{cmd_name}_command", __name__), cmd_name)
-        finally:
-            if collects:
-                gc.enable()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -60,7 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input.
     """
-    atexit.register(gc.freeze)  # All memory goes back at the end. Looking for garbage in it first takes half a second.
     try:
         code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
         if isinstance(code, int) and code:  # of context.exit(code)
