@@ -12,12 +12,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..bench.compare import run
 from ..bench.compare.contenders import BASELINES, Workplace, sdp_name
 from ..bench.compare.plots import draw
 from ..bench.compare.report import about, tables, write
+from ..bench.small_llama import small_llama
 from ..bench.workers import WorkerError
 from ..config import SDPConfig
 from ..families.meta_model import meta_model
@@ -142,7 +143,7 @@ def _model_config(model: str | None, sizes: dict, sequence: int) -> PretrainedCo
                 f"--heads {values['heads']} must divide --hidden-size {values['hidden_size']}, and --kv-heads "
                 f"{values['kv_heads']} the heads."
             )
-        config = LlamaConfig(
+        config = small_llama(
             vocab_size=values["vocab_size"],
             hidden_size=values["hidden_size"],
             intermediate_size=values["intermediate_size"],
@@ -150,7 +151,6 @@ def _model_config(model: str | None, sizes: dict, sequence: int) -> PretrainedCo
             num_attention_heads=values["heads"],
             num_key_value_heads=values["kv_heads"],
             max_position_embeddings=max(2048, sequence),
-            tie_word_embeddings=False,
         )
     longest = getattr(config, "max_position_embeddings", sequence)
     if sequence > longest:
