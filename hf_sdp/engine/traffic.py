@@ -30,8 +30,9 @@ class Traffic:
             module.set_custom_all_gather(_CountedAllGather(self))
             module.set_custom_reduce_scatter(_CountedReduceScatter(self))
             for group in module._get_fsdp_state()._fsdp_param_groups:
-                if group._is_hsdp:
-                    module.set_all_reduce_hook(self._all_reduced(group.mesh_info.replicate_mesh_size))
+                if group._is_hsdp:  # its mesh_info is then an HSDPMeshInfo
+                    num_replicas = group.mesh_info.replicate_mesh_size  # type: ignore[attr-defined]
+                    module.set_all_reduce_hook(self._all_reduced(num_replicas))
 
     def add(self, bytes_sent: int) -> None:
         self.bytes_sent += bytes_sent
