@@ -98,5 +98,5 @@ def is_within_backward() -> bool:
 
 
 def norms_mixed_meshes(trainer_class: Any) -> bool:
-    """Whether the Trainer computes the norm of gradients on several meshes itself, in ``_has_mixed_mesh_grads``'s case."""
+    """Whether the Trainer itself may compute the norm of gradients on several meshes (``_has_mixed_mesh_grads``)."""
     return hasattr(trainer_class, "_has_mixed_mesh_grads")

@@ -120,7 +120,7 @@ class SDPConfig:
 
     def _check_coverage(self):
         shares = _shares(self.coverage)
-        if not shares or any(isinstance(c, bool) or not isinstance(c, Real) or not 0 < c <= 1 for c in shares):
+        if not shares or not _is_list(shares, Real) or any(not 0 < c <= 1 for c in shares):
             raise SDPConfigError(
                 f"coverage must be in (0, 1], or a list of such for each subnetwork, got {self.coverage!r}. "
                 "1.0 is plain data parallelism (FSDP2)."

@@ -133,7 +133,8 @@ def check(options) -> None:
 
 def is_positive(value, element: type) -> bool:
     """Whether it is a number above zero: a whole one where ``element`` is int."""
-    return isinstance(value, int if element is int else Real) and not isinstance(value, bool) and value > 0
+    is_number = isinstance(value, int if element is int else Real) and not isinstance(value, bool)
+    return is_number and value > 0
 
 
 def arguments(cls: type, prefix: str) -> type:
@@ -143,13 +144,13 @@ def arguments(cls: type, prefix: str) -> type:
     """
     fields = []
     for field in dataclasses.fields(cls):
-        kind, default = kind_of(field.type), {"default": field.default}
-        annotation = field.type
+        kind, annotation, value = kind_of(field.type), typing.cast(Any, field.type), typing.cast(Any, field.default)
+        default: dict[str, Any] = {"default": value}
         if kind.is_list or hasattr(kind.element, "parse"):
-            annotation = list[kind.element] if kind.is_list else str
+            annotation = types.GenericAlias(list, kind.element) if kind.is_list else str
             annotation = annotation | None if kind.is_optional else annotation
         if kind.is_list and not kind.is_optional:  # of a list the parser looks at the factory only
-            default = {"default_factory": [field.default].copy if kind.is_single else list(field.default).copy}
+            default = {"default_factory": [value].copy if kind.is_single else list(value).copy}
         made = dataclasses.field(**default, metadata={"help": field.metadata["help"]})
         fields.append((prefix + field.name, annotation, made))
     return dataclasses.make_dataclass(f"{cls.__name__}Arguments", fields)

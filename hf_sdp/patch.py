@@ -107,14 +107,15 @@ def _agree(
     except SDPConfigError as raised:
         error = raised
     raise_together(error)
+    assert plan is not None and rank is not None and world_size is not None  # without them there is an error
     if process_group_is_up():
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (plan.hash, str(config)))
         for other, (plan_hash, other_config) in enumerate(everyone):
             if (plan_hash, other_config) != everyone[0]:
                 raise SDPConfigError(
-                    f"Workers disagree: rank 0 has plan {everyone[0][0][:12]} from {everyone[0][1]}, rank {other} has plan "
-                    f"{plan_hash[:12]} from {other_config}. Give every worker the same model config and SDPConfig."
+                    f"Workers disagree: rank 0 has plan {everyone[0][0][:12]} from {everyone[0][1]}, rank {other} has "
+                    f"plan {plan_hash[:12]} from {other_config}. Give every worker the same model config and SDPConfig."
                 )
     return rank, world_size, plan
 
@@ -132,9 +133,9 @@ def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) 
     elif rank is None and world_size is None:
         if launched > 1 or not config.simulate:
             raise SDPConfigError(
-                f"No process group is up (WORLD_SIZE={os.environ.get('WORLD_SIZE', 'not set')}). Create TrainingArguments "
-                "or an Accelerator before patch_model, launch with one of configs/accelerate/*.yaml, or pass rank and "
-                "world_size; for one process use SDPConfig(simulate=N)."
+                f"No process group is up (WORLD_SIZE={os.environ.get('WORLD_SIZE', 'not set')}). Create "
+                "TrainingArguments or an Accelerator before patch_model, launch with one of "
+                "configs/accelerate/*.yaml, or pass rank and world_size; for one process use SDPConfig(simulate=N)."
             )
         rank, world_size = 0, 1
     elif rank is None or world_size is None or not 0 <= rank < world_size:
@@ -176,8 +177,8 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     for name, p in model.named_parameters():
         if p.is_meta and not meta:
             raise SDPConfigError(
-                f"{name} is on the meta device: there are no values to keep. Use hf_sdp.from_pretrained or from_config, "
-                "or load or initialize the model."
+                f"{name} is on the meta device: there are no values to keep. Use hf_sdp.from_pretrained or "
+                "from_config, or load or initialize the model."
             )
         if type(p) is not nn.Parameter:
             raise SDPConfigError(f"{name} is a {type(p).__name__}: the model is already sharded. Patch it before.")
@@ -186,7 +187,8 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     if not config.simulate and world_size % num_subnetworks:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         raise SDPConfigError(
-            f"num_subnetworks={num_subnetworks} does not divide the world of {world_size} workers. Use one of {divisors}."
+            f"num_subnetworks={num_subnetworks} does not divide the world of {world_size} workers. "
+            f"Use one of {divisors}."
         )
     return num_subnetworks
 

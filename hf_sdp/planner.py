@@ -24,9 +24,9 @@ Stack = list[MaskableModule]
 def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     """Deal the units of a model to subnetworks: a pure function of (shapes, config, N), no processes needed.
 
-    Every subnetwork holds its coverage of each kind (attention, MLP) within one unit. With one coverage for all, every unit
-    is held by exactly ``r = coverage * num_subnetworks`` of them; else two units of the same depth differ by at most one
-    holder. When every unit has two holders or more, the worker graph is connected.
+    Every subnetwork holds its coverage of each kind (attention, MLP) within one unit. With one coverage for all, every
+    unit is held by exactly ``r = coverage * num_subnetworks`` of them. Else two units of the same depth differ by at
+    most one holder. When every unit has two holders or more, the worker graph is connected.
 
     Args:
         model_or_config: a transformers model that is not patched yet, or its config (built on the meta device).
@@ -95,13 +95,13 @@ def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:
 
 def _coverages(config: SDPConfig, num_subnetworks: int) -> np.ndarray:
     """Share of each subnetwork, float64 of shape ``(N,)``."""
-    if not isinstance(config.coverage, tuple):
+    if not isinstance(config.coverage, Sequence):
         replication(config.coverage, num_subnetworks)  # refuses what gives units no whole number of holders
         return np.full(num_subnetworks, float(config.coverage))
     if len(config.coverage) != num_subnetworks:
         raise SDPConfigError(
-            f"coverage lists {len(config.coverage)} subnetworks {list(config.coverage)}, there are {num_subnetworks}. Give one "
-            f"for each, or num_subnetworks={len(config.coverage)} for replicas of them."
+            f"coverage lists {len(config.coverage)} subnetworks {list(config.coverage)}, there are {num_subnetworks}. "
+            f"Give one for each, or num_subnetworks={len(config.coverage)} for replicas of them."
         )
     return np.array(config.coverage)
 
@@ -124,9 +124,9 @@ def _always_held(config: SDPConfig, num_layers: int) -> tuple[int, ...]:
 def _deal_evenly(stacks: list[Stack], config: SDPConfig, num_subnetworks: int, r: int) -> list:
     if r < config.min_replication:
         raise SDPConfigError(
-            f"coverage={config.coverage} of {num_subnetworks} subnetworks gives {r} holders per unit, {config.min_replication - r} "
-            f"less than min_replication={config.min_replication}. Nearest coverage that can be met: "
-            f"{min(config.min_replication / num_subnetworks, 1):g}."
+            f"coverage={config.coverage} of {num_subnetworks} subnetworks gives {r} holders per unit, "
+            f"{config.min_replication - r} less than min_replication={config.min_replication}. "
+            f"Nearest coverage that can be met: {min(config.min_replication / num_subnetworks, 1):g}."
         )
     kinds = list(dict.fromkeys(stack[0].kind for stack in stacks))
     result = []
@@ -151,8 +151,8 @@ def _deal_unevenly(
     if config.level == "neuron":
         by_turn = orders(depth_shares(coverages, 3, config.depth_profile), chunks, config.seed)
     else:
-        # Half a (smallest) holder set further for the next kind: the full model is evaluated with both blocks of a layer, and
-        # with neighbouring layers, so some workers must train them together.
+        # Half a (smallest) holder set further for the next kind: the full model is evaluated with both blocks of a
+        # layer, and with neighbouring layers, so some workers must train them together.
         half = int(depth_shares(coverages, 3, config.depth_profile).sum(1).min() // 2)
         by_turn = [np.roll(np.arange(len(coverages)), config.seed - kind * half) for kind in range(len(stacks))]
     debt = np.zeros(len(coverages))
@@ -188,16 +188,16 @@ def _check_replication(config: SDPConfig, stack: Stack, shares: np.ndarray) -> N
         worst = stack[int(found.argmin())]
         raise SDPConfigError(
             f"What the {shares.shape[1]} subnetworks hold of {worst.name} adds up to {found.min():.4g} of it; "
-            f"min_replication={config.min_replication} misses {config.min_replication - found.min():.4g} (in copies of the maskable "
-            "parameters). Raise some coverages by that much in all, or take more workers."
+            f"min_replication={config.min_replication} misses {config.min_replication - found.min():.4g} (in copies "
+            "of the maskable parameters). Raise some coverages by that much in all, or take more workers."
         )
 
 
 def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float, step: float) -> None:
     """At neuron level something of every module (no empty layers), at block level one block of every kind.
 
-    ``share``: the least that a subnetwork has of the stack, at neuron level of one of its modules. ``step``: coverages are
-    multiples of it.
+    ``share``: the least that a subnetwork has of the stack, at neuron level of one of its modules. ``step``: coverages
+    are multiples of it.
     """
     kind = stack[0].of_kind
     units = stack[0].num_units if config.level == "neuron" else len(stack)
@@ -219,7 +219,7 @@ def _check_connected(plan: Plan, config: SDPConfig) -> None:
     if len(groups) > 1:
         shown = [f"{sorted(group)[:8]}{'...' * (len(group) > 8)}" for group in sorted(groups, key=min)[:8]]
         raise SDPConfigError(
-            f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at coverage "
-            f"{config.coverage}: {', '.join(shown)} would share no unit and drift apart. Use a higher coverage, fewer "
-            "subnetworks (num_subnetworks), or level='neuron'."
+            f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at "
+            f"coverage {config.coverage}: {', '.join(shown)} would share no unit and drift apart. Use a higher "
+            "coverage, fewer subnetworks (num_subnetworks), or level='neuron'."
         )

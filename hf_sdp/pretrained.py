@@ -4,12 +4,13 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .checkpoint.load import load_weights
 from .checkpoint.weights import Weights
@@ -35,7 +36,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
-    auto_class: type = AutoModelForCausalLM,
+    auto_class: type[Any] = AutoModelForCausalLM,
     **hub_options,
 ) -> nn.Module:
     """A pretrained model as a patched model, of which each worker reads only what it stores.
@@ -75,12 +76,13 @@ def from_pretrained(
     if problem:
         if not sdp_config.simulate:
             warnings.warn(f"Every worker loads {name_or_path} in full and cuts it: {problem}", stacklevel=2)
-        dtype = {} if dtype is None else {"dtype": dtype}
-        full = auto_class.from_pretrained(name_or_path, **dtype, **hub_options)
+        of_dtype = {} if dtype is None else {"dtype": dtype}
+        full = auto_class.from_pretrained(name_or_path, **of_dtype, **hub_options)
         patch_model(full, sdp_config, rank=rank, world_size=world_size)
         if process_group_is_up() and not sdp_config.simulate:
             shard(full, _device(device))
         return full.eval()
+    assert weights is not None  # else there was a problem
     if dtype in (None, "auto"):
         dtype = model_config.dtype or weights.dtype(next(iter(weights.files)))
     _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -105,8 +107,8 @@ def from_config(
 ) -> nn.Module:
     """A randomly initialized patched model, of which each worker makes only what it stores.
 
-    Values come from the family's own initialization, run for one module of the full model at a time with a random state that
-    depends on ``seed`` and the module's name: they are the same whatever the world, the plan and the device. Needs
+    Values come from the family's own initialization, run for one module of the full model at a time with a random state
+    that depends on ``seed`` and the module's name: they are the same whatever the world, the plan and the device. Needs
     memory for the shards and the largest full parameter. Other arguments and what is returned (in train mode): as
     :func:`from_pretrained`. Collective when a process group is up.
 
@@ -127,7 +129,7 @@ def from_config(
     return model
 
 
-def _materialize(model: nn.Module, sdp_config: SDPConfig, rank, world_size, device) -> None:
+def _materialize(model: PreTrainedModel, sdp_config: SDPConfig, rank, world_size, device) -> None:
     """Patch a model on the meta device and give it memory, with no values in it yet."""
     patch_meta_model(model, sdp_config, rank=rank, world_size=world_size)
     if process_group_is_up():
@@ -148,7 +150,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _fill_buffers(model: nn.Module) -> None:
+def _fill_buffers(model: PreTrainedModel) -> None:
     """Buffers that no checkpoint has (rotary frequencies), as transformers fills them after loading. In place."""
     for module in model.modules():
         if module._non_persistent_buffers_set:
@@ -177,7 +179,7 @@ def _initialize(model: nn.Module, seed: int, dtype: torch.dtype) -> None:
             module._parameters[n] = nn.Parameter(values.to("meta"))
 
 
-def _initialize_module(full: nn.Module, module: nn.Module, seed: str) -> None:
+def _initialize_module(full: PreTrainedModel, module: nn.Module, seed: str) -> None:
     """Give the parameters of one module of a meta model memory and values; those that are not initialized are NaN."""
     for n, p in list(module._parameters.items()):
         if p is not None:

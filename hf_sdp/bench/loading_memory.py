@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ..config import SDPConfig
-from ..engine.sharded import find_sharded
+from ..engine.sharded import get_sharded
 from ..hosts.accelerator import SDPAccelerator
 from ..model.state import local_tensor
 from ..patch import patch_model
@@ -35,7 +35,8 @@ class PeakMemory(threading.Thread):
 def resident() -> tuple[int, int]:
     """Resident memory of this process, and what of it is not mapped from files, in bytes. Linux only."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    everything, anonymous = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+    return everything, anonymous
 
 
 def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
@@ -53,7 +54,8 @@ def load_and_watch(folder: str, sdp: dict, sliced: bool) -> dict[str, int]:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model = accelerator.prepare(patch_model(model, SDPConfig(**sdp)))
     peak = watch.stop()
-    stored = sum(local_tensor(p.detach()).nbytes for p in find_sharded(model).parameters.values())
+    sharded = get_sharded(model, "Measuring what is stored")
+    stored = sum(local_tensor(p.detach()).nbytes for p in sharded.parameters.values())
     return {"resident": peak[0] - before[0], "anonymous": peak[1] - before[1], "stored": stored}
 
 

@@ -3,6 +3,7 @@
 import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,16 +18,20 @@ from ..plan.plan import Plan
 from ..world.agreement import together
 from .weights import WeightsWriter
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def export_subnetwork(model: nn.Module, folder: str | os.PathLike, subnetwork: int = 0) -> None:
+def export_subnetwork(model: "PreTrainedModel", folder: str | os.PathLike, subnetwork: int = 0) -> None:
     """Save what ``subnetwork`` holds as a standard Hugging Face model that ``from_pretrained`` loads. Collective.
 
     At neuron level the model is narrower (fewer heads, a smaller intermediate size), with ``block_granularity="layer"``
     it has fewer layers. Its logits are those of the subnetwork in training, up to rounding.
 
-    Raises: SDPConfigError on every worker, before anything is written, when the architecture's config cannot say it: single
-        sub-blocks, layers of different widths; or with backward masking, where a subnetwork computes with the full model.
+    Raises: SDPConfigError on every worker, before anything is written, when the architecture's config cannot say it:
+        single sub-blocks, or layers of different widths. Also with backward masking, where a subnetwork computes with
+        the full model.
     """
     model = unwrap(model)
     held, group = get_state(model).held, control_group(model)
@@ -40,6 +45,7 @@ def export_subnetwork(model: nn.Module, folder: str | os.PathLike, subnetwork: i
             writer = WeightsWriter(folder, specs)
 
     def write(name: str, tensor: torch.Tensor) -> None:
+        assert writer is not None  # only rank 0, which has made it, writes
         if name in regions:
             writer.write(names[name], regions[name].of(tensor))
 
@@ -114,7 +120,7 @@ def _narrow_config(config, plan: Plan, subnetwork: int) -> None:
     for kind, found in widths.items():
         if len(found) > 1:
             raise SDPConfigError(
-                f"Subnetwork {subnetwork} holds {sorted(found)} (units, of units) in different {kind} modules; a config "
-                "has one width for all layers. Use a coverage whose parts are equal."
+                f"Subnetwork {subnetwork} holds {sorted(found)} (units, of units) in different {kind} modules; a "
+                "config has one width for all layers. Use a coverage whose parts are equal."
             )
         KINDS[kind].narrow(config.get_text_config(), *found.pop())

@@ -2,11 +2,13 @@
 
 A checkpoint is a standard Hugging Face folder with the full model's weights, and beside them:
 
-    sdp_checkpoint.json   written last: that the folder is complete, every file's size and CRC-32, the SDPConfig, world, versions
+    sdp_checkpoint.json   written last: that the folder is complete, every file's size and CRC-32, the SDPConfig, the
+                          world, and versions
     sdp_plan.json         the plan that trained it
     sdp_optimizer/        optimizer state in the canonical layout (optimizer_state.py)
 
-It is written into a folder beside its place, _unfinished-<name>, and renamed when all workers are done. All workers see one file system.
+It is written into a folder beside its place, _unfinished-<name>, and renamed when all workers are done. All workers see
+one file system.
 """
 
 import contextlib
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
-    """``with writing(folder, model) as unfinished: ...`` fills ``unfinished``, which then takes the place of ``folder``.
+    """``with writing(folder, model) as unfinished: ...`` fills ``unfinished``. It then takes the place of ``folder``.
 
     Collective: all workers run the block; what fails on one of them is an error on all, and leaves ``folder`` and all
     other checkpoints as they were. Raises SDPStateError when some worker does not come.
@@ -73,7 +75,8 @@ def _seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
     with together(group):
         if held.rank == 0:
             (folder / PLAN).write_text(held.plan.to_json() + "\n")
-    mine, everyone = {}, [None] * held.world_size
+    mine: dict[str, dict] = {}
+    everyone: list = [None] * held.world_size
     with together(group):
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         for file in files[held.rank :: held.world_size]:
@@ -195,7 +198,10 @@ def check(folder: str | os.PathLike, *, only: str | None = "", contents: bool = 
 
 
 def newest_complete(output_dir: str | os.PathLike) -> str | None:
-    """The ``checkpoint-<step>`` of the highest step that is complete, as ``transformers`` spells it; warns of others."""
+    """The ``checkpoint-<step>`` of the highest step that is complete, as ``transformers`` spells it.
+
+    Warns of others.
+    """
     found = {}
     for path in Path(output_dir).iterdir() if Path(output_dir).is_dir() else ():
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():

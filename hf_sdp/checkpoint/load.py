@@ -71,7 +71,7 @@ def open_optimizer_state(
     with together(control_group(model)):
         check(folder)
         found = find_optimizer_state(folder, index)
-        saved = SavedOptimizer(found, model) if found.is_dir() else None
+        saved: SavedOptimizer | SavedByTorch | None = SavedOptimizer(found, model) if found.is_dir() else None
     if saved is None:
         saved = SavedByTorch(found, optimizer, model)
     check_optimizer(optimizer, model, saved)
@@ -81,6 +81,6 @@ def open_optimizer_state(
 def tell_changes(model: nn.Module, folder: str | Path, world_size: int, rank: int) -> None:
     """Warn, on rank 0, of what is different from the run that wrote the checkpoint."""
     state = find_state(model)
-    differences = changes(check(folder), state and state.held, world_size)
+    differences = changes(check(folder), state.held if state is not None else None, world_size)
     if differences and rank == 0:
         logger.warning("Continuing from %s. Different: %s.", folder, "; ".join(differences))

@@ -43,8 +43,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
                 if isinstance(value, torch.Tensor) and value.dim() > 0:
                     if s.region.numel and tuple(value.shape) != s.region.shape:
                         raise SDPStateError(
-                            f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for {s.name}, of which "
-                            f"this worker stores {s.region.shape}: it cannot be saved independently of the plan."
+                            f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for {s.name}, of "
+                            f"which this worker stores {s.region.shape}: it cannot be saved independently of the plan."
                         )
                     if s.owned:
                         name = f"{s.name}/{key}"
@@ -157,5 +157,6 @@ def _check(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptim
             missing = [stored[p].name for p in g["params"] if stored[p].name not in saved_number]
             raise SDPStateError(
                 f"Parameter group {number} of this run is not one of the checkpoint's: its parameters were in groups "
-                f"{sorted(found, key=str)}{f', {missing[:3]} in none' if missing else ''}. Make the optimizer as it was."
+                f"{sorted(found, key=str)}{f', {missing[:3]} in none' if missing else ''}. "
+                "Make the optimizer as it was."
             )

@@ -4,9 +4,9 @@ import functools
 import os
 from pathlib import Path
 from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..compat import converts_checkpoints
 from ..engine.consolidate import consolidate, persistent_buffers
@@ -15,9 +15,12 @@ from ..model.state import get_state, unwrap
 from ..world.agreement import together
 from .weights import WeightsWriter
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def save_pretrained(model: nn.Module, folder: str | os.PathLike, max_shard_size: int | str = "50GB") -> None:
+def save_pretrained(model: "PreTrainedModel", folder: str | os.PathLike, max_shard_size: int | str = "50GB") -> None:
     """Save the full model as ``model.save_pretrained(folder)`` would without SDP. Collective, at any time.
 
     Rank 0 writes, tensor by tensor: no worker needs memory for more than one full parameter. What the folder has
@@ -42,14 +45,20 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike, max_shard_size:
             specs = {name: (shape, sharded.dtypes[name]) for name, shape in sharded.held.plan.shapes.items()}
             specs.update({name: (tuple(b.shape), b.dtype) for name, b in persistent_buffers(model).items()})
             writer = WeightsWriter(folder, {n: s for n, s in specs.items() if n not in ignored}, max_shard_size)
-    consolidate(model, lambda name, tensor: None if name in ignored else writer.write(name, tensor))
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        assert writer is not None  # only rank 0, which has made it, writes
+        if name not in ignored:
+            writer.write(name, tensor)
+
+    consolidate(model, write)
     with together(sharded.control_group):
         if writer is not None:
             writer.finish()
             _save_configs(model, sharded, folder)
 
 
-def _save_configs(model: nn.Module, sharded: Sharded, folder: str | os.PathLike) -> None:
+def _save_configs(model: "PreTrainedModel", sharded: Sharded, folder: str | os.PathLike) -> None:
     """config.json and generation_config.json of the full model, as ``PreTrainedModel.save_pretrained`` writes them."""
     config = sharded.held.full_config
     config.architectures = [sharded.held.model_name]
@@ -61,7 +70,7 @@ def _save_configs(model: nn.Module, sharded: Sharded, folder: str | os.PathLike)
         model.generation_config.save_pretrained(folder)
 
 
-def install_save_pretrained(model: nn.Module) -> None:
+def install_save_pretrained(model: "PreTrainedModel") -> None:
     """Let ``model.save_pretrained`` save the full model."""
     model.save_pretrained = MethodType(_save_pretrained(model.save_pretrained), model)
 

@@ -76,7 +76,10 @@ class SavedByTorch:
         names_of_groups = _names_of_groups(optimizer, model)
         with together(control_group(model)):
             saved = self._load(file, names_of_groups)
-        self.groups, self.numbers, self.tensors, self._values = [], {}, {}, {}
+        self.groups: list[dict] = []
+        self.numbers: dict[str, dict] = {}
+        self.tensors: dict[str, dict[str, tuple]] = {}
+        self._values: dict[tuple[str, str], torch.Tensor] = {}
         for saved_group, names in zip(saved["param_groups"], names_of_groups, strict=True):
             self.groups.append({**saved_group, "params": names})
             for number, name in zip(saved_group["params"], names, strict=True):
@@ -96,7 +99,8 @@ class SavedByTorch:
         counts = [len(g["params"]) for g in saved.get("param_groups", [])]
         if counts != [len(names) for names in names_of_groups]:
             raise SDPStateError(
-                f"{file} has parameter groups of {counts} parameters, this optimizer of {[len(n) for n in names_of_groups]}. "
+                f"{file} has parameter groups of {counts} parameters, "
+                f"this optimizer of {[len(n) for n in names_of_groups]}. "
                 "It was written by another optimizer or for another model."
             )
         return saved
@@ -116,8 +120,9 @@ def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
         for names in mine:
             if sorted(names, key=place.__getitem__) != names:
                 raise SDPStateError(
-                    "A plain optimizer's state numbers the parameters; those of this optimizer are not in the model's order, so "
-                    "it cannot be said which is which. Make the optimizer from model.parameters(), in their order."
+                    "A plain optimizer's state numbers the parameters; those of this optimizer are not in the model's "
+                    "order, so it cannot be said which is which. Make the optimizer from model.parameters(), in their "
+                    "order."
                 )
     everyone: list = [mine]
     if dist.is_initialized():

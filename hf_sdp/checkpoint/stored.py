@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -29,7 +30,7 @@ class Stored:
         return self.region.name
 
 
-def stored_parameters(model: nn.Module) -> dict[nn.Parameter, Stored]:
+def stored_parameters(model: nn.Module) -> dict[torch.Tensor, Stored]:
     """Of a sharded SDP model what this worker stores; of any other model its full parameters, owned by rank 0."""
     model = unwrap(model)
     sharded = find_sharded(model)
@@ -40,7 +41,7 @@ def stored_parameters(model: nn.Module) -> dict[nn.Parameter, Stored]:
         }
     held = sharded.held
     mine = {region for regions in held.owners.values() for rank, region in regions if rank == held.rank}
-    result = {}
+    result: dict[torch.Tensor, Stored] = {}
     for local_name, parameter in sharded.parameters.items():
         region = held.stored(local_name)
         result[parameter] = Stored(region, held.plan.shapes[region.name], region in mine)

@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..errors import SDPStateError
@@ -50,6 +55,7 @@ class Boxes:
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        assert index.offset is not None  # every item that is written here has one
         return self.pieces[tuple(index.offset)][1]
 
 
@@ -107,4 +113,8 @@ def _errors_of_all() -> Iterator[None]:
 def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> full shape and dtype of everything in ``folder``."""
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: (tuple(m.size), m.properties.dtype) for name, m in metadata.items()}
+    result = {}
+    for name, entry in metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # nothing but tensors is written here
+        result[name] = (tuple(entry.size), entry.properties.dtype)
+    return result

@@ -78,8 +78,8 @@ class Weights:
     def read(self, region: Region, into: torch.Tensor) -> None:
         """Fill ``into``, of the region's shape, with the region of a tensor; only that is read.
 
-        The file is mapped for this call only: pages that have been read would count as this process's memory for as long
-        as it is open.
+        The file is mapped for this call only: pages that have been read would count as this process's memory for as
+        long as it is open.
         """
         with safe_open(self.files[region.name], "pt") as opened:
             stored = opened.get_slice(region.name)
@@ -112,7 +112,7 @@ class WeightsWriter:
             if file_name not in self._files:
                 self._begin(file_name)
             self._files[file_name].seek(self._offsets[name])
-            self._files[file_name].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._files[file_name].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError:
             self._discard()
             raise
@@ -149,7 +149,8 @@ class WeightsWriter:
         return self.folder / f".{file_name}.unfinished"
 
     def _begin(self, file_name: str) -> None:
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name in self.split.filename_to_tensors[file_name]:
             shape, dtype = self.specs[name]
             size = torch.Size(shape).numel() * dtype.itemsize

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import click
 
@@ -52,7 +53,7 @@ def option_of(field: dataclasses.Field, *, flag: str | None = None, **settings) 
     """The option of a field, by its name or as ``flag``. ``settings`` take the place of what the field says."""
     kind = kind_of(field.type)
     if kind.element is bool:
-        made = {"is_flag": True}
+        made: dict[str, Any] = {"is_flag": True}
     else:
         default = None if field.default in (dataclasses.MISSING, ()) else field.default
         made = {"type": _click_type(field), "default": default}

@@ -34,7 +34,8 @@ def _raise_first(problems: list[str | None]) -> None:
 
 
 def _same_plan(sharded: Sharded) -> str | None:
-    held, everyone = sharded.held, [None] * dist.get_world_size()
+    held = sharded.held
+    everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (held.plan.hash, str(held.config), sharded.run.version))
     for rank, other in enumerate(everyone):
         for what, a, b in zip(("plan", "config", "number of weight updates"), everyone[0], other, strict=True):
@@ -59,7 +60,7 @@ def _stores_what_it_should(sharded: Sharded) -> str | None:
 
 
 def _replicas_equal(sharded: Sharded) -> list[str | None]:
-    problems = []
+    problems: list[str | None] = []
     for local_name, parameter in sharded.parameters.items():
         if not isinstance(parameter, DTensor):
             continue

@@ -14,8 +14,10 @@ from .sharded import control_group, get_sharded
 
 @torch.no_grad()
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """``(name, value)`` of every full parameter, in the order of the plan, tied ones once: on the CPU of rank 0, None on
-    the others. Collective: every worker takes them all. No worker ever has more than one of them.
+    """``(name, value)`` of every full parameter, in the order of the plan, tied ones once.
+
+    The value is on the CPU of rank 0, and None on the others. Collective: every worker takes them all. No worker ever
+    has more than one of them.
 
     Raises: SDPStateError before the model is sharded, or when another worker does something else.
     """
@@ -56,8 +58,12 @@ def consolidate(
     result, error = {}, None
     for name, tensor in full_tensors(model):
         if held.rank == 0 and error is None:
+            assert tensor is not None  # rank 0 gets every value
             try:
-                result[name] = tensor if write is None else write(name, tensor)
+                if write is None:
+                    result[name] = tensor
+                else:
+                    write(name, tensor)
             except Exception as raised:  # go on taking part: the others wait in the next tensor's collective
                 error = raised
     if write is None:

@@ -24,7 +24,8 @@ class Shadow:
     outside of them; nothing between a weight update and the next evaluation."""
 
     def __init__(self, model: nn.Module, sharded: Sharded, device: torch.device, policy: MixedPrecisionPolicy):
-        self.source, self.run, self.version = model, sharded.run, None
+        self.source, self.run = model, sharded.run
+        self.version: int | None = None
         held = sharded.held
         with torch.device("meta"):
             full = held.model_class(copy.deepcopy(held.full_config))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..model.state import local_tensor
-from .optimizer import local_shards
+from .optimizer import local_shards, model_of
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ class GlobalGradScaler(torch.amp.GradScaler):
     def _unscale_grads_(self, optimizer, *args, **kwargs):
         with local_shards(optimizer):
             found_inf_per_device = super()._unscale_grads_(optimizer, *args, **kwargs)
-        if getattr(optimizer, "_sdp_model", None) is not None:
+        if model_of(optimizer) is not None:
             for found_inf in found_inf_per_device.values():
                 dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
         return found_inf_per_device

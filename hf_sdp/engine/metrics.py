@@ -40,7 +40,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._profile = None
+        self._profile: torch.profiler.profile | None = None
 
     def start(self) -> None:
         if self.device.type == "cuda":
@@ -56,6 +56,7 @@ class PeakMemory:
         """Peak bytes above the start."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
+        assert self._profile is not None  # start() has made it
         self._profile.__exit__(None, None, None)
         allocated = peak = 0
         for event in sorted(_memory_events(self._profile), key=lambda e: e.start_ns()):
@@ -130,7 +131,7 @@ class StepMeter:
             values.update({f"state_bytes_{kind}": self.state[kind] for kind in STATE_KINDS})
             self._reported_state = True
         self.bytes_sent, self.step_times_s = [], []
-        everyone = [values]
+        everyone: list = [values]
         if world:
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, values)

@@ -8,6 +8,7 @@ DTensors of several meshes would need a param group each. Exact for optimizers t
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,6 +22,30 @@ ELEMENTWISE_OPTIMIZERS = {
 }  # fmt: skip
 """Class names of optimizers whose update of an element depends on that element alone, and that make their state in the
 first step (Adagrad makes it when it is made, for tensors that sharding replaces). Add the name of one of your own."""
+_ATTRIBUTE = "_sdp_repointed"
+
+
+@dataclass
+class _Repointed:
+    """Kept on an optimizer that trains a sharded model.
+
+    Attributes:
+        model: the sharded one.
+        replaced: within :func:`local_shards` and a step, of each param group its parameters, and the shards that took
+            their place; else empty.
+    """
+
+    model: nn.Module
+    replaced: list[tuple[list[nn.Parameter], list[nn.Parameter]]] = field(default_factory=list)
+
+
+def _repointed(optimizer: torch.optim.Optimizer) -> _Repointed:
+    return vars(optimizer)[_ATTRIBUTE]
+
+
+def model_of(optimizer: torch.optim.Optimizer) -> nn.Module | None:
+    """The sharded model that ``optimizer`` was re-pointed to; None for any other optimizer."""
+    return _repointed(optimizer).model if _ATTRIBUTE in vars(optimizer) else None
 
 
 def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:
@@ -29,9 +54,9 @@ def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     if not names & ELEMENTWISE_OPTIMIZERS:
         raise SDPConfigError(
-            f"{type(optimizer).__name__} is not known to update every element on its own; on slices of a parameter it would "
-            f"silently compute something else. Use one of {sorted(ELEMENTWISE_OPTIMIZERS)}; if yours is element-wise, add its "
-            "name to hf_sdp.engine.optimizer.ELEMENTWISE_OPTIMIZERS."
+            f"{type(optimizer).__name__} is not known to update every element on its own; on slices of a parameter it "
+            f"would silently compute something else. Use one of {sorted(ELEMENTWISE_OPTIMIZERS)}; if yours is "
+            "element-wise, add its name to hf_sdp.engine.optimizer.ELEMENTWISE_OPTIMIZERS."
         )
 
 
@@ -42,13 +67,14 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         SDPStateError when it already has state, which belongs to the old tensors. Nothing is changed then.
     """
     model = unwrap(model)
-    if getattr(optimizer, "_sdp_model", None) is model:
+    if model_of(optimizer) is model:
         return
     refuse_unless_elementwise(optimizer)
     sharded = get_sharded(model, "repoint")
     current, replaced = sharded.parameters, sharded.run.replaced
     ours = {id(p) for p in current.values()}
-    groups, seen = [], set()
+    groups = []
+    seen: set[int] = set()
     for group in optimizer.param_groups:
         parameters = []
         for p in group["params"]:
@@ -58,8 +84,8 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
                 new = [current[name] for name in replaced[p]]
             else:
                 raise SDPConfigError(
-                    f"The optimizer has a parameter of shape {tuple(p.shape)} that is not one of the model's, neither now nor "
-                    "before it was patched. Make the optimizer from model.parameters()."
+                    f"The optimizer has a parameter of shape {tuple(p.shape)} that is not one of the model's, neither "
+                    "now nor before it was patched. Make the optimizer from model.parameters()."
                 )
             # A full parameter kept in two parts appears in both; a shared one of many parts must not come twice.
             parameters += [q for q in new if id(q) not in seen]
@@ -67,12 +93,12 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         groups.append(parameters)
     if optimizer.state and any(id(p) not in ours for p in optimizer.state):
         raise SDPStateError(
-            "The optimizer already has state for parameters that sharding replaced; it would be lost. Prepare model and "
-            "optimizer before the first step."
+            "The optimizer already has state for parameters that sharding replaced; it would be lost. Prepare model "
+            "and optimizer before the first step."
         )
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = parameters
-    optimizer._sdp_model = model
+    setattr(optimizer, _ATTRIBUTE, _Repointed(model))
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: _enter(opt))
     optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
 
@@ -80,7 +106,7 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 @contextlib.contextmanager
 def local_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within, ``optimizer.param_groups`` are plain local shards with local gradients. No effect on others."""
-    if find_sharded(getattr(optimizer, "_sdp_model", None)) is None:
+    if find_sharded(model_of(optimizer)) is None:
         yield
         return
     _enter(optimizer)
@@ -93,7 +119,7 @@ def local_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 @torch.no_grad()  # with gradients, every local shard would be made through autograd: 3 ms a step in a small model
 def _enter(optimizer: torch.optim.Optimizer) -> None:
     _leave(optimizer, stepped=False)  # a step that raised left its shards in place
-    optimizer._sdp_shards = []
+    repointed = _repointed(optimizer)
     for group in optimizer.param_groups:
         shards = []
         for p in group["params"]:
@@ -103,16 +129,17 @@ def _enter(optimizer: torch.optim.Optimizer) -> None:
             if p in optimizer.state:
                 optimizer.state[shard] = optimizer.state.pop(p)
             shards.append(shard)
-        optimizer._sdp_shards.append((group["params"], shards))
+        repointed.replaced.append((group["params"], shards))
         group["params"] = shards
 
 
 def _leave(optimizer: torch.optim.Optimizer, *, stepped: bool) -> None:
-    for group, (parameters, shards) in zip(optimizer.param_groups, getattr(optimizer, "_sdp_shards", []), strict=False):
+    repointed = _repointed(optimizer)
+    for group, (parameters, shards) in zip(optimizer.param_groups, repointed.replaced, strict=False):
         for p, shard in zip(parameters, shards, strict=True):
             if shard in optimizer.state:
                 optimizer.state[p] = optimizer.state.pop(shard)
         group["params"] = parameters
-    optimizer._sdp_shards = []
+    repointed.replaced = []
     if stepped:
-        get_sharded(optimizer._sdp_model, "An optimizer's step").weights_changed()
+        get_sharded(repointed.model, "An optimizer's step").weights_changed()

@@ -10,11 +10,13 @@ it: "the next part" differs from worker to worker. Hence no prefetch in backward
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from ..errors import SDPStateError
 from ..model.state import Held, get_state, unwrap
@@ -25,8 +27,11 @@ from .fsdp import fsdp_modules, fully_shard_groups, mixed_precision_policy
 from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def shard(model: nn.Module, device: torch.device) -> nn.Module:
+
+def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     """Shard a patched model over the meshes of its plan, in place. Collective; a second call does nothing.
 
     Parameters become DTensors; :func:`hf_sdp.engine.optimizer.repoint` moves an optimizer made before over to them.
@@ -79,8 +84,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 def _make_meshes(held: Held, device_type: str) -> dict[Holders, DeviceMesh]:
     """One mesh for each distinct holder set, made by all workers in sorted order.
 
-    A mesh with replicas has the dims ("replicate", "shard"), as HSDP; one without has "shard" alone. ``sharding="none"``
-    has one shard, and replicas only.
+    A mesh with replicas has the dims ("replicate", "shard"), as HSDP; one without has "shard" alone.
+    ``sharding="none"`` has one shard, and replicas only.
     """
     plan = held.plan
     meshes = {}
@@ -104,7 +109,7 @@ def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.Process
 
 
 @contextlib.contextmanager
-def no_sync(model: nn.Module) -> Iterator[None]:
+def no_sync(model: FSDPModule) -> Iterator[None]:
     """Accumulate gradients locally. Parts stay gathered between the micro-batches (unless
     ``reshard_after_forward``), so a window of any length gathers and reduces once."""
     keep = not get_state(model).held.config.reshard_after_forward

@@ -1,6 +1,6 @@
 """``memory_gib``: how much of the model each worker can hold. The estimate of a step's peak decides, plan by plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from transformers import PreTrainedConfig
@@ -23,26 +23,27 @@ def fit(
 ) -> np.ndarray:
     """The share of each subnetwork, float64 of shape ``(N,)``: as much as fits, in steps of 1/8.
 
-    Whoever is over its capacity by the largest factor holds a step less, until all fit: less held by one is more state for
-    the other holders. With ``balance="compute"`` shares are then made as equal as capacities allow, so that no worker waits
-    for one with a larger share. What a worker needs is the peak of a step, as ``hf-sdp estimate`` says it for one worker a
-    subnetwork (replicas only lower it).
+    Whoever is over its capacity by the largest factor holds a step less, until all fit: less held by one is more state
+    for the other holders. With ``balance="compute"`` shares are then made as equal as capacities allow, so that no
+    worker waits for one with a larger share. What a worker needs is the peak of a step, as ``hf-sdp estimate`` says it
+    for one worker a subnetwork (replicas only lower it).
 
     Args:
         plan_of: shares -> plan; raises SDPConfigError for shares that cannot be dealt.
     Raises: SDPConfigError when the workers cannot hold the model together, with what each of them would need.
     """
+    assert config.memory_gib is not None  # the planner asks only with it
     capacities = np.array(config.memory_gib) * GIB
     if len(capacities) != num_subnetworks:
         raise SDPConfigError(
-            f"memory_gib lists {len(capacities)} subnetworks {list(config.memory_gib)}, there are {num_subnetworks}. Give one "
-            f"for each, or num_subnetworks={len(capacities)} for replicas of them."
+            f"memory_gib lists {len(capacities)} subnetworks {list(config.memory_gib)}, there are {num_subnetworks}. "
+            f"Give one for each, or num_subnetworks={len(capacities)} for replicas of them."
         )
     search = _Search(model_config, config, capacities, plan_of)
     steps, stuck, reason = np.full(num_subnetworks, STEPS), np.zeros(num_subnetworks, dtype=bool), None
     while (over := (need := search.need(steps)) > capacities).any():
         if (over <= stuck).all():
-            raise _shortage(config, steps, need - capacities, need, reason)
+            raise _shortage(config.memory_gib, steps, need - capacities, need, reason)
         worst = capacities == capacities[np.where(over & ~stuck, need / capacities, 0).argmax()]
         try:
             plan_of((steps - worst) / STEPS)
@@ -53,11 +54,12 @@ def fit(
 
 
 def _shortage(
-    config: SDPConfig, steps: np.ndarray, over: np.ndarray, need: np.ndarray, reason: SDPConfigError | None
+    memory_gib: Sequence[float], steps: np.ndarray, over: np.ndarray, need: np.ndarray, reason: SDPConfigError | None
 ) -> SDPConfigError:
     return SDPConfigError(
-        f"memory_gib={list(config.memory_gib)} is {np.maximum(over, 0).sum() / GIB:.4g} GiB too little: with coverage "
-        f"{(steps / STEPS).tolist()} the workers need {[float(f'{n / GIB:.4g}') for n in need]} GiB, and with less: {reason}"
+        f"memory_gib={list(memory_gib)} is {np.maximum(over, 0).sum() / GIB:.4g} GiB too little: with coverage "
+        f"{(steps / STEPS).tolist()} the workers need {[float(f'{n / GIB:.4g}') for n in need]} GiB, "
+        f"and with less: {reason}"
     )
 
 
@@ -76,6 +78,7 @@ class _Search:
         return need
 
     def _peak(self, plan: Plan, subnetwork: int) -> int:
+        assert self.config.workload is not None  # SDPConfig asks for it beside memory_gib
         return sdp_step(
             self.model_config,
             plan,

@@ -1,6 +1,7 @@
 """The figures of a plan: what each subnetwork holds, computes and sends, and how evenly. Defined in PLAN.md."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from torch import nn
@@ -16,7 +17,9 @@ SHARED = "shared"
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """Arrays have one number for each subnetwork, shape ``(N,)``; kinds are "attention", "mlp" (or "layer"), and "shared".
+    """Arrays have one number for each subnetwork, shape ``(N,)``.
+
+    Kinds are "attention", "mlp" (or "layer"), and "shared".
 
     Attributes:
         num_workers: W; worker w holds subnetwork w mod N.
@@ -48,7 +51,7 @@ class PlanFigures:
 
     def summary(self) -> dict:
         """Over subnetworks (replication: over units), as plain numbers."""
-        parameters, flops = sum(self.parameters.values()), sum(self.flops.values())
+        parameters, flops = reduce(np.add, self.parameters.values()), reduce(np.add, self.flops.values())
         return {
             "coverage": spread(self.coverage),
             "replication": spread(self.unit_holders),
@@ -143,8 +146,8 @@ def module_flops(plan: Plan, model_config, sequence: int) -> tuple[np.ndarray, n
     """FLOPs of forward and backward of each whole maskable module for one token, int64, shape ``(modules,)`` each: what
     every worker computes whatever it holds, and what goes with the share it holds.
 
-    Forward masking: everything goes with the share. Backward masking: only the weight gradients do, a third of what linear
-    layers compute.
+    Forward masking: everything goes with the share. Backward masking: only the weight gradients do, a third of what
+    linear layers compute.
     """
     whole = [int(training_flops(module, plan.shapes, model_config, sequence)) for module in plan.modules]
     if plan.masking == "forward":
@@ -170,8 +173,9 @@ def bytes_sent(
     num_workers: int,
     element_bytes: int,
 ) -> np.ndarray:
-    """Bytes that a worker of each subnetwork sends in one optimizer step, float64, shape ``(N,)``, as rings send them and
-    without FSDP2's padding; what :mod:`hf_sdp.engine.traffic` counts.
+    """Bytes that a worker of each subnetwork sends in one optimizer step, float64, shape ``(N,)``.
+
+    As rings send them, and without FSDP2's padding. It is what :mod:`hf_sdp.engine.traffic` counts.
 
     Args:
         unit_numel: elements of one unit of each module, shape ``(modules,)``.

@@ -1,8 +1,8 @@
 """Memory of one worker over a step: a trace of its computation, and what a sharding engine allocates around it.
 
 The trace (``trace.py``) says what lives between the moments at which FSDP2's hooks run; an engine (``allocations.py``)
-adds at those moments gathered parameters, buffers of collectives, gradients. The same walk gives the order of computation
-and communication for ``time.py``. Every formula with its source: ``FORMULAS.md``.
+adds at those moments gathered parameters, buffers of collectives, gradients. The same walk gives the order of
+computation and communication for ``time.py``. Every formula with its source: ``FORMULAS.md``.
 """
 
 from collections.abc import Iterator
@@ -48,8 +48,9 @@ def sdp_step(
     reshard_after_forward: bool = False,
     world_size: int | None = None,
 ) -> Step:
-    """What a worker that holds ``subnetwork`` of ``plan`` does. Milliseconds after the first call with a layer of the same
-    structure; nothing is allocated.
+    """What a worker that holds ``subnetwork`` of ``plan`` does in a step.
+
+    Nothing is allocated. It takes milliseconds after the first call with a layer of the same structure.
 
     Args:
         model_config: of the full model; ``plan`` may give each unit its own number of holders.
@@ -79,8 +80,8 @@ def fsdp_step(
 def replicated_step(model_config: PreTrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
     """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters.
 
-    Another dtype of computation than the stored one means autocast for DDP, and for ZeRO parameters and gradients in that
-    dtype.
+    Another dtype of computation than the stored one means autocast for DDP, and for ZeRO parameters and gradients in
+    that dtype.
     """
     shapes = shapes_of(model_config)
     layers = trace(model_config, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)

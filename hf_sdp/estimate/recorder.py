@@ -79,6 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def gradient(self, name: str, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is complete: from here on the sharding engine's."""
+        assert parameter.grad is not None  # the hook that calls this runs when it is there
         nbytes = self._alive.pop(parameter.grad.untyped_storage()._cdata)[1]
         self._live -= nbytes
         self._segment.gradients[name] = nbytes

@@ -80,8 +80,8 @@ def largest_coverage(
     """For each sharding the largest coverage r/N whose workers all stay within ``limit`` bytes; None when none does.
 
     Args:
-        make: coverage -> plan; SDPConfigError where the planner cannot meet it. Peaks grow with coverage, so it is asked
-            for about log2(N) coverages.
+        make: coverage -> plan; SDPConfigError where the planner cannot meet it. Peaks grow with coverage, so it is
+            asked for about log2(N) coverages.
         world_size: also N.
     """
     plans: dict[int, Plan | None] = {}

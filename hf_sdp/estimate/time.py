@@ -1,10 +1,10 @@
 """Predicted time of a step: a model, not a measurement.
 
 Two queues. Computation runs in order at the given FLOP/s. Communication runs in order, one collective at a time, at the
-given bandwidth; a ring sends and receives at once, so a collective takes what this worker sends, divided by the bandwidth.
-A gather starts as soon as the collective before it is done, a reduction when the computation before it is done; computation
-waits for the gather of what it needs, and the optimizer for everything. Left out: latency, kernels that are bound by memory,
-the optimizer's own time, other workers that are slower.
+given bandwidth. A ring sends and receives at once, so a collective takes what this worker sends, divided by the
+bandwidth. A gather starts as soon as the collective before it is done, a reduction when the computation before it is
+done. Computation waits for the gather of what it needs, and the optimizer for everything. Left out: latency, kernels
+that are bound by memory, the optimizer's own time, other workers that are slower.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What a step of one worker computes, traced on the meta device: bytes that live between two points, and FLOPs.
 
-Forward and backward of the real (sub)network run without memory, on three decoder layers (``recorder.py``). Layers of one
-structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``.
+Forward and backward of the real (sub)network run without memory, on three decoder layers (``recorder.py``). Layers of
+one structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``.
 """
 
 import copy
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import checkpoint_activations, is_within_backward
@@ -72,7 +72,7 @@ def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool 
             ``workload.dtype``, as under ``torch.autocast``; else everything is in that dtype.
     """
 
-    def prepare(model: nn.Module, structure: Structure) -> list[str]:
+    def prepare(model: PreTrainedModel, structure: Structure) -> list[str]:
         if autocast:
             _autocast_linear_layers(model, getattr(torch, workload.dtype))
         return [*structure.layers, ROOT]
@@ -171,7 +171,7 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
     )
 
 
-def _trace_stream(model: nn.Module, workload: Workload, watched: Iterable[str]) -> list[Segment | Mark]:
+def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[str]) -> list[Segment | Mark]:
     """One step of a model on the meta device. It is not to be used any more."""
     if _AUTOCAST not in vars(model):
         for p in model.parameters():
@@ -200,7 +200,7 @@ def _cut(stream: list[Segment | Mark], layers: tuple[str, ...]) -> Trace:
 
     def relative(piece: list[Segment | Mark]) -> Stream:
         own = layers[1]
-        result = []
+        result: list[Segment | Mark] = []
         for item in piece:
             if isinstance(item, Mark):
                 result.append(Mark(item.kind, _without(own, item.module)))
@@ -228,11 +228,13 @@ def _without(prefix: str, name: str) -> str:
     return name.removeprefix(prefix)
 
 
-def _autocast_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """What ``torch.autocast``, which knows no meta device, does to linear layers: inputs are cast each time, and weights
-    once in a forward. The copies of the weights are kept until its end, those for recomputation as long as they are used.
-    Source: aten/src/ATen/autocast_mode.cpp (``cached_cast``)."""
-    copies: dict[nn.Parameter, torch.Tensor] = {}
+def _autocast_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What ``torch.autocast``, which knows no meta device, does to linear layers.
+
+    Inputs are cast each time, and weights once in a forward. The copies of the weights are kept until its end. Those
+    for recomputation are kept as long as they are used. Source: aten/src/ATen/autocast_mode.cpp (``cached_cast``).
+    """
+    copies: dict[torch.Tensor, torch.Tensor] = {}
     object.__setattr__(model, _AUTOCAST, copies)
 
     def forward(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -245,7 +247,7 @@ def _autocast_linear_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = functools.partial(forward, module)
+            module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
     model.config._hf_sdp_attention_dtype = dtype
 
 

@@ -16,7 +16,7 @@ class Kind:
         name: as it is in a plan; balance is kept for each kind.
         title: for people.
         absent: what a worker has in the place of a block that it does not hold.
-        attends: whether it has attention. Attention multiplies with the whole sequence, and its kernel saves its output,
+        attends: whether it has attention. Attention multiplies with the whole sequence. Its kernel saves its output,
             which is the input of the row-wise layer after it.
         num_units: ``(text config, narrowest width that is cut, number of chunks) -> units`` at neuron level.
         unit_name: of several units, for people.

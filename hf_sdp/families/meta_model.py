@@ -1,12 +1,15 @@
 """The full model of a transformers config, without memory."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def meta_model(model_config) -> nn.Module:
+def meta_model(model_config) -> "PreTrainedModel":
     """The full model of a transformers config on the meta device: shapes without memory."""
     import transformers
 

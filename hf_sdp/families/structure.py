@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from . import family_of
 from .base import Stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Structure:
     outer: tuple[tuple[str, ...], ...]
 
 
-def stack_layers(model: nn.Module) -> Iterator[tuple[Stack, str, nn.Module]]:
+def stack_layers(model: "PreTrainedModel") -> Iterator[tuple[Stack, str, nn.Module]]:
     """``(stack, name, layer)`` of every layer of the model, in forward order.
 
     Raises: SDPConfigError when the family is unknown.
@@ -33,7 +37,7 @@ def stack_layers(model: nn.Module) -> Iterator[tuple[Stack, str, nn.Module]]:
             yield stack, f"{prefix}{stack.layers}.{index}", layer
 
 
-def structure_of(model: nn.Module) -> Structure:
+def structure_of(model: "PreTrainedModel") -> Structure:
     """The structure of a full transformers model, on any device. Raises: as :func:`stack_layers`."""
     names = {module: name for name, module in model.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -19,7 +19,7 @@ from ..compat import reset_after_exception
 from ..config import SDPConfig
 from ..engine.consolidate import consolidate
 from ..engine.gradients import GlobalGradScaler, clip_grad_norm
-from ..engine.optimizer import refuse_unless_elementwise, repoint
+from ..engine.optimizer import model_of, refuse_unless_elementwise, repoint
 from ..engine.shard import shard
 from ..engine.sharded import control_group, find_sharded
 from ..errors import SDPConfigError, SDPStateError
@@ -49,6 +49,11 @@ class SDPAccelerator(Accelerator):
     Source: accelerate/accelerator.py (prepare, prepare_model, clip_grad_norm_, get_state_dict, no_sync).
     """
 
+    # The base class's.
+    scaler: torch.amp.GradScaler | None
+    _models: list[nn.Module]
+    _optimizers: list[torch.optim.Optimizer]
+
     def __init__(self, *args, sdp_config: SDPConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.sdp_config = sdp_config
@@ -61,7 +66,7 @@ class SDPAccelerator(Accelerator):
         optimizers = [a for a in args if isinstance(a, torch.optim.Optimizer)]
         for model in models:
             self._check(model)
-        if models or any(getattr(o, "_sdp_model", None) is not None for o in optimizers):
+        if models or any(model_of(o) is not None for o in optimizers):
             for optimizer in optimizers:
                 refuse_unless_elementwise(_inner(optimizer))
         # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
@@ -113,8 +118,10 @@ class SDPAccelerator(Accelerator):
         return consolidate(model)
 
     def save_state(self, output_dir=None, safe_serialization: bool = True, **save_model_func_kwargs):
-        """As ``Accelerator.save_state``, into a folder that is whole or not there (see ``checkpoint/folder.py``): the full
-        model as a standard checkpoint, optimizer state in the canonical layout, and what Accelerate saves. Collective.
+        """As ``Accelerator.save_state``, into a folder that is whole or not there (see ``checkpoint/folder.py``).
+
+        It has the full model as a standard checkpoint, optimizer state in the canonical layout, and what Accelerate
+        saves. Collective.
 
         Raises: SDPStateError on every worker when any of them cannot write; earlier checkpoints stay.
         """
@@ -149,11 +156,12 @@ class SDPAccelerator(Accelerator):
         return output_dir
 
     def load_state(self, input_dir=None, load_kwargs=None, **load_model_func_kwargs):
-        """As ``Accelerator.load_state``, from a folder that :meth:`save_state` or a plain Accelerator wrote, in whatever
-        world and plan. Collective.
+        """As ``Accelerator.load_state``, from a folder that :meth:`save_state` or a plain Accelerator wrote.
 
-        Raises: on every worker, before anything is changed: SDPStateError when the folder is incomplete or damaged or of
-            another optimizer, SDPConfigError when it is of another model.
+        The world and the plan may be others than those that wrote it. Collective.
+
+        Raises: on every worker, before anything is changed: SDPStateError when the folder is incomplete or damaged or
+            of another optimizer, SDPConfigError when it is of another model.
         """
         if not self._has_sharded_model():
             return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
@@ -202,8 +210,9 @@ class SDPAccelerator(Accelerator):
     def _check(self, model: nn.Module) -> None:
         if self.distributed_type in _OTHER_ENGINES:
             raise SDPConfigError(
-                f"{_OTHER_ENGINES[self.distributed_type]} is configured, but an SDP model is sharded by hf_sdp. Remove it "
-                "from the accelerate config (or TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the holders."
+                f"{_OTHER_ENGINES[self.distributed_type]} is configured, but an SDP model is sharded by hf_sdp. Remove "
+                "it from the accelerate config (or TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the "
+                "holders."
             )
         if getattr(self, "parallelism_config", None) is not None:
             raise SDPConfigError("ParallelismConfig is set, but an SDP model is sharded by hf_sdp. Remove it.")
@@ -217,8 +226,8 @@ class SDPAccelerator(Accelerator):
         if state is None:
             if self.sdp_config is None:
                 raise SDPConfigError(
-                    f"{type(model).__name__} is not patched. Call patch_model(model, SDPConfig(...)) before prepare, or use "
-                    "SDPAccelerator(sdp_config=SDPConfig(...))."
+                    f"{type(model).__name__} is not patched. Call patch_model(model, SDPConfig(...)) before prepare, "
+                    "or use SDPAccelerator(sdp_config=SDPConfig(...))."
                 )
             if self.num_processes == 1 and not self.sdp_config.simulate:
                 raise SDPConfigError(
@@ -231,6 +240,7 @@ class SDPAccelerator(Accelerator):
 
     def _shard(self, model: nn.Module) -> None:
         if find_state(model) is None:
+            assert self.sdp_config is not None  # _check has refused the model without it
             patch_model(model, self.sdp_config)
         shard(model, self.device)
 

@@ -57,7 +57,8 @@ class SDPCallback(TrainerCallback):
             if self.config is None:
                 raise SDPConfigError(
                     f"SDPCallback: the Trainer's model ({type(model).__name__}) is not patched. Call "
-                    "patch_model(model, SDPConfig(...)) before the Trainer is made, or pass SDPCallback(SDPConfig(...))."
+                    "patch_model(model, SDPConfig(...)) before the Trainer is made, or pass "
+                    "SDPCallback(SDPConfig(...))."
                 )
             patch_model(model, self.config)
             return

@@ -7,6 +7,7 @@ Source: arXiv 2507.09029, section 3 (backward masking).
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ HeldRanges = tuple[tuple[int, int, float], ...]
 
 
 class _HeldLinearFunction(torch.autograd.Function):
-    """``x (..., in), weight (out, in) -> (..., out)``; rows or columns of ``grad_weight`` outside ``ranges`` are zero."""
+    """``x (..., in), weight (out, in) -> (..., out)``.
+
+    Rows or columns of ``grad_weight`` outside ``ranges`` are zero.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, dim: int, ranges: HeldRanges, copy_inputs: bool):
@@ -96,6 +100,11 @@ class HeldLinear(nn.Linear):
             scaled_dot_product_attention: it saves its output anyway, views of it cost nothing.
     """
 
+    dim: int
+    held: dict[int, HeldRanges]
+    cursor: Cursor
+    copy_inputs: bool
+
     @classmethod
     def of(
         cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor, copy_inputs: bool
@@ -135,17 +144,21 @@ class HeldModule(nn.Module):
     """Mixed into the class of a module that is held as a whole or not at all (the norm of a block): where it is not
     held, its parameters get zero gradients and nothing is saved for them."""
 
+    held: dict[int, HeldRanges]
+    cursor: Cursor
+
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         parameters = {name: p for name, p in self._parameters.items() if p is not None}
         held = self.held[self.cursor.subnetwork]
+        own: dict = self._parameters  # during the forward it has tensors that are no Parameters
         try:
             for name, p in parameters.items():
-                self._parameters[name] = _ScaledGradient.apply(p, held[0][2]) if held else p.detach()
+                own[name] = _ScaledGradient.apply(p, held[0][2]) if held else p.detach()
             output = super().forward(*args, **kwargs)
         finally:
-            self._parameters.update(parameters)
+            own.update(parameters)
         return output if held else _ZeroGradients.apply(output, *parameters.values())
 
 
@@ -171,12 +184,13 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
                 parent, _, child = owner.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer)
             else:
-                module.held, module.cursor = held[weight], cursor
+                masked = cast(HeldModule, module)
+                masked.held, masked.cursor = held[weight], cursor
                 module.__class__ = type(f"Held{type(module).__name__}", (HeldModule, type(module)), {})
 
 
 def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, HeldRanges]]:
-    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim, and the factors of their gradients."""
+    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim, with factors of their gradients."""
     result: dict[str, dict[int, HeldRanges]] = {}
     for subnetwork in subnetworks:
         for module in plan.modules:

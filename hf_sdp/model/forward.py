@@ -7,15 +7,18 @@ It is set on the instance and keeps its signature: the Trainer drops every datas
 import functools
 import inspect
 from types import MethodType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
 from .state import get_state
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def install_forward(model: nn.Module) -> None:
+
+def install_forward(model: "PreTrainedModel") -> None:
     """Set the forward of a model whose state is already set."""
     state = get_state(model)
     held, run = state.held, state.run

@@ -26,6 +26,8 @@ class SharedBias(nn.Module):
 class RowwiseLinear(nn.Linear):
     """A slice of a row-wise linear layer that also adds the shared bias."""
 
+    shared_bias: SharedBias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shared_bias(F.linear(x, self.weight))
 
@@ -41,8 +43,8 @@ def narrow_module(module: nn.Module, part: Part, *, adds_bias: bool) -> nn.Modul
     narrowed = _shallow_copy(module)
     by_owner: dict[str, dict[str, Region]] = {}
     for full, region in part.regions.items():
-        owner, _, name = full.removeprefix(part.module.name + ".").rpartition(".")
-        by_owner.setdefault(owner, {})[name] = region
+        child, _, name = full.removeprefix(part.module.name + ".").rpartition(".")
+        by_owner.setdefault(child, {})[name] = region
     for child, regions in by_owner.items():
         owner = module.get_submodule(child)
         if isinstance(owner, nn.Linear):
@@ -72,7 +74,7 @@ def _narrow_tensors(module: nn.Module, regions: dict[str, Region]) -> None:
             module._buffers[name] = region.of(module.get_buffer(name))
 
 
-def _narrow_parameter(parameter: nn.Parameter, region: Region) -> nn.Parameter:
+def _narrow_parameter(parameter: torch.Tensor, region: Region) -> nn.Parameter:
     """A new parameter with the region's values of the full one, in memory of its own."""
     return nn.Parameter(region.of(parameter.detach()), requires_grad=parameter.requires_grad)
 

@@ -1,12 +1,13 @@
 """Simulation: N virtual workers in one process, one full copy of the parameters.
 
-Micro-batch k of an accumulation window trains subnetwork k mod N; the gradient of a slice with r holders is scaled by N/r,
-so that a window whose losses are averaged over N micro-batches gives each slice the mean over its holders. It is the
-oracle the distributed engine is compared with, and a way to repeat the paper's comparisons on one device with the
+Micro-batch k of an accumulation window trains subnetwork k mod N. The gradient of a slice with r holders is scaled by
+N/r, so that a window whose losses are averaged over N micro-batches gives each slice the mean over its holders. It is
+the oracle the distributed engine is compared with, and a way to repeat the paper's comparisons on one device with the
 plain Trainer (``gradient_accumulation_steps`` = a multiple of N).
 """
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from .state import Cursor
 
 class VirtualLinear(nn.Linear):
     """A full linear layer that computes, in training, with the slices of the current subnetwork only."""
+
+    dim: int
+    held: dict[int, HeldRanges]
+    cursor: Cursor
 
     @classmethod
     def of(cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor) -> "VirtualLinear":
@@ -44,6 +49,10 @@ class VirtualLinear(nn.Linear):
 
 class MaybeSkipped(nn.Module):
     """Mixed into the class of a block's module or norm: in training, absent where the subnetwork does not hold it."""
+
+    holders: frozenset[int]
+    cursor: Cursor
+    skipped: nn.Module
 
     def forward(self, *args, **kwargs):
         if self.training and self.cursor.subnetwork not in self.holders:
@@ -88,7 +97,8 @@ def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
             owner, _, kind = name.rpartition(".")
             if kind == "weight":
                 parent, _, child = owner.rpartition(".")
-                layer = VirtualLinear.of(model.get_submodule(owner), dim=dim, held=held[name], cursor=cursor)
+                linear = cast(nn.Linear, model.get_submodule(owner))
+                layer = VirtualLinear.of(linear, dim=dim, held=held[name], cursor=cursor)
                 setattr(model.get_submodule(parent), child, layer)
 
 
@@ -101,5 +111,6 @@ def _skip_blocks(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
 
 def _maybe_skip(module: nn.Module, skipped: nn.Module, holders: frozenset[int], cursor: Cursor) -> None:
     object.__setattr__(module, "skipped", skipped)  # not a child: names of the host model stay
-    module.holders, module.cursor = holders, cursor
+    mixed = cast(MaybeSkipped, module)
+    mixed.holders, mixed.cursor = holders, cursor
     module.__class__ = type(type(module).__name__, (MaybeSkipped, type(module)), {})

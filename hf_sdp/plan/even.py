@@ -97,8 +97,8 @@ def _unevenness(partitions: Sequence[Partition]) -> tuple[int, int]:
 def unevenness(num_subnetworks: int, a: np.ndarray, b: np.ndarray, num_shared: np.ndarray) -> tuple[int, int]:
     """Lower is better: components of the worker graph, then the spread of how often two workers meet in a block.
 
-    Blocks of workers ``a[i]`` and ``b[i]`` share ``num_shared[i]`` > 0 of them; every ordered pair once, a block with itself
-    too. (The squares of the meetings of all pairs add up to the number of pairs that any two blocks share.)
+    Blocks of workers ``a[i]`` and ``b[i]`` share ``num_shared[i]`` > 0 of them; every ordered pair once, a block with
+    itself too. (The squares of the meetings of all pairs add up to the number of pairs that any two blocks share.)
     """
     num_components = len(components(int(a.max()) + 1, zip(a.tolist(), b.tolist(), strict=True)))
     pairs = num_shared * (num_shared - 1) // 2
@@ -123,8 +123,8 @@ def deal(
         return [[everyone] * num_units for _ in range(depth)]
     family = partition_family(num_subnetworks, m, k)
     cycle = k // math.gcd(k, m * num_units)
-    # Turns first, steps second: what one partition keeps apart (attention blocks that no worker holds together) lies far
-    # apart in depth. The set of (turn, step) is that of whole cycles, and so is the balance.
+    # Turns first, steps second: what one partition keeps apart (attention blocks that no worker holds together) lies
+    # far apart in depth. The set of (turn, step) is that of whole cycles, and so is the balance.
     places = sorted((divmod(index, cycle) for index in range(depth)), key=lambda place: (place[1], place[0]))
     # Kinds use different partitions where one alone would separate workers (a single turn) or, at block level, the two
     # blocks of a layer: the full model is evaluated with both, so some workers must train them together.

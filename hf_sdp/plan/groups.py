@@ -37,7 +37,9 @@ def sharding_groups(subnetwork: Subnetwork, structure: Structure) -> list[Group]
     A shared bias is a group of its own: all workers gather it, between parts that only some of them gather.
     """
     plan, everyone = subnetwork.plan, subnetwork.plan.everyone
-    groups = [((bias.module,), everyone) for module in subnetwork.modules for bias in module.biases]
+    groups: list[tuple[tuple[str, ...], Holders]] = [
+        ((bias.module,), everyone) for module in subnetwork.modules for bias in module.biases
+    ]
     if subnetwork.modules and not plan.is_full:
         by_layer: dict[tuple[int, int], list[str]] = {}
         for local in subnetwork.parts:

@@ -46,5 +46,8 @@ class Holdings:
         return self.members.sum(0)
 
     def held(self, per_unit: np.ndarray) -> np.ndarray:
-        """What each subnetwork holds, shape ``(N,)``, of an amount given for one unit of each module, shape ``(modules,)``."""
+        """What each subnetwork holds, shape ``(N,)``.
+
+        ``per_unit``: the amount of one unit of each module, shape ``(modules,)``.
+        """
         return self.members @ (per_unit @ self.units)

@@ -1,7 +1,8 @@
 """Who stores what. The rule by which the holders of something share its storage among them.
 
-``sharding="full"``: the holders of one replica each store a part of it, and replicas store it again. What everyone holds
-is shared by the whole world, so that every element is stored once there. ``sharding="none"``: every holder stores all.
+``sharding="full"``: the holders of one replica each store a part of it, and replicas store it again. What everyone
+holds is shared by the whole world, so that every element is stored once there. ``sharding="none"``: every holder stores
+all.
 """
 
 from collections.abc import Iterator

@@ -99,7 +99,8 @@ class Plan:
     @cached_property
     def _slices(self) -> dict[str, tuple[tuple[Slice, int], ...]]:
         """The same, each slice with the index of its holder set."""
-        everyone, result = self.everyone, {}
+        result: dict[str, tuple[tuple[Slice, int], ...]] = {}
+        everyone = self.everyone
         shared = self.holder_sets.index(everyone)
         for name, shape in self.shapes.items():
             module = self.cut.get(name)
@@ -159,8 +160,9 @@ class Plan:
         return found
 
     def held_runs(self, module: MaskableModule, subnetwork: int) -> list[tuple[int, int, float]]:
-        """``(first unit, last unit + 1, N/r)`` of the units that ``subnetwork`` holds, neighbours with one N/r joined."""
-        holds, found = self.holds(subnetwork), []
+        """``(first unit, last unit + 1, N/r)`` of what ``subnetwork`` holds, with neighbours of one N/r joined."""
+        holds = self.holds(subnetwork)
+        found: list[tuple[int, int, float]] = []
         for number, first, last in self.runs(module):
             if not holds[number]:
                 continue

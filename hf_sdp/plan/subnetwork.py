@@ -72,8 +72,8 @@ class Subnetwork:
     """What one worker holds of a plan.
 
     Attributes:
-        modules: the maskable modules that patching changes, in forward order. None under backward masking, and none in a
-            simulation: every module keeps its full shape.
+        modules: the maskable modules that patching changes, in forward order. None under backward masking, and none in
+            a simulation: every module keeps its full shape.
     """
 
     plan: Plan
@@ -87,7 +87,8 @@ class Subnetwork:
     @cached_property
     def tensors(self) -> dict[str, LocalTensor]:
         """Local parameter name -> what it is."""
-        plan, result = self.plan, {}
+        plan = self.plan
+        result: dict[str, LocalTensor] = {}
         for local in self.parts:
             result |= {name: LocalTensor(region, local.part.holders) for name, region in local.tensors.items()}
         cut = {name for module in self.modules for name in module.module.dims}

@@ -5,8 +5,8 @@ Given is a share for every (module, subnetwork). Two classic rules keep both sid
 - A module with several units (neuron level): the wrap-around rule of R. McNaughton (Scheduling with deadlines and loss
   functions, 1959). The subnetworks' lengths are laid end to end around the circle of the module's chunks. Each gets
   adjacent chunks, and no two chunks differ by more than one in their number of holders.
-- Modules of one unit (block level): proportionate progress (Baruah, Cohen, Plaxton, Varvel, 1996). Modules are time slots,
-  subnetworks are tasks; every module goes to those that lag most behind their shares.
+- Modules of one unit (block level): proportionate progress (Baruah, Cohen, Plaxton, Varvel, 1996). Modules are time
+  slots, subnetworks are tasks; every module goes to those that lag most behind their shares.
 
 What does not divide evenly is dealt by weight (bytes or FLOPs), over all kinds of modules.
 """
@@ -30,18 +30,18 @@ def denominator(shares: np.ndarray) -> int:
     if k > MAX_DENOMINATOR:
         nearest = [max(round(share * MAX_DENOMINATOR), 1) / MAX_DENOMINATOR for share in np.unique(shares)]
         raise SDPConfigError(
-            f"Coverages {[round(float(s), 4) for s in np.unique(shares)]} are multiples of 1/{k} at best; steps finer than "
-            f"1/{MAX_DENOMINATOR} would take too many communicators. Nearest that can be met: {nearest}."
+            f"Coverages {[round(float(s), 4) for s in np.unique(shares)]} are multiples of 1/{k} at best; steps finer "
+            f"than 1/{MAX_DENOMINATOR} would take too many communicators. Nearest that can be met: {nearest}."
         )
     return k
 
 
 def depth_shares(coverage: np.ndarray, depth: int, profile: str) -> np.ndarray:
-    """Shares by module and subnetwork, float64 of shape ``(depth, N)``; their mean over depth is ``coverage``, shape ``(N,)``.
+    """Shares by module and subnetwork, float64 of shape ``(depth, N)``.
 
-    "linear" goes down from C + d to C - d, d = min(C, 1 - C) / 2, in three steps: finer ones would each bring holder
-    sets of their own. Early layers are dropped least in stochastic depth (arXiv 1603.09382, equation 4) and LayerSkip (arXiv
-    2404.16710, section 4.1), too.
+    Their mean over depth is ``coverage``, shape ``(N,)``. "linear" goes down from C + d to C - d, with
+    d = min(C, 1 - C) / 2, in three steps: finer ones would each bring holder sets of their own. Early layers are
+    dropped least in stochastic depth (arXiv 1603.09382, equation 4) and LayerSkip (arXiv 2404.16710, section 4.1), too.
     """
     shares = np.repeat(coverage[None, :], depth, axis=0)
     if profile == "linear":
@@ -128,10 +128,11 @@ def deal_blocks(
 
     Args:
         shares: of shape ``(depth, N)``.
-        cycle: after as many modules all have had exactly their shares; what is left over at the end goes to whom most is
-            owed, the kinds dealt before included.
+        cycle: after as many modules all have had exactly their shares. What is left over at the end goes to whom most
+            is owed, the kinds dealt before included.
         weight: of one module, in bytes or FLOPs.
-        debt: what each subnetwork is owed of the kinds dealt before (negative: has too much), shape ``(N,)``, same unit.
+        debt: what each subnetwork is owed of the kinds dealt before (negative: has too much), shape ``(N,)``, in the
+            unit of ``weight``.
     """
     counts = np.diff(np.floor(np.cumsum(shares.sum(1)) + 0.5 - _EPSILON), prepend=0).astype(int)
     position = np.argsort(order)

@@ -24,18 +24,20 @@ def components(num_nodes: int, sets: Iterable[Iterable[int]]) -> list[set[int]]:
 
 
 def spectral_gap(holdings: Holdings, elements: np.ndarray) -> float | None:
-    """1 - the second largest eigenvalue of the walk worker -> unit -> worker: from a worker to one of the units it holds,
-    each as likely as it has elements, and on to one of that unit's holders, each as likely. 0: not connected; 1: everyone
-    holds everything.
+    """1 - the second largest eigenvalue of the walk worker -> unit -> worker. 0: not connected; 1: everyone holds
+    everything.
 
-    With B (workers x holder sets) saying who is in which set, e_h elements and r_h holders of a set, and M_w elements of
-    a worker, the walk P = D(1/M) B D(e/r) B^T is similar to X X^T, X = D(1/M)^(1/2) B D(e/r)^(1/2). So no eigenvalue is
-    negative (the second largest is also the second by modulus), and those that are not zero are those of X^T X, which has
-    a row for each holder set: few, however many workers and units there are.
+    The walk goes from a worker to one of the units it holds, each as likely as it has elements. It goes on to one of
+    that unit's holders, each as likely.
+
+    With B (workers x holder sets) saying who is in which set, e_h elements and r_h holders of a set, and M_w elements
+    of a worker, the walk P = D(1/M) B D(e/r) B^T is similar to X X^T, X = D(1/M)^(1/2) B D(e/r)^(1/2). So no eigenvalue
+    is negative (the second largest is also the second by modulus). Those that are not zero are those of X^T X, which
+    has a row for each holder set: few, however many workers and units there are.
 
     Args:
-        elements: of the units with each holder set, shape ``(H,)``. Leave out what all hold: it would hide what the plan
-            does.
+        elements: of the units with each holder set, shape ``(H,)``. Leave out what all hold: it would hide what the
+            plan does.
     Returns: None when there are more than ``MAX_EXACT`` workers and as many holder sets.
     """
     counts = elements > 0
