@@ -122,6 +122,7 @@ def read_full(folder: Path) -> tuple[dict, dict]:
     from safetensors.torch import load_file
 
     from hf_sdp.checkpoint import tensors as boxes
+    from hf_sdp.plan.region import Region
 
     weights, state = load_file(folder / "model.safetensors"), {}
     if (folder / "optimizer.bin").is_file():
@@ -133,7 +134,7 @@ def read_full(folder: Path) -> tuple[dict, dict]:
     wanted = {}
     for name, (shape, dtype) in boxes.stored(tensors).items():
         state[name], wanted[name] = torch.empty(shape, dtype=dtype), boxes.Boxes(shape, dtype)
-        wanted[name].add(tuple((0, size) for size in shape), state[name])
+        wanted[name].add(Region.whole(name, shape), state[name])
     boxes.read(tensors, wanted, None)
     return weights, state
 

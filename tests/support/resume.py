@@ -10,6 +10,7 @@ from hf_sdp import SDPConfig
 from hf_sdp.checkpoint import tensors as boxes
 from hf_sdp.checkpoint.folder import OPTIMIZER
 from hf_sdp.checkpoint.saved_optimizer import TENSORS
+from hf_sdp.plan.region import Region
 from tests.support.models import tiny_config
 from tests.support.trainer import losses_of, make_trainer, norms_of
 
@@ -50,7 +51,7 @@ def optimizer_of(folder) -> dict[str, torch.Tensor]:
     for name, (shape, dtype) in boxes.stored(folder / OPTIMIZER / TENSORS).items():
         result[name] = torch.empty(shape, dtype=dtype)
         targets[name] = boxes.Boxes(shape, dtype)
-        targets[name].add(tuple((0, size) for size in shape), result[name])
+        targets[name].add(Region.whole(name, shape), result[name])
     boxes.read(folder / OPTIMIZER / TENSORS, targets, None)
     return result
 
