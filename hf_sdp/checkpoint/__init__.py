@@ -1,5 +1,5 @@
 """Checkpoint folders: what they contain, how they are written, read and checked."""
 
-from .folder import check
+from .marker import check
 
 __all__ = ["check"]

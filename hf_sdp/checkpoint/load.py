@@ -12,7 +12,7 @@ from ..errors import SDPStateError
 from ..model.state import find_state, get_state, unwrap
 from ..plan.region import Region
 from ..world.agreement import together
-from .folder import OPTIMIZER, changes, check
+from .marker import OPTIMIZER, changes, check, check_together
 from .optimizer_state import check_optimizer
 from .saved_optimizer import SavedByTorch, SavedOptimizer
 from .weights import Weights
@@ -29,8 +29,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     model = unwrap(model)
     held, sharded, group = get_state(model).held, find_sharded(model), control_group(model)
+    check_together(folder, only="model", group=group)
     with together(group):
-        check(folder, only="model")
         weights = Weights(folder)
         weights.check(held.plan.shapes)
     if sharded is not None:
@@ -68,6 +68,7 @@ def open_optimizer_state(
 
     Raises: SDPStateError on every worker when there is none, it is damaged, or it does not fit ``optimizer``.
     """
+    check_together(folder, only=OPTIMIZER, group=control_group(model))
     with together(control_group(model)):
         check(folder)
         found = find_optimizer_state(folder, index)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from ..errors import SDPStateError
 from ..plan.region import Box, Region
 from ..world.agreement import raised_by_all
+from .metadata import Reader, read_metadata
 
 
 class Boxes:
@@ -92,7 +93,7 @@ def read(folder: Path, tensors: dict[str, Boxes], group: dist.ProcessGroup | Non
     with _errors_of_all():
         dcp.load(
             tensors,
-            storage_reader=dcp.FileSystemReader(folder),
+            storage_reader=Reader(folder),
             planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
         )
@@ -112,7 +113,7 @@ def _errors_of_all() -> Iterator[None]:
 
 def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> full shape and dtype of everything in ``folder``."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    metadata = read_metadata(folder).state_dict_metadata
     result = {}
     for name, entry in metadata.items():
         assert isinstance(entry, TensorStorageMetadata)  # nothing but tensors is written here

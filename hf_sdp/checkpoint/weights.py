@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import SDPConfigError
 from ..plan.region import Region
+from .marker import is_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -37,8 +38,7 @@ class Weights:
         self._headers: dict[Path, dict[str, tuple[tuple[int, ...], str]]] = {}
         index = self.folder / INDEX
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            self.files = {name: self.folder / file for name, file in weight_map.items()}
+            self.files = {name: self.folder / file for name, file in _weight_map(index).items()}
         elif (self.folder / SINGLE).is_file():
             self.files = dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
         else:
@@ -85,6 +85,19 @@ class Weights:
             stored = opened.get_slice(region.name)
             for box, view in region.views(into):
                 view.copy_(stored[tuple(slice(start, stop) for start, stop in box)])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file. Raises: SDPConfigError that names the index when it is damaged or names files elsewhere."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        found = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SDPConfigError(f"{index} cannot be read: {error!r}.") from error
+    for file in found.values():
+        if not is_inside(file):
+            raise SDPConfigError(f"{index} names {file!r}, which is no file of the folder.")
+    return found
 
 
 class WeightsWriter:

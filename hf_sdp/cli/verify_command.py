@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from ..checkpoint import tensors as boxes
-from ..checkpoint.folder import MARKER, OPTIMIZER, PLAN, check
+from ..checkpoint.marker import MARKER, OPTIMIZER, PLAN, check
 from ..checkpoint.saved_optimizer import TENSORS
 from ..checkpoint.weights import INDEX, Weights
 from ..compat import converts_checkpoints

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint import folder as checkpoint
 from ..checkpoint.load import load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.marker import OPTIMIZER
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import reset_after_exception
@@ -140,7 +141,7 @@ class SDPAccelerator(Accelerator):
             with checkpoint.writing(output_dir, model) as unfinished:
                 save_pretrained(model, unfinished)
                 for index, optimizer in enumerate(self._optimizers):
-                    folder = unfinished / _numbered(checkpoint.OPTIMIZER, index)
+                    folder = unfinished / _numbered(OPTIMIZER, index)
                     with together(control_group(model)):
                         folder.mkdir(exist_ok=True)
                     save_optimizer(optimizer, model, folder)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checkpoint import folder as checkpoint
 from ..checkpoint.load import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.marker import OPTIMIZER, check_together
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import saves_on_every_rank
@@ -162,8 +163,8 @@ def _save_optimizer_and_scheduler(original):
         folder = Path(output_dir)
         with together(sharded.control_group):
             if sharded.held.rank == 0:
-                (folder / checkpoint.OPTIMIZER).mkdir(parents=True, exist_ok=True)
-        save_optimizer(self.optimizer, self.model, folder / checkpoint.OPTIMIZER)
+                (folder / OPTIMIZER).mkdir(parents=True, exist_ok=True)
+        save_optimizer(self.optimizer, self.model, folder / OPTIMIZER)
         with together(sharded.control_group):
             if sharded.held.rank == 0:
                 # Without hf_sdp the Trainer fails here ("different number of parameter groups"), instead of going on
@@ -181,8 +182,8 @@ def _load_from_checkpoint(original):
         with together():
             if not process_group_is_up() or dist.get_rank() == 0:
                 checkpoint.finish_interrupted(Path(resume_from_checkpoint))
+        check_together(resume_from_checkpoint)
         with together():
-            checkpoint.check(resume_from_checkpoint)
             if not plain:  # the Trainer loads weights first: do not change them when the rest is not there
                 find_optimizer_state(resume_from_checkpoint)
         if plain:
@@ -206,7 +207,7 @@ def _load_optimizer_and_scheduler(original):
 
 
 def _ours(trainer, folder: str) -> bool:
-    return find_sharded(trainer.model) is not None or os.path.isdir(os.path.join(folder, checkpoint.OPTIMIZER))
+    return find_sharded(trainer.model) is not None or os.path.isdir(os.path.join(folder, OPTIMIZER))
 
 
 def _load_best_model(original):

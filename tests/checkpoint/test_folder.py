@@ -6,14 +6,16 @@ import os
 import pytest
 
 from hf_sdp import SDPStateError
-from hf_sdp.checkpoint.folder import MARKER, _fingerprint, _place_of, _take_place, check, finish_interrupted, give_up
+from hf_sdp.checkpoint.folder import _place_of, _take_place, finish_interrupted, give_up
+from hf_sdp.checkpoint.marker import MARKER, check, fingerprint
 
 
 def sealed(folder, content: str):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(content)
-    files = {"model.safetensors": _fingerprint(folder / "model.safetensors")}
-    (folder / MARKER).write_text(json.dumps({"files": files}))
+    files = {"model.safetensors": fingerprint(folder / "model.safetensors")}
+    rest = {"world_size": 2, "sdp_config": {}, "plan_hash": "", "versions": {}}
+    (folder / MARKER).write_text(json.dumps({"files": files, **rest}))
     return folder
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_sdp import SDPConfigError, SDPStateError
-from hf_sdp.checkpoint.folder import OPTIMIZER, finish_all_interrupted, newest_complete
+from hf_sdp.checkpoint.folder import finish_all_interrupted, newest_complete
+from hf_sdp.checkpoint.marker import OPTIMIZER
 from hf_sdp.checkpoint.saved_optimizer import TENSORS
 from tests.support.resume import NEURON, RUN, train, truncate
 from tests.support.trainer import Rows, make_trainer
@@ -41,6 +42,13 @@ def test_folders_that_cannot_be_resumed_say_why_on_every_rank(tmp_path):
         (damage("cut", lambda f: truncate(f / "model.safetensors")), "model.safetensors has"),
         (damage("marker", lambda f: truncate(f / "sdp_checkpoint.json")), "sdp_checkpoint.json cannot be read"),
         (damage("plain-cut", plain_and_cut), "cut short"),
+        *(
+            (
+                damage(f"flipped-{Path(file).name}", lambda f, file=file: flip(f / file)),
+                f"the content of {file} has changed",
+            )
+            for file in ("model.safetensors", f"{OPTIMIZER}/{TENSORS}/{part.name}", "trainer_state.json")
+        ),
     ]
     for folder, message in cases:
         errors = run_workers(read_or_fail, tmp_path / "out", NEURON, str(folder))
@@ -59,6 +67,13 @@ def read_or_fail_keeping_weights(folder, checkpoint):
     with pytest.raises(SDPStateError) as raised:
         trainer.train(resume_from_checkpoint=checkpoint)
     return str(raised.value)
+
+
+def flip(file: Path):
+    """One bit, in the middle; the size stays."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def plain_and_cut(folder: Path):
@@ -88,6 +103,8 @@ def test_what_a_kill_leaves_behind(tmp_path):
         "checkpoint-6",
     ]
     assert newest_complete(tmp_path).endswith("checkpoint-6")
+    flip(tmp_path / "checkpoint-6" / "trainer_state.json")
+    assert newest_complete(tmp_path).endswith("checkpoint-3")
 
 
 def resume_without_hf_sdp(folder):

@@ -33,7 +33,7 @@ def fail_to_save(folder, what: str, rank: int):
             elif what == "random numbers":
                 patch.setattr(trainer, "_save_rng_state", full)
             elif what == "marker":
-                patch.setattr("hf_sdp.checkpoint.folder.os.replace", full)
+                patch.setattr("hf_sdp.checkpoint.marker.os.replace", full)
         try:
             with pytest.raises(Exception) as raised:  # noqa: PT011, the kind is that of whoever wrote
                 trainer._save_checkpoint(trainer.model, None)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import hf_sdp
 from hf_sdp import SDPConfig
 from hf_sdp.checkpoint import tensors as boxes
-from hf_sdp.checkpoint.folder import OPTIMIZER
+from hf_sdp.checkpoint.marker import OPTIMIZER
 from hf_sdp.checkpoint.saved_optimizer import TENSORS
 from hf_sdp.plan.region import Region
 from tests.support.models import tiny_config

@@ -1,0 +1,151 @@
+"""``sdp_checkpoint.json``, the marker of a complete checkpoint: written last, compared before anything is loaded."""
+
+import dataclasses
+import json
+import os
+import zlib
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ..compat import versions
+from ..errors import SDPStateError
+from ..model.state import Held
+from ..world.agreement import process_group_is_up, together
+
+MARKER, PLAN, OPTIMIZER = "sdp_checkpoint.json", "sdp_plan.json", "sdp_optimizer"
+
+
+def seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
+    """Write the plan, and last the marker. Collective: every worker reads its share of the files back."""
+    with together(group):
+        if held.rank == 0:
+            (folder / PLAN).write_text(held.plan.to_json() + "\n")
+    mine: dict[str, dict] = {}
+    everyone: list = [None] * held.world_size
+    with together(group):
+        files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        for file in files[held.rank :: held.world_size]:
+            mine[file] = fingerprint(folder / file)
+    dist.all_gather_object(everyone, mine, group=group)
+    with together(group):
+        if held.rank == 0:
+            content = {
+                "world_size": held.world_size,
+                "sdp_config": dataclasses.asdict(held.config),
+                "plan_hash": held.plan.hash,
+                "versions": versions(),
+                "files": {file: found[file] for found in everyone for file in sorted(found)},
+            }
+            with open(folder / f".{MARKER}", "w") as marker:
+                marker.write(json.dumps(content, indent=1) + "\n")
+                marker.flush()
+                os.fsync(marker.fileno())
+            os.replace(folder / f".{MARKER}", folder / MARKER)  # it is there whole, or not at all
+
+
+def fingerprint(file: Path) -> dict:
+    """Size and CRC-32: against damage, not against forgery, and several times as fast as a cryptographic hash."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(2**20):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": file.stat().st_size, "crc32": f"{crc:08x}"}
+
+
+def check(
+    folder: str | os.PathLike, *, only: str | None = "", contents: bool = False, share: tuple[int, int] = (0, 1)
+) -> dict | None:
+    """The content of the marker of a complete checkpoint; None for a folder that SDP did not write.
+
+    Args:
+        only: files whose names start so ("model": the weights); None: none of them.
+        contents: also compare CRC-32.
+        share: ``(rank, world size)`` of a process that compares its share of the files, while others compare theirs.
+    Raises: SDPStateError that names the file that is missing, cut short or, with ``contents``, has changed.
+    """
+    folder, content = Path(folder), read_marker(Path(folder))
+    if content is None or only is None:
+        return content
+    files = {file: expected for file, expected in content["files"].items() if file.startswith(only)}
+    for file, expected in files.items():
+        if not (folder / file).is_file():
+            raise SDPStateError(f"{folder} is incomplete: {file} is missing.")
+        size = (folder / file).stat().st_size
+        if size != expected["bytes"]:
+            raise SDPStateError(
+                f"{folder} is damaged: {file} has {size} bytes, it was written with {expected['bytes']}."
+            )
+    rank, world_size = share
+    for file in sorted(files)[rank::world_size] if contents else ():
+        if fingerprint(folder / file) != files[file]:
+            raise SDPStateError(f"{folder} is damaged: the content of {file} has changed since it was written.")
+    return content
+
+
+def check_together(folder: str | os.PathLike, *, only: str = "", group: dist.ProcessGroup | None = None) -> dict | None:
+    """As :func:`check` with ``contents``, each worker a share of the files. Collective.
+
+    Raises: SDPStateError on every worker.
+    """
+    share = (dist.get_rank(), dist.get_world_size()) if process_group_is_up() else (0, 1)
+    with together(group):
+        content = check(folder, only=only, contents=True, share=share)
+    return content
+
+
+def read_marker(folder: Path) -> dict | None:
+    """The marker's content; None for a folder that SDP did not write.
+
+    Raises: SDPStateError when it is missing beside other files of SDP, is damaged, or names files outside the folder.
+    """
+    file = folder / MARKER
+    if not file.is_file():
+        if (folder / OPTIMIZER).exists() or (folder / PLAN).exists():
+            raise SDPStateError(f"{folder} is incomplete: it has no {MARKER}, which is written last.")
+        return None
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise SDPStateError(f"{file} cannot be read: {error}.") from error
+    kinds = {"files": dict, "world_size": int, "sdp_config": dict, "plan_hash": str, "versions": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise SDPStateError(f"{file} is damaged: {key!r} is missing, or no {kind.__name__}.")
+    for name, entry in content["files"].items():
+        if not is_inside(name):
+            raise SDPStateError(f"{file} names {name!r}, which is no file of the folder.")
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "crc32" not in entry:
+            raise SDPStateError(f"{file} is damaged: {name!r} has no size and CRC-32.")
+    return content
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path that a file of a checkpoint gives is one inside of the checkpoint's folder."""
+    return bool(name) and not os.path.isabs(name) and ".." not in Path(name).parts
+
+
+def changes(saved: dict | None, held: Held | None, world_size: int) -> list[str]:
+    """What is different from the run that wrote the checkpoint, for the user."""
+    if saved is None:
+        return ["the checkpoint was written without SDP"] if held is not None else []
+    result = []
+    if saved["world_size"] != world_size:
+        result.append(
+            f"{saved['world_size']} workers then, {world_size} now: other data per worker, and random numbers anew on "
+            "workers that are new"
+        )
+    if held is None:
+        return [*result, "this run is not SDP"]
+    now = json.loads(json.dumps(dataclasses.asdict(held.config)))  # lists, as they were saved
+    for name, value in saved["sdp_config"].items():
+        if name in now and now[name] != value:
+            result.append(f"{name}={value!r} then, {now[name]!r} now")
+    result += [
+        f"{name} {then} then, {versions()[name]} now"
+        for name, then in saved["versions"].items()
+        if versions().get(name) != then
+    ]
+    if not result and saved["plan_hash"] != held.plan.hash:
+        result.append("another plan")
+    return result
