@@ -180,6 +180,11 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
                 f"{name} is on the meta device: there are no values to keep. Use hf_sdp.from_pretrained or "
                 "from_config, or load or initialize the model."
             )
+        if not config.simulate and (p._backward_hooks or p._post_accumulate_grad_hooks):
+            raise SDPConfigError(
+                f"{name} has a hook for its gradient. Patching and sharding make new parameters, on which it would "
+                "never be called. Register it after the model has been prepared."
+            )
         if type(p) is not nn.Parameter:
             raise SDPConfigError(f"{name} is a {type(p).__name__}: the model is already sharded. Patch it before.")
     refuse_reentrant_checkpointing(model)

@@ -170,6 +170,49 @@ def test_peft_is_refused():
         patch_model(model, SDPConfig(), rank=0, world_size=2)
 
 
+class Doubling(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _with_a_subclass():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.__class__ = Doubling
+    return model
+
+
+def test_a_subclass_of_linear_is_refused_where_it_would_be_cut():
+    for masking in ("forward", "backward"):
+        with pytest.raises(SDPConfigError, match=r"layers.1.mlp.up_proj \(Doubling\).*no subclass. Use level='block'"):
+            patch_model(_with_a_subclass(), SDPConfig(masking=masking), rank=0, world_size=4)
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+def test_a_subclass_of_linear_keeps_its_forward_at_block_level(masking):
+    config = SDPConfig(level="block", masking=masking, coverage=1.0)
+    model = patch_model(_with_a_subclass(), config, rank=0, world_size=4)
+    torch.testing.assert_close(model(**batch(0)).loss, _with_a_subclass()(**batch(0)).loss, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(masking="backward"), dict(simulate=4)], ids=str)
+def test_hooks_of_linear_layers_stay(options):
+    model, calls = tiny_model(), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: calls.append("after"))
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda *args: calls.append("before"))
+    world = {} if "simulate" in options else dict(rank=0, world_size=4)
+    patch_model(model, SDPConfig(**options), **world)
+    model(**batch(0))
+    assert calls == ["after", "before"]
+
+
+def test_hooks_of_parameters_are_refused():
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        model = tiny_model()
+        getattr(model.lm_head.weight, register)(lambda *args: None)
+        with pytest.raises(SDPConfigError, match="lm_head.weight has a hook for its gradient"):
+            patch_model(model, SDPConfig(), rank=0, world_size=4)
+
+
 def test_parts_of_a_module_have_hooks_of_their_own():
     model = patch_model(tiny_model(), SDPConfig(coverage=0.75), rank=0, world_size=4)
     parts, calls = model.model.layers[0].mlp.parts, []

@@ -18,10 +18,15 @@ from ..model.state import local_tensor, unwrap
 from .sharded import find_sharded, get_sharded
 
 ELEMENTWISE_OPTIMIZERS = {
-    "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "RMSprop", "Rprop", "ASGD", "Lion",
+    *(f"torch.optim.{name.lower()}.{name}" for name in (
+        "Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    )),
+    "lion_pytorch.lion_pytorch.Lion",
 }  # fmt: skip
-"""Class names of optimizers whose update of an element depends on that element alone, and that make their state in the
-first step (Adagrad makes it when it is made, for tensors that sharding replaces). Add the name of one of your own."""
+"""Module and name of the classes whose update of an element depends on that element alone.
+
+They make their state in the first step, but for Adagrad. A class is known exactly: a subclass, or another one of that
+name, may compute anything. Add ``"your_module.YourOptimizer"``."""
 _ATTRIBUTE = "_sdp_repointed"
 
 
@@ -49,14 +54,17 @@ def model_of(optimizer: torch.optim.Optimizer) -> nn.Module | None:
 
 
 def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:
-    """Raises SDPConfigError for an optimizer not known to be element-wise: on slices and shards of a matrix,
-    factored or orthogonalized updates (Adafactor, Muon, Shampoo, LAMB, ...) are silently different ones."""
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    if not names & ELEMENTWISE_OPTIMIZERS:
+    """Raises SDPConfigError for an optimizer whose class is not known to be element-wise.
+
+    On slices and shards of a matrix, factored or orthogonalized updates (Adafactor, Muon, Shampoo, LAMB, ...) are
+    silently different ones.
+    """
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if name not in ELEMENTWISE_OPTIMIZERS:
         raise SDPConfigError(
             f"{type(optimizer).__name__} is not known to update every element on its own; on slices of a parameter it "
-            f"would silently compute something else. Use one of {sorted(ELEMENTWISE_OPTIMIZERS)}; if yours is "
-            "element-wise, add its name to hf_sdp.engine.optimizer.ELEMENTWISE_OPTIMIZERS."
+            f"would silently compute something else. Use one of {sorted(ELEMENTWISE_OPTIMIZERS)}. If yours is "
+            f"element-wise, add {name!r} to hf_sdp.engine.optimizer.ELEMENTWISE_OPTIMIZERS."
         )
 
 
@@ -91,16 +99,28 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             parameters += [q for q in new if id(q) not in seen]
             seen.update(id(q) for q in new)
         groups.append(parameters)
-    if optimizer.state and any(id(p) not in ours for p in optimizer.state):
+    is_new_adagrad = type(optimizer) is torch.optim.Adagrad and not any(s["step"] for s in optimizer.state.values())
+    if not is_new_adagrad and any(id(p) not in ours for p in optimizer.state):
         raise SDPStateError(
             "The optimizer already has state for parameters that sharding replaced; it would be lost. Prepare model "
             "and optimizer before the first step."
         )
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = parameters
+    if is_new_adagrad:
+        _make_adagrads_state(optimizer)
     setattr(optimizer, _ATTRIBUTE, _Repointed(model))
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: _enter(opt))
     optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
+
+
+def _make_adagrads_state(optimizer: torch.optim.Optimizer) -> None:
+    """Adagrad makes its state when it is made, for tensors that sharding replaces. Source: torch/optim/adagrad.py."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            total = torch.full_like(local_tensor(p.detach()), group["initial_accumulator_value"])
+            optimizer.state[p] = {"step": torch.tensor(0.0), "sum": total}
 
 
 @contextlib.contextmanager

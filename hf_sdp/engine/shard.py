@@ -23,6 +23,7 @@ from ..model.state import Held, get_state, unwrap
 from ..plan.holders import Holders
 from ..world.roll_call import RollCall
 from .evaluation import Shadow, guard_forward
+from .frozen import let_inputs_need_gradients
 from .fsdp import fsdp_modules, fully_shard_groups, mixed_precision_policy
 from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
@@ -78,6 +79,8 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
         run.full_forward = shadow
         sharded.on_change.append(shadow.release)
     guard_forward(model, sharded)
+    if not held.trains_full_forward:
+        let_inputs_need_gradients(model)
     return model
 
 

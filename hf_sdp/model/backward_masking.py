@@ -106,14 +106,13 @@ class HeldLinear(nn.Linear):
     copy_inputs: bool
 
     @classmethod
-    def of(
+    def take_place(
         cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor, copy_inputs: bool
-    ) -> "HeldLinear":
-        """Shares the parameters of ``linear`` by identity."""
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.dim, layer.held, layer.cursor, layer.copy_inputs = dim, held, cursor, copy_inputs
-        return layer.train(linear.training)
+    ) -> None:
+        """Turn a linear layer into one of these. It stays the same object, with its parameters and hooks."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.dim, linear.held, linear.cursor, linear.copy_inputs = dim, held, cursor, copy_inputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -163,7 +162,7 @@ class HeldModule(nn.Module):
 
 
 def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetworks: Iterable[int]) -> None:
-    """Replace the layers of every maskable module, in place, keeping names and Parameters.
+    """Change the class of the layers of every maskable module, in place. Names, Parameters and hooks stay.
 
     ``subnetworks``: those that ``cursor`` may come to.
     """
@@ -173,16 +172,14 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
         for owner in owners:
             module = model.get_submodule(owner)
             weight = f"{owner}.weight"
-            if isinstance(module, nn.Linear):
-                layer = HeldLinear.of(
+            if type(module) is nn.Linear:
+                HeldLinear.take_place(
                     module,
                     dim=module_plan.dims[weight],
                     held=held[weight],
                     cursor=cursor,
                     copy_inputs=not module_plan.of_kind.attends,
                 )
-                parent, _, child = owner.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer)
             else:
                 masked = cast(HeldModule, module)
                 masked.held, masked.cursor = held[weight], cursor

@@ -79,18 +79,19 @@ def _narrow_parameter(parameter: torch.Tensor, region: Region) -> nn.Parameter:
     return nn.Parameter(region.of(parameter.detach()), requires_grad=parameter.requires_grad)
 
 
-def _narrow_linear(linear: nn.Linear, regions: dict[str, Region], adds_bias: bool) -> nn.Linear:
+def _narrow_linear(linear: nn.Linear, regions: dict[str, Region], adds_bias: bool) -> nn.Module:
     adds_shared_bias = linear.bias is not None and "bias" not in regions and adds_bias
     weight = _narrow_parameter(linear.weight, regions["weight"])
-    narrowed = (RowwiseLinear if adds_shared_bias else nn.Linear)(
-        weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype
-    )
-    narrowed.weight = weight
-    if linear.bias is not None and "bias" in regions:
-        narrowed.bias = _narrow_parameter(linear.bias, regions["bias"])
+    narrowed = _shallow_copy(linear)  # with the hooks that it has
+    assert isinstance(narrowed, nn.Linear)
+    narrowed.out_features, narrowed.in_features = weight.shape
+    own = narrowed._parameters
+    own["weight"] = weight
+    own["bias"] = _narrow_parameter(linear.bias, regions["bias"]) if "bias" in regions else None
     if adds_shared_bias:
-        narrowed.shared_bias = SharedBias(linear.bias)
-    return narrowed.train(linear.training)
+        narrowed.__class__ = RowwiseLinear
+        narrowed.add_module("shared_bias", SharedBias(linear.bias))
+    return narrowed
 
 
 class PartSum(nn.Module):

@@ -27,12 +27,11 @@ class VirtualLinear(nn.Linear):
     cursor: Cursor
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor) -> "VirtualLinear":
-        """Shares the parameters of ``linear`` by identity."""
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.dim, layer.held, layer.cursor = dim, held, cursor
-        return layer.train(linear.training)
+    def take_place(cls, linear: nn.Module, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor) -> None:
+        """Turn a linear layer into one of these. It stays the same object, with its parameters and hooks."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.dim, linear.held, linear.cursor = dim, held, cursor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -72,6 +71,8 @@ def simulate(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
         for module in plan.modules:
             for name in module.dims:
                 parameter = model.get_parameter(name)
+                if not parameter.requires_grad:
+                    continue
                 parameter.register_hook(functools.partial(_scaled, scale=_scale(plan, name, parameter.dim())))
 
 
@@ -96,10 +97,7 @@ def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
         for name, dim in module.dims.items():
             owner, _, kind = name.rpartition(".")
             if kind == "weight":
-                parent, _, child = owner.rpartition(".")
-                linear = cast(nn.Linear, model.get_submodule(owner))
-                layer = VirtualLinear.of(linear, dim=dim, held=held[name], cursor=cursor)
-                setattr(model.get_submodule(parent), child, layer)
+                VirtualLinear.take_place(model.get_submodule(owner), dim=dim, held=held[name], cursor=cursor)
 
 
 def _skip_blocks(model: nn.Module, plan: Plan, cursor: Cursor) -> None:

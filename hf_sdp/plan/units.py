@@ -111,10 +111,11 @@ def _inner_dims(config, stack: Stack, index: int, layer_name: str, layer: nn.Mod
             style = _tp_style(tp_plan, f"{stack.layers}.{index}.{block.module}.{child}")
             if not style:
                 continue
-            if style not in ("colwise", "rowwise") or not isinstance(linear, nn.Linear):
+            # Exactly nn.Linear: what a subclass does beyond it would not be cut with it.
+            if style not in ("colwise", "rowwise") or type(linear) is not nn.Linear:
                 raise SDPConfigError(
                     f"{name}.{child} ({type(linear).__name__}) has tensor-parallel style {style!r}; the neuron level "
-                    "can cut nn.Linear layers of style 'colwise' and 'rowwise'. Use level='block'."
+                    "can cut nn.Linear layers of style 'colwise' and 'rowwise', and no subclass. Use level='block'."
                 )
             columns = style == "colwise"
             dims[f"{name}.{child}.weight"] = 0 if columns else 1

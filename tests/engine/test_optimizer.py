@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, patch_model
+from hf_sdp.engine.optimizer import ELEMENTWISE_OPTIMIZERS, refuse_unless_elementwise
 from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.model.state import local_tensor
 from tests.support.models import batch, tiny_model
@@ -18,7 +19,12 @@ VARIANTS = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, nesterov=True, foreach=True),
     "SGD fused": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, nesterov=True, fused=True),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1, foreach=True),
+    "Adagrad for-loop": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1, foreach=False),
 }
+
+
+REFERENCES = {"AdamW": "AdamW for-loop", "SGD": "SGD momentum", "Adagrad": "Adagrad for-loop"}
 
 
 def train_with(names: list[str]):
@@ -58,7 +64,7 @@ def test_every_kernel_trains_the_full_parameters():
     results = run_workers(train_with, list(VARIANTS))[0]
     start = tiny_model().state_dict()
     for name, weights in results.items():
-        reference = results["AdamW for-loop" if "AdamW" in name else "SGD momentum" if "SGD" in name else name]
+        reference = results[REFERENCES.get(name.split()[0], name)]
         for parameter, tensor in weights.items():
             torch.testing.assert_close(tensor, reference[parameter], rtol=0, atol=1e-6)
             assert not torch.equal(tensor, start[parameter])
@@ -94,6 +100,61 @@ def refuse():
 def test_what_is_not_element_wise_is_refused_by_name():
     messages = run_workers(refuse)
     assert messages[0][:3] == ["Adafactor", "LBFGS", "SparseAdam"] and all(m == messages[0] for m in messages)
+
+
+def named_like_a_known_one():
+    """Classes that are not torch's, whatever they are called or derived from."""
+    known = torch.optim.AdamW
+    lars = type("LARS", (torch.optim.SGD,), {})
+    foreign = type("AdamW", (torch.optim.Optimizer,), {"__init__": known.__init__, "__module__": "galore_torch.adamw"})
+    derived = type("AdamW", (known,), {"__module__": "bitsandbytes.optim.adamw"})
+    model = patch_model(tiny_model(), SDPConfig())
+    for make in (lars, derived):
+        with pytest.raises(SDPConfigError, match="not known to update every element"):
+            SDPAccelerator().prepare(model, make(model.parameters(), lr=0.1))
+    with pytest.raises(SDPConfigError, match="add 'galore_torch.adamw.AdamW' to"):
+        refuse_unless_elementwise(object.__new__(foreign))
+    ELEMENTWISE_OPTIMIZERS.add(f"{lars.__module__}.LARS")
+    try:
+        SDPAccelerator().prepare(model, lars(model.parameters(), lr=0.1))
+    finally:
+        ELEMENTWISE_OPTIMIZERS.remove(f"{lars.__module__}.LARS")
+
+
+def test_optimizers_are_known_by_their_class_not_by_its_name():
+    run_workers(named_like_a_known_one)
+
+
+def test_the_optimizers_of_torch_are_those_that_it_has():
+    for name in ELEMENTWISE_OPTIMIZERS:
+        module, _, cls = name.rpartition(".")
+        if module.startswith("torch."):
+            made = getattr(torch.optim, cls)
+            assert f"{made.__module__}.{made.__qualname__}" == name
+
+
+def trained_by_adagrad(coverage: float):
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(), SDPConfig(coverage=coverage))
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-2, initial_accumulator_value=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(3):
+        accelerator.backward(model(**batch(step * 4 + dist.get_rank())).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return consolidate(model)
+
+
+def test_adagrad_at_full_coverage_is_that_of_one_process():
+    expected = tiny_model()
+    optimizer = torch.optim.Adagrad(expected.parameters(), lr=1e-2, initial_accumulator_value=0.1)
+    for step in range(3):
+        for rank in range(4):
+            (expected(**batch(step * 4 + rank), use_cache=False).loss / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in run_workers(trained_by_adagrad, 1.0)[0].items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-5)
 
 
 def patch_in_prepare(early: bool):
