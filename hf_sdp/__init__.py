@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import SDPConfig
     from .engine.consistency import verify
     from .engine.consolidate import consolidate
+    from .engine.sharded import weights_changed
     from .errors import SDPConfigError, SDPStateError
     from .hosts.accelerator import SDPAccelerator
     from .hosts.trainer import SDPCallback, enable
@@ -39,6 +40,7 @@ _HOMES = {
     "patch_model": "patch",
     "save_pretrained": "checkpoint.save",
     "verify": "engine.consistency",
+    "weights_changed": "engine.sharded",
 }
 """Public name -> the module that it is in."""
 
@@ -59,6 +61,7 @@ __all__ = [
     "patch_model",
     "save_pretrained",
     "verify",
+    "weights_changed",
 ]
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@ then gets its shards from the canonical layout, if weights have changed since. E
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ class Shadow:
         full.tie_weights()  # to_empty makes a tensor for each name
         for name, buffer in model.named_buffers():
             full.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+        _when_mode_is_set(model, self.release)
         self.full = full
         self.parameters = dict(full.named_parameters())  # the sharded ones, also while a forward has gathered them
         self.release()
@@ -69,6 +71,21 @@ class Shadow:
             wanted = [(shard, local) for rank, shard in targets if rank == held.rank]
             exchange(held.owners[name], targets, owned[name], wanted, local)
         self.version = self.run.version
+
+
+def _when_mode_is_set(model: nn.Module, call: Callable[[], None]) -> None:
+    """Let ``model.eval()`` and ``model.train()`` also call ``call``.
+
+    Between two evaluations anybody may have written into parameters: averaged weights that are swapped in, clipping,
+    ``load_state_dict``. Torch does not notice what is written through ``.data``.
+    """
+    set_mode = model.train
+
+    def train(mode: bool = True) -> nn.Module:
+        call()
+        return set_mode(mode)
+
+    model.train = train  # type: ignore[method-assign]
 
 
 def guard_forward(model: nn.Module, sharded: Sharded) -> None:

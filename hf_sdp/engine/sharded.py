@@ -1,5 +1,6 @@
 """``Sharded``: what the engine knows about a model that it has sharded, kept on the model."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -46,10 +47,27 @@ class Sharded:
         for forget in self.on_change:
             forget()
 
+    def checksum(self) -> int:
+        """CRC-32 of what this worker stores: it changes with every write, also with one that torch does not notice."""
+        crc = 0
+        for _, tensor in self.stored():
+            crc = zlib.crc32(tensor.contiguous().cpu().view(torch.uint8).numpy().data, crc)
+        return crc
+
     def stored(self) -> Iterator[tuple[Region, torch.Tensor]]:
         """What this worker stores: each region with the tensor that has it."""
         for local_name, parameter in self.parameters.items():
             yield self.held.stored(local_name), local_tensor(parameter.detach())
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Say that parameters of a prepared model were written to, other than by its optimizer. Call it on all workers.
+
+    Evaluation asks for the weights anew whenever ``model.eval()`` or ``model.train()`` was called, and saving always
+    does. This is for a write between two evaluations of a loop of your own.
+    Raises: SDPStateError before the model is prepared.
+    """
+    get_sharded(model, "weights_changed").weights_changed()
 
 
 def set_sharded(model: nn.Module, sharded: Sharded) -> None:

@@ -22,8 +22,8 @@ from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import saves_on_every_rank
 from ..engine.consolidate import consolidate
-from ..engine.sharded import find_sharded
-from ..model.state import find_state, get_state, unwrap
+from ..engine.sharded import find_sharded, get_sharded
+from ..model.state import find_state, unwrap
 from ..world.agreement import process_group_is_up, together
 
 _ALL_ARE_HERE = "_sdp_all_are_here"
@@ -31,9 +31,13 @@ _ALL_ARE_HERE = "_sdp_all_are_here"
 
 @dataclass
 class KeptWeights:
-    """The full model on the CPU of rank 0 (empty on others), as it was at ``version`` of the weights."""
+    """The full model on the CPU of rank 0 (empty on others), as it was at ``version`` of the weights.
+
+    ``checksum``: of what this worker stores.
+    """
 
     version: int
+    checksum: int
     weights: dict[str, torch.Tensor]
 
 
@@ -42,14 +46,10 @@ _kept: WeakKeyDictionary[nn.Module, KeptWeights] = WeakKeyDictionary()
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Put the full weights on the CPU of rank 0, where the Trainer may then save alone.
-
-    Collective, unless they are there already: versions are equal on all workers.
-    """
-    model = unwrap(model)
-    if kept_weights(model) is None:
-        weights = consolidate(model)
-        _kept[model] = KeptWeights(get_state(model).run.version, {} if weights is None else weights)
+    """Put the full weights on the CPU of rank 0, where the Trainer may then save alone. Collective."""
+    sharded = get_sharded(model, "Keeping the weights")
+    weights = consolidate(model)
+    _kept[unwrap(model)] = KeptWeights(sharded.run.version, sharded.checksum(), {} if weights is None else weights)
 
 
 def let_go_of_weights(model: nn.Module) -> None:
@@ -58,9 +58,14 @@ def let_go_of_weights(model: nn.Module) -> None:
 
 
 def kept_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """What is kept, unless weights have changed since; then None. The same answer on all workers."""
-    kept = _kept.get(unwrap(model))
-    return kept.weights if kept is not None and kept.version == get_state(model).run.version else None
+    """What is kept, unless weights have changed since; then None.
+
+    Callbacks may have written into parameters after the training (averaged weights that are swapped in).
+    """
+    kept, sharded = _kept.get(unwrap(model)), get_sharded(model, "Saving")
+    if kept is None or (kept.version, kept.checksum) != (sharded.run.version, sharded.checksum()):
+        return None
+    return kept.weights
 
 
 def save_model(original):
