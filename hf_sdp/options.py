@@ -124,6 +124,9 @@ def check(options) -> None:
             expected = f"one of {(None, *kind.choices) if kind.is_optional else kind.choices}"
         elif kind.element is bool and not isinstance(value, bool):
             expected = "True or False"
+        elif kind.element is int and not kind.is_list and (isinstance(value, bool) or not isinstance(value, int)):
+            expected = "a positive integer" if field.metadata.get("positive") else "an integer"
+            expected += " or None" if kind.is_optional else ""
         elif field.metadata.get("positive") and not is_positive(value, kind.element):
             expected = "a positive integer" if kind.element is int else "a positive number"
             expected += " or None" if kind.is_optional else ""

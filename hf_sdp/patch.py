@@ -15,7 +15,7 @@ from .model.cut import cut
 from .model.forward import install_forward
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
-from .model.state import Cursor, Held, Run, SDPState, find_state, set_state
+from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
 from .plan.placement import Placement
 from .plan.plan import Plan
 from .plan.subnetwork import subnetwork_of, whole_model
@@ -74,7 +74,9 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan
         mask_weight_gradients(model, plan, run.cursor, [index])
     else:
         cut(model, held.subnetwork)
-    _check_shapes(model, held)
+    problem = difference(model, held)
+    if problem:
+        raise AssertionError(problem)
     for name, parameter in named.items():  # an optimizer made before patching refers to the full parameters
         run.replaced[parameter] = held.subnetwork.local_names[name]
     set_state(model, SDPState(held, run))
@@ -82,15 +84,6 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan
     if not config.simulate:
         install_save_pretrained(model)
     return model
-
-
-def _check_shapes(model: nn.Module, held: Held) -> None:
-    """The model must have become what the plan says."""
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    expected = {name: tensor.region.shape for name, tensor in held.subnetwork.tensors.items()}
-    if found != expected:
-        name = next(n for n in sorted(found.keys() | expected.keys()) if found.get(n) != expected.get(n))
-        raise AssertionError(f"{name} has shape {found.get(name)}, the plan says {expected.get(name)}")
 
 
 def _agree(

@@ -22,7 +22,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(SDPConfig)}
         dict(balance="time"), dict(depth_profile="quadratic"), dict(always_held="first"), dict(always_held=[0.5]),
         dict(num_subnetworks=0), dict(simulate=-1), dict(evaluation_timeout_s=0), dict(param_dtype="int8"),
         dict(min_replication=True), dict(simulate=2.0), dict(evaluation_timeout_s="600"), dict(reduce_dtype="bf16"),
-        dict(reshard_after_forward="false"), dict(block_granularity="head"),
+        dict(reshard_after_forward="false"), dict(block_granularity="head"), dict(seed="a"), dict(seed=1.5),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_errors_that_name_the_value(options):

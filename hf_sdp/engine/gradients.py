@@ -35,11 +35,13 @@ def _global_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:
     device = grads[0].device if grads else torch.device("cpu")
     by_replicas: dict[int, list[torch.Tensor]] = {}
     for grad in grads:
-        by_replicas.setdefault(_num_replicas(grad), []).append(local_tensor(grad))
+        local = local_tensor(grad)
+        if local.numel():  # of nothing there is no largest element
+            by_replicas.setdefault(_num_replicas(grad), []).append(local)
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for num_replicas, local in by_replicas.items():
+    for num_replicas, of_replicas in by_replicas.items():
         norms = torch.stack(
-            [n.float() for group in _by_dtype(local).values() for n in torch._foreach_norm(group, norm_type)]
+            [n.float() for group in _by_dtype(of_replicas).values() for n in torch._foreach_norm(group, norm_type)]
         )
         if norm_type == math.inf:
             total = torch.maximum(total, norms.max())

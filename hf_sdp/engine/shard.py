@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import SDPStateError
-from ..model.state import Held, get_state, unwrap
+from ..model.state import Held, difference, get_state, unwrap
 from ..plan.holders import Holders
+from ..world.agreement import together
 from ..world.roll_call import RollCall
 from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
@@ -48,6 +49,10 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
             f"The model was patched for rank {held.rank} of {held.world_size} workers, but the process group has "
             f"{dist.get_world_size() if dist.is_initialized() else 'not been made'}."
         )
+    with together():
+        problem = difference(model, held)
+        if problem:
+            raise SDPStateError(f"The model was changed after it was patched: {problem} Change it before patching.")
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:
         model.to(device)

@@ -84,6 +84,16 @@ class Held:
         return self.placement.stored(tensor.region, tensor.holders, self.rank)
 
 
+def difference(model: nn.Module, held: Held) -> str | None:
+    """How the parameters of a model differ from what this worker holds; None when they are the same."""
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tensor.region.shape for name, tensor in held.subnetwork.tensors.items()}
+    if found == expected:
+        return None
+    name = next(n for n in sorted(found.keys() | expected.keys()) if found.get(n) != expected.get(n))
+    return f"{name} has shape {found.get(name)}, the plan says {expected.get(name)}."
+
+
 @dataclass
 class Cursor:
     """Which subnetwork is being trained: this worker's own, or under simulation that of the current micro-batch."""

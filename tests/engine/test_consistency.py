@@ -37,6 +37,18 @@ def test_consolidated_values_are_those_of_rank_0_bit_for_bit(config):
     assert all(torch.equal(results[0][n], t) for n, t in expected.items())
 
 
+def resize():
+    accelerator, model = SDPAccelerator(), patch_model(tiny_model(), SDPConfig(level="block"))
+    model.resize_token_embeddings(80)
+    with pytest.raises(SDPStateError, match=r"lm_head.weight has shape \(80, 32\), the plan says \(64, 32\)"):
+        accelerator.prepare(model)
+
+
+def test_a_model_that_was_resized_after_patching_is_refused():
+    """Its checkpoint would have the old config and could not be loaded."""
+    run_workers(resize)
+
+
 def tamper(how: str):
     accelerator, model, _ = prepared(dict(sharding="none"))
     sharded = find_sharded(model)

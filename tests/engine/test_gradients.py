@@ -44,6 +44,24 @@ def test_gradients_are_local_under_no_sync_and_the_mean_over_holders_after():
         torch.testing.assert_close(torch.cat(shards), expected, rtol=0, atol=1e-6)
 
 
+def largest_gradient(model_options: dict) -> tuple[float, float]:
+    """By the world, and the largest of this worker's shards."""
+    accelerator, model, _ = prepared(dict(), model_options, torch.optim.SGD)
+    model(**batch(dist.get_rank())).loss.backward()
+    grads = [local_tensor(p.grad) for p in find_sharded(model).parameters.values()]
+    assert any(g.numel() == 0 for g in grads) == (
+        dist.get_rank() == 3
+    )  # six rows of two each: the fourth worker has none
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1e9, norm_type=float("inf"))
+    return norm.item(), max(g.abs().max().item() for g in grads if g.numel())
+
+
+def test_the_infinity_norm_where_a_worker_stores_nothing_of_a_parameter():
+    odd = dict(hidden_size=6, head_dim=2, num_attention_heads=2, num_key_value_heads=2)
+    results = run_workers(largest_gradient, odd)
+    assert {norm for norm, _ in results} == {max(largest for _, largest in results)}
+
+
 def sync_each_batch(every: bool):
     from accelerate.utils import GradientAccumulationPlugin
 
