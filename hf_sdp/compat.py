@@ -12,6 +12,8 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DefaultAllGather",
     "DefaultReduceScatter",
+    "TorchDispatchMode",
     "checkpoint_activations",
     "checkpointing_options",
     "converts_checkpoints",
@@ -32,6 +35,9 @@ __all__ = [
     "norms_mixed_meshes",
     "reset_after_exception",
     "saves_on_every_rank",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_unflatten",
     "versions",
 ]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
+
+from ..compat import TorchDispatchMode, tree_flatten, tree_leaves, tree_unflatten
 
 _aten = torch.ops.aten
 
