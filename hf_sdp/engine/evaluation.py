@@ -27,6 +27,7 @@ class Shadow:
     def __init__(self, model: nn.Module, sharded: Sharded, device: torch.device, policy: MixedPrecisionPolicy):
         self.source, self.run = model, sharded.run
         self.version: int | None = None
+        self._is_released = False
         held = sharded.held
         with torch.device("meta"):
             full = held.model_class(copy.deepcopy(held.full_config))
@@ -44,20 +45,28 @@ class Shadow:
 
     def __call__(self, *args, **kwargs):
         """Forward of the full model. Collective."""
-        if self.version != self.run.version:
+        if self.is_stale:
             self._refresh()
         with torch.no_grad():
             return self.full(*args, **kwargs)
 
     def release(self) -> None:
         """Free the shards; the next evaluation gets them anew."""
+        if self._is_released:
+            return
         for parameter in self.parameters.values():
             local_tensor(parameter.detach()).untyped_storage().resize_(0)
-        self.version = None
+        self.version, self._is_released = None, True
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the next forward asks all workers for their weights."""
+        return self.version != self.run.version
 
     @torch.no_grad()
     def _refresh(self) -> None:
         held = get_state(self.source).held
+        self.version, self._is_released = None, False
         # Plain FSDP2 is the placement of what everyone holds.
         placement = Placement(held.world_size, held.plan.num_subnetworks, "full")
         owned = owned_tensors(self.source)
@@ -88,7 +97,7 @@ def _when_mode_is_set(model: nn.Module, call: Callable[[], None]) -> None:
     model.train = train  # type: ignore[method-assign]
 
 
-def guard_forward(model: nn.Module, sharded: Sharded) -> None:
+def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> None:
     """Check every call of the model before FSDP2's first collective.
 
     A forward in eval mode waits for all workers, so that one called on some workers only is an error there instead of
@@ -107,7 +116,8 @@ def guard_forward(model: nn.Module, sharded: Sharded) -> None:
         if module.training:
             roll_call.announce("a forward in training mode")
         elif not is_local:  # else of its subnetwork, which this worker has whole
-            roll_call.wait("a forward in eval mode")
+            is_stale = shadow is not None and shadow.is_stale  # all ask for new weights, or none does
+            roll_call.wait("a forward in eval mode", " with new weights" if is_stale else "")
 
     @torch.compiler.disable
     def free_gathered(module, args, output):

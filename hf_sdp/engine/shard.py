@@ -78,12 +78,12 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, roll_call)
     set_sharded(model, sharded)
     model.no_sync = lambda: no_sync(model)
-    run.full_forward = run.own_forward
+    run.full_forward, shadow = run.own_forward, None
     if held.config.evaluate == "full" and not held.trains_full_forward:
         shadow = Shadow(model, sharded, device, policy)
         run.full_forward = shadow
         sharded.on_change.append(shadow.release)
-    guard_forward(model, sharded)
+    guard_forward(model, sharded, shadow)
     if not held.trains_full_forward:
         let_inputs_need_gradients(model)
     return model

@@ -42,27 +42,29 @@ class RollCall:
         # What was waited for last stays posted: a worker that goes on before others have looked has been there.
         self.store.set(str(self.rank), json.dumps([self.count, self.what, *self.waited]))
 
-    def wait(self, what: str) -> None:
+    def wait(self, what: str, how: str = "") -> None:
         """Announce ``what`` and wait until all workers have come to it.
 
+        Args:
+            how: what they must agree on beside it.
         Raises: SDPStateError when a worker is elsewhere, or has done nothing for ``timeout_s``.
         """
         before = self.count, self.what, self.waited
         try:
-            self.waited = (self.count + 1, what)
-            self.announce(what)
-            self._wait(what)
+            self.waited = (self.count + 1, what + how)
+            self.announce(what + how)
+            self._wait(what, what + how)
         except BaseException:
             # It has not been done: what comes next has this number on all workers again.
             self.count, self.what, self.waited = before
             self._post()
             raise
 
-    def _wait(self, what: str) -> None:
+    def _wait(self, what: str, awaited: str) -> None:
         missing = [rank for rank in range(self.world_size) if rank != self.rank]
         deadline, pause_s = time.monotonic() + self.timeout_s, 0.0
         while True:
-            missing = [rank for rank in missing if not self._has_come(rank, what)]
+            missing = [rank for rank in missing if not self._has_come(rank, what, awaited)]
             if not missing:
                 return
             if time.monotonic() > deadline:
@@ -73,7 +75,7 @@ class RollCall:
             time.sleep(pause_s)
             pause_s = min(pause_s + 1e-4, 0.01)
 
-    def _has_come(self, rank: int, what: str) -> bool:
+    def _has_come(self, rank: int, what: str, awaited: str) -> bool:
         try:
             if not self.store.check([str(rank)]):
                 return False
@@ -82,7 +84,7 @@ class RollCall:
             raise SDPStateError(
                 f"Rank {self.rank}: {what}: the worker that has the store has ended ({error})."
             ) from error
-        if waited == [self.count, what]:
+        if waited == [self.count, awaited]:
             return True
         if count < self.count:
             return False

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
 import hf_sdp
-from hf_sdp import SDPAccelerator, SDPConfig, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, patch_model
 from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.model.state import local_tensor
 from tests.support.models import batch, tiny_model
@@ -74,3 +74,17 @@ def test_a_loop_says_that_weights_have_changed(config):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(0.5)
+
+
+def evaluate_differently():
+    model = SDPAccelerator().prepare(patch_model(tiny_model(), SDPConfig(evaluation_timeout_s=20))).eval()
+    model(**batch(0))
+    if dist.get_rank() == 0:
+        hf_sdp.weights_changed(model)
+    with pytest.raises(SDPStateError, match="a forward in eval mode is a collective.*has gone on to a forward in eval"):
+        model(**batch(0))
+
+
+def test_only_some_workers_ask_for_new_weights():
+    """The others would take part in another collective."""
+    run_workers(evaluate_differently)
