@@ -77,11 +77,11 @@ def test_a_loop_says_that_weights_have_changed(config):
 
 
 def evaluate_differently():
-    model = SDPAccelerator().prepare(patch_model(tiny_model(), SDPConfig(evaluation_timeout_s=20))).eval()
+    model = SDPAccelerator().prepare(patch_model(tiny_model(), SDPConfig(evaluation_timeout_s=5))).eval()
     model(**batch(0))
     if dist.get_rank() == 0:
         hf_sdp.weights_changed(model)
-    with pytest.raises(SDPStateError, match="a forward in eval mode is a collective.*has gone on to a forward in eval"):
+    with pytest.raises(SDPStateError, match="a forward in eval mode is a collective"):
         model(**batch(0))
 
 
