@@ -5,8 +5,11 @@ import torch
 import torch.distributed as dist
 
 from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model
+from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.engine.sharded import find_sharded
+from hf_sdp.model.state import local_tensor
 from tests.support.models import batch, tiny_model
-from tests.support.oracle import compare
+from tests.support.oracle import compare, freeze
 from tests.support.workers import run_workers
 
 FROZEN = {
@@ -21,6 +24,23 @@ FROZEN = {
 @pytest.mark.parametrize("config", [dict(level="block"), dict(level="neuron", coverage=0.75)], ids=str)
 def test_workers_with_frozen_parameters_equal_the_oracle(config, frozen):
     compare(config, steps=3, frozen=frozen)
+
+
+def test_frozen_parameters_are_stored_but_not_reduced_and_have_no_state():
+    """On one worker of four, without the others: bytes of what it stores and sends."""
+    found = []
+    for frozen in ((), FROZEN["lower layers"]):
+        with fake_world(4):
+            model, optimizer = parallelize(freeze(tiny_model(), frozen), SDPConfig(), torch.device("cpu"))
+            learned = sum(
+                local_tensor(p.detach()).nbytes for p in find_sharded(model).parameters.values() if p.requires_grad
+            )
+            (step,) = measure_steps(model, optimizer, [(2, 16)], torch.device("cpu"))
+        assert (step["gradients"], step["optimizer"]) == (learned, 2 * learned)
+        found.append(step)
+    full, frozen = found
+    assert frozen["parameters"] == full["parameters"]
+    assert full["bytes_sent"] / 2 < frozen["bytes_sent"] < full["bytes_sent"]  # all is gathered, some is reduced
 
 
 def train_on_embeddings(config: dict):

@@ -119,6 +119,32 @@ def test_every_element_has_one_owner_who_holds_it(holders, num_workers, sharding
         assert (count == 1).all()
 
 
+def test_replicas_store_the_same_shards_and_the_world_shares_what_everyone_holds():
+    """Eight workers, four subnetworks: worker w and w + 4 are replicas."""
+    full, none = (Placement(8, 4, sharding) for sharding in ("full", "none"))
+    assert full.mesh((1, 2)) == [[1, 2], [5, 6]]
+    assert full.mesh((0, 1, 2, 3)) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert none.mesh((1, 2)) == [[1], [2], [5], [6]]
+    assert full.place((1, 2), 6) == (1, 2) and none.place((1, 2), 6) == (0, 1)
+
+
+def test_parts_of_a_module_come_in_sorted_order_of_their_holder_sets():
+    plan = plan_of(Model(), [(2, 3), (0, 1), (2, 3), (0, 1)])
+    assert [part.holders for part in plan.parts] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    starts = [part.regions["layers.0.mlp.scale"].ranges[0][0][0] for part in plan.parts]
+    assert starts == [2, 6, 0, 4]  # of one holder set in the order of units
+
+
+def test_where_some_worker_sums_parts_all_add_the_shared_biases_after_them():
+    """All workers gather the biases: inside the only part of one worker they would come before others' second part."""
+    plan = plan_of(Model(), [(0, 1), (0, 1), (0, 2), (0, 3)])
+    for index in range(N):
+        (module,) = subnetwork_of(plan, index).modules
+        assert module.is_sum and module.biases[0].module == "layers.0.mlp.shared_biases.down"
+    plan = plan_of(Model(), HOLDERS["one part each"])
+    assert not any(subnetwork_of(plan, index).modules[0].is_sum for index in range(N))
+
+
 @pytest.mark.parametrize("holders", HOLDERS.values(), ids=HOLDERS)
 def test_groups_have_every_tensor_once_and_only_holders(holders):
     plan = plan_of(Model(), holders)
