@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from .config import SDPConfig
     from .engine.consistency import verify
     from .engine.consolidate import consolidate
+    from .engine.gradients import global_norm
     from .engine.sharded import weights_changed
     from .errors import SDPConfigError, SDPStateError
     from .hosts.accelerator import SDPAccelerator
     from .hosts.trainer import SDPCallback, enable
+    from .model.forward import local_state_dict
     from .patch import patch_model
     from .plan.plan import Plan
     from .planner import make_plan
@@ -36,6 +38,8 @@ _HOMES = {
     "export_subnetwork": "checkpoint.export",
     "from_config": "pretrained",
     "from_pretrained": "pretrained",
+    "global_norm": "engine.gradients",
+    "local_state_dict": "model.forward",
     "make_plan": "planner",
     "patch_model": "patch",
     "save_pretrained": "checkpoint.save",
@@ -57,6 +61,8 @@ __all__ = [
     "export_subnetwork",
     "from_config",
     "from_pretrained",
+    "global_norm",
+    "local_state_dict",
     "make_plan",
     "patch_model",
     "save_pretrained",

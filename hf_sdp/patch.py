@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .checkpoint.save import install_save_pretrained
+from .checkpoint.save import SavesFullModel
 from .config import SDPConfig
 from .errors import SDPConfigError
 from .families.structure import structure_of
@@ -67,22 +67,20 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan
         full_config=model.config,
         tied={n: names[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in named},
     )
-    run = Run(Cursor(index))
+    run = Run(Cursor(index), held.evaluates_full)
     if config.simulate:
         simulate(model, plan, run.cursor)
     elif config.masking == "backward":
         mask_weight_gradients(model, plan, run.cursor, [index])
     else:
-        cut(model, held.subnetwork)
+        cut(model, held.subnetwork, run)
     problem = difference(model, held)
     if problem:
         raise AssertionError(problem)
     for name, parameter in named.items():  # an optimizer made before patching refers to the full parameters
         run.replaced[parameter] = held.subnetwork.local_names[name]
     set_state(model, SDPState(held, run))
-    install_forward(model)
-    if not config.simulate:
-        install_save_pretrained(model)
+    install_forward(model, *(() if config.simulate else (SavesFullModel,)))
     return model
 
 

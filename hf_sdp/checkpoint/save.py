@@ -3,8 +3,7 @@
 import functools
 import os
 from pathlib import Path
-from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +33,7 @@ def save_pretrained(model: "PreTrainedModel", folder: str | os.PathLike, max_sha
         weights = consolidate(model)
         with together(control_group(model)):
             if weights is not None:
-                type(model).save_pretrained(model, folder, state_dict=weights)  # not the instance's: it comes here
+                model.save_pretrained(folder, state_dict=weights)
         return
     sharded = get_sharded(model, "save_pretrained")
     ignored = set(model._keys_to_ignore_on_save or ())
@@ -70,28 +69,23 @@ def _save_configs(model: "PreTrainedModel", sharded: Sharded, folder: str | os.P
         model.generation_config.save_pretrained(folder)
 
 
-def install_save_pretrained(model: "PreTrainedModel") -> None:
-    """Let ``model.save_pretrained`` save the full model."""
-    model.save_pretrained = MethodType(_save_pretrained(model.save_pretrained), model)
+_NOT_GIVEN: Any = object()
 
 
-_NOT_GIVEN = object()
+class SavesFullModel:
+    """Mixed into the class of a patched model: ``model.save_pretrained`` saves the full model."""
 
-
-def _save_pretrained(original):
-    @functools.wraps(original.__func__)
-    def _save(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
+    def save_pretrained(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
         """Saves the full model. Collective when ``state_dict`` is not given: call it on every worker, rank 0 writes."""
+        original = functools.partial(super().save_pretrained, save_directory, *args)  # type: ignore[misc]
         if state_dict is None and get_state(self).held.rank != 0:
             return  # state_dict=accelerator.get_state_dict(model), which only rank 0 has
         if state_dict is not None and state_dict is not _NOT_GIVEN:
-            return original(save_directory, *args, state_dict=dict(state_dict), **kwargs)  # the host empties its dict
+            return original(state_dict=dict(state_dict), **kwargs)  # the host empties its dict
         if not args and kwargs.keys() <= {"max_shard_size", "is_main_process"}:
             kwargs.pop("is_main_process", None)
             return save_pretrained(self, save_directory, **kwargs)
-        weights = consolidate(self)  # push_to_hub, variant, ...: the host's way
+        weights = consolidate(self)  # type: ignore[arg-type]  # push_to_hub, variant, ...: the host's way
         with together(control_group(self)):
             if weights is not None:
-                original(save_directory, *args, state_dict=weights, **kwargs)
-
-    return _save
+                original(state_dict=weights, **kwargs)

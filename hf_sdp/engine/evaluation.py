@@ -1,72 +1,130 @@
 """Evaluation of the full model while every worker trains a subnetwork of it (forward masking).
 
-No worker holds the full model. A shadow of it, plain FSDP2 over the world, is empty until a forward in eval mode; it
-then gets its shards from the canonical layout, if weights have changed since. Every such forward is a collective.
+No worker holds the full model. What is cut has a shadow: its full parameters, sharded by FSDP2 over the world. It is
+empty until a forward in eval mode; it then gets its shards from the canonical layout, if weights have changed since.
+The model's own forward runs, whatever that is. Each module that is cut has the shadow's parameters for the time of its
+call. Every such forward is a collective.
 """
 
-import copy
-from collections.abc import Callable
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils import _pytree as pytree
 
+from ..model.cut import CutModule
 from ..model.recomputation import refuse_unsafe_checkpointing
 from ..model.state import get_state, local_tensor
 from ..plan.placement import Placement
 from ..plan.region import Region
 from .exchange import exchange, owned_tensors
-from .fsdp import fully_shard_plainly, reshard
+from .fsdp import is_hook_of_fsdp, reshard
 from .sharded import Sharded
 
 
 class Shadow:
-    """The full model in evaluation. Memory: 1/world of the parameters, plus one gathered decoder layer and what is
-    outside of them; nothing between a weight update and the next evaluation."""
+    """The full form of what is cut. Memory: 1/world of its parameters, and two gathered layers during a forward;
+    nothing between a weight update and the next evaluation."""
 
-    def __init__(self, model: nn.Module, sharded: Sharded, device: torch.device, policy: MixedPrecisionPolicy):
-        self.source, self.run = model, sharded.run
+    def __init__(self, model: nn.Module, sharded: Sharded, mesh: DeviceMesh, policy: MixedPrecisionPolicy):
+        self.source, self.held, self.run = model, sharded.held, sharded.run
+        self.param_dtype = policy.param_dtype
         self.version: int | None = None
-        self._is_released = False
-        held = sharded.held
-        with torch.device("meta"):
-            full = held.model_class(copy.deepcopy(held.full_config))
-        full.eval().requires_grad_(False)
-        full.to(next(model.parameters()).dtype)
-        fully_shard_plainly(full, device.type, reshard_after_forward=True, mp_policy=policy)
-        full.to_empty(device=device)
-        full.tie_weights()  # to_empty makes a tensor for each name
-        for name, buffer in model.named_buffers():
-            full.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
-        _when_mode_is_set(model, self.release)
-        self.full = full
-        self.parameters = dict(full.named_parameters())  # the sharded ones, also while a forward has gathered them
+        modules: dict[str, nn.Module] = {}
+        layers: dict[int, list[nn.Module]] = {}
+        for local in self.held.subnetwork.modules:
+            for name in local.module.members:
+                module = model.get_submodule(name)
+                if isinstance(module, CutModule):
+                    modules[name] = module.sdp_full
+                    layers.setdefault(local.module.layer, []).append(module.sdp_full)
+        for name, full in modules.items():
+            _set_dtypes(full, {p: sharded.dtypes[f"{name}.{p}"] for p, _ in full.named_parameters()})
+        for of_layer in layers.values():
+            fully_shard(of_layer if len(of_layer) > 1 else of_layer[0], mesh=mesh, mp_policy=policy)
+        for full in modules.values():
+            full.to_empty(device=mesh.device_type)
+        self.parameters = {f"{n}.{p}": value for n, full in modules.items() for p, value in full.named_parameters()}
+        self.groups: list[Any] = [of_layer[0] for of_layer in layers.values()]  # FSDPModules
+        self.group_of = {id(full): number for number, of_layer in enumerate(layers.values()) for full in of_layer}
+        self.gathered: set[int] = set()
         self.release()
 
-    def __call__(self, *args, **kwargs):
-        """Forward of the full model. Collective."""
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward of the model."""
+        try:
+            with torch.no_grad():  # no worker has the full model's gradients
+                yield
+        finally:
+            self._keep_gathered([])
+
+    @contextlib.contextmanager
+    def form_of(self, module: CutModule) -> Iterator[None]:
+        """Within it, a module that is cut is the full one. Collective."""
         if self.is_stale:
             self._refresh()
-        with torch.no_grad():
-            return self.full(*args, **kwargs)
+        self._gather(self.group_of[id(module.sdp_full)])
+        before = []
+        for name, full in module.sdp_full.named_modules():
+            own = vars(module.get_submodule(name))
+            full_own = {"_parameters": full._parameters, **full.sdp_sizes}
+            if not name:  # the held part is not gathered
+                full_own |= {kind: _without_fsdp(own[kind]) for kind in ("_forward_pre_hooks", "_forward_hooks")}
+            before.append((own, {attribute: own[attribute] for attribute in full_own}))
+            own.update(full_own)
+        try:
+            yield
+        finally:
+            for own, held_own in before:
+                own.update(held_own)
+
+    def cast(self, arguments: Any) -> Any:
+        """The arguments of a module in the dtype that it computes in, as FSDP2 casts them before a forward."""
+        dtype = self.param_dtype
+        if dtype is None:
+            return arguments
+        return pytree.tree_map(
+            lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
+            arguments,
+            is_leaf=lambda value: not isinstance(value, tuple | list | dict),  # a cache stays the object that it is
+        )
 
     def release(self) -> None:
         """Free the shards; the next evaluation gets them anew."""
-        if self._is_released:
-            return
         for parameter in self.parameters.values():
             local_tensor(parameter.detach()).untyped_storage().resize_(0)
-        self.version, self._is_released = None, True
+        self.version = None
 
     @property
     def is_stale(self) -> bool:
         """Whether the next forward asks all workers for their weights."""
         return self.version != self.run.version
 
+    def _gather(self, number: int) -> None:
+        """Gather a layer, and begin to gather the next one."""
+        wanted = [n for n in (number, number + 1) if n < len(self.groups)]
+        self._keep_gathered(wanted)
+        self.groups[number].unshard()
+        for ahead in wanted[1:]:
+            self.groups[ahead].unshard(async_op=True)
+        self.gathered.update(wanted)
+
+    def _keep_gathered(self, numbers: list[int]) -> None:
+        for number in self.gathered.difference(numbers):
+            self.groups[number].unshard()  # waits for a gather that has begun
+            self.groups[number].reshard()
+        self.gathered.intersection_update(numbers)
+
     @torch.no_grad()
     def _refresh(self) -> None:
-        held = get_state(self.source).held
-        self.version, self._is_released = None, False
+        held = self.held
+        self.version = None
         # Plain FSDP2 is the placement of what everyone holds.
         placement = Placement(held.world_size, held.plan.num_subnetworks, "full")
         owned = owned_tensors(self.source)
@@ -82,19 +140,16 @@ class Shadow:
         self.version = self.run.version
 
 
-def _when_mode_is_set(model: nn.Module, call: Callable[[], None]) -> None:
-    """Let ``model.eval()`` and ``model.train()`` also call ``call``.
+def _set_dtypes(full: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """They may have changed since the model was patched. ``full``: on the meta device."""
+    for name, dtype in dtypes.items():
+        owner, _, last = name.rpartition(".")
+        parameter = torch.empty_like(full.get_parameter(name), dtype=dtype)
+        full.get_submodule(owner)._parameters[last] = nn.Parameter(parameter, requires_grad=False)
 
-    Between two evaluations anybody may have written into parameters: averaged weights that are swapped in, clipping,
-    ``load_state_dict``. Torch does not notice what is written through ``.data``.
-    """
-    set_mode = model.train
 
-    def train(mode: bool = True) -> nn.Module:
-        call()
-        return set_mode(mode)
-
-    model.train = train  # type: ignore[method-assign]
+def _without_fsdp(hooks: OrderedDict) -> OrderedDict:
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not is_hook_of_fsdp(hook))
 
 
 def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> None:

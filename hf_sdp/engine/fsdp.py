@@ -1,6 +1,7 @@
 """FSDP2 on groups of modules: what is said of all models that are sharded, by a plan or plainly."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,26 @@ def mixed_precision_policy(param_dtype: str | None, reduce_dtype: str | None = N
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in unwrap(model).modules() if isinstance(module, FSDPModule)]
+
+
+def gather_with_root(model: nn.Module, modules: Iterable[str]) -> None:
+    """Gather these modules when a forward of the model begins.
+
+    A weight that is read by others, while its module is never called (a loss that is fused with the head), then is the
+    gathered one, and FSDP2 reduces its gradient.
+    """
+    gathered: list[Any] = [model.get_submodule(name) for name in modules]
+
+    @torch.compiler.disable
+    def gather(module: nn.Module, args: tuple) -> None:
+        for each in gathered:
+            each.unshard()
+
+    model.register_forward_pre_hook(gather)
+
+
+def is_hook_of_fsdp(hook: Callable) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 def reshard(model: nn.Module) -> None:

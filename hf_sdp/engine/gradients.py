@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import SDPStateError
 from ..model.state import local_tensor
+from ..world.agreement import together
 from .optimizer import local_shards, model_of
 
 
@@ -23,7 +25,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm_typ
     As ``torch.nn.utils.clip_grad_norm_`` on the full model. Collective over the world: one scalar.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = _global_norm(grads, float(norm_type))
+    norm = _norm(grads, float(norm_type))
     if math.isfinite(max_norm):
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for dtype_grads in _by_dtype([local_tensor(g) for g in grads]).values():
@@ -31,13 +33,35 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm_typ
     return norm
 
 
-def _global_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    device = grads[0].device if grads else torch.device("cpu")
+@torch.no_grad()
+def global_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """Norm of the full tensors of which these are this worker's shards, float32 scalar. Collective.
+
+    ``torch.nn.utils.get_total_norm`` cannot do this: the shards are of several meshes, and each worker has others.
+
+    Args:
+        tensors: parameters of a prepared model, their gradients, or tensors computed from them.
+    Raises: SDPStateError on a tensor that is not sharded (between a forward and its backward a model's parameters are
+        gathered).
+    """
+    tensors = list(tensors)
+    with together():
+        plain = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, DTensor)]
+        if plain:
+            raise SDPStateError(
+                f"global_norm needs the shards of a prepared model, but {len(plain)} of {len(tensors)} tensors are "
+                f"plain ones, the first of shape {plain[0]}. Call it after backward, or before the next forward."
+            )
+    return _norm(tensors, float(norm_type))
+
+
+def _norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+    device = tensors[0].device if tensors else torch.device("cpu")
     by_replicas: dict[int, list[torch.Tensor]] = {}
-    for grad in grads:
-        local = local_tensor(grad)
+    for tensor in tensors:
+        local = local_tensor(tensor)
         if local.numel():  # of nothing there is no largest element
-            by_replicas.setdefault(_num_replicas(grad), []).append(local)
+            by_replicas.setdefault(_num_replicas(tensor), []).append(local)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for num_replicas, of_replicas in by_replicas.items():
         norms = torch.stack(

@@ -18,14 +18,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from ..errors import SDPStateError
+from ..errors import SDPConfigError, SDPStateError
 from ..model.state import Held, difference, get_state, unwrap
 from ..plan.holders import Holders
 from ..world.agreement import together
 from ..world.roll_call import RollCall
 from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
-from .fsdp import fsdp_modules, fully_shard_groups, mixed_precision_policy
+from .fsdp import fsdp_modules, fully_shard_groups, gather_with_root, mixed_precision_policy
 from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
 
@@ -53,6 +53,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
         problem = difference(model, held)
         if problem:
             raise SDPStateError(f"The model was changed after it was patched: {problem} Change it before patching.")
+        _refuse_mixed_groups(model, held)
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:
         model.to(device)
@@ -66,6 +67,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     policy = mixed_precision_policy(held.config.param_dtype, held.config.reduce_dtype)
     reshards = held.config.reshard_after_forward
     fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
+    gather_with_root(model, [modules[0] for modules in held.structure.outer])
     for module in fsdp_modules(model):
         if module is not model:
             module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
@@ -78,11 +80,12 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, roll_call)
     set_sharded(model, sharded)
     model.no_sync = lambda: no_sync(model)
-    run.full_forward, shadow = run.own_forward, None
-    if held.config.evaluate == "full" and not held.trains_full_forward:
-        shadow = Shadow(model, sharded, device, policy)
-        run.full_forward = shadow
+    shadow = None
+    if held.evaluates_full:
+        world = DeviceMesh(device.type, torch.arange(held.world_size))
+        shadow = run.full_model = Shadow(model, sharded, world, policy)
         sharded.on_change.append(shadow.release)
+    run.is_sharded = True
     guard_forward(model, sharded, shadow)
     if not held.trains_full_forward:
         let_inputs_need_gradients(model)
@@ -104,6 +107,23 @@ def _make_meshes(held: Held, device_type: str) -> dict[Holders, DeviceMesh]:
         else:
             meshes[holders] = DeviceMesh(device_type, ranks, mesh_dim_names=("replicate", "shard"))
     return meshes
+
+
+def _refuse_mixed_groups(model: nn.Module, held: Held) -> None:
+    """FSDP2 reduces the gradients of a group as one tensor. It notices only in the first forward."""
+    for group in held.groups:
+        learned = {n: p.dtype for n in group.tensors if (p := model.get_parameter(n)).requires_grad}
+        first = next(iter(learned), None)
+        for name, dtype in learned.items():
+            if dtype != learned[first]:
+                raise SDPConfigError(
+                    f"{first} is {_name(learned[first])}, {name} is {_name(dtype)}: parameters that are sharded "
+                    "together need one dtype. Load the model in one dtype, or use level='neuron' for float32 norms."
+                )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:

@@ -21,7 +21,7 @@ from ..families.meta_model import meta_model
 from ..families.structure import Structure, structure_of
 from ..model.backward_masking import mask_weight_gradients
 from ..model.cut import cut
-from ..model.state import Cursor
+from ..model.state import Cursor, Run
 from ..plan.groups import ROOT, shardable_modules
 from ..plan.plan import Plan
 from ..plan.subnetwork import subnetwork_of, whole_model
@@ -101,7 +101,7 @@ def trace_subnetwork(
                 mask_weight_gradients(model, few, Cursor(index), [index])
                 return shardable_modules(whole_model(few), structure)
             subnetwork = subnetwork_of(few, index)
-            cut(model, subnetwork)
+            cut(model, subnetwork, Run(Cursor(index), evaluates_full=False))
             return shardable_modules(subnetwork, structure)
 
         return _cached(model_config, workload, (plan.level, plan.masking, *(of_layer[i] for i in chosen)), prepare)

@@ -95,6 +95,17 @@ class SDPAccelerator(Accelerator):
                 repoint(optimizer, models[-1])
         return super().prepare_optimizer(optimizer, device_placement=device_placement)
 
+    @contextlib.contextmanager
+    def accumulate(self, *models):
+        """As ``Accelerator.accumulate``. A simulation counts its micro-batches by it."""
+        cursors = [state.run.cursor for state in map(find_state, models) if state is not None]
+        with super().accumulate(*models):
+            for cursor in cursors:
+                cursor.start(cursor.micro_batch)
+            yield
+        for cursor in cursors:
+            cursor.start(0 if self.sync_gradients else cursor.micro_batch + 1)
+
     def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
         """Norm of the full averaged gradient of all workers, which is clipped to ``max_norm``. Collective."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

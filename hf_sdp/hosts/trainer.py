@@ -53,6 +53,11 @@ class SDPCallback(TrainerCallback):
         self.meter: StepMeter | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        if args.bf16_full_eval or args.fp16_full_eval:
+            raise SDPConfigError(
+                "bf16_full_eval and fp16_full_eval cast the weights that train. Use bf16=True, or load the model with "
+                "dtype=torch.bfloat16."
+            )
         if find_state(model) is None:
             if self.config is None:
                 raise SDPConfigError(
@@ -73,9 +78,13 @@ class SDPCallback(TrainerCallback):
         self.meter = None if sharded is None else StepMeter(model, args.device, sharded.traffic)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        get_state(model).run.next_micro_batch = 0  # a short last window of an epoch must not shift the next one
+        get_state(model).run.cursor.start(0)  # a short last window of an epoch must not shift the next one
         if self.meter is not None:
             self.meter.step_begin()
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        cursor = get_state(model).run.cursor
+        cursor.start(cursor.micro_batch + 1)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.meter is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..plan.plan import Plan
+from .mixin import mix_in
 from .state import Cursor
 
 HeldRanges = tuple[tuple[int, int, float], ...]
@@ -181,9 +182,9 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
                     copy_inputs=not module_plan.of_kind.attends,
                 )
             else:
+                mix_in(module, HeldModule)
                 masked = cast(HeldModule, module)
                 masked.held, masked.cursor = held[weight], cursor
-                module.__class__ = type(f"Held{type(module).__name__}", (HeldModule, type(module)), {})
 
 
 def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, HeldRanges]]:

@@ -1,65 +1,137 @@
 """The forward of a patched model: its subnetwork in training, the full model in evaluation.
 
-It is set on the instance and keeps its signature: the Trainer drops every dataset column that
-``inspect.signature(model.forward)`` does not name.
+The mode of the model decides, when the model is called. What is cut asks what is being computed (``cut.CutModule``),
+whatever came between: another forward, a loss of one's own, the base model.
 """
 
+import contextlib
 import functools
 import inspect
-from types import MethodType
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
-from .state import get_state
+from .mixin import mix_in
+from .state import SDPState, get_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def install_forward(model: "PreTrainedModel") -> None:
-    """Set the forward of a model whose state is already set."""
-    state = get_state(model)
-    held, run = state.held, state.run
-    original_forward = model.forward.__func__
-    signature = inspect.signature(model.forward)
+class PatchedModel(nn.Module):
+    """Mixed into the class of a patched model."""
 
-    @functools.wraps(original_forward)
-    def forward(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
+        held, run = get_state(self).held, get_state(self).run
         if held.simulated:
-            if not self.training:
-                return original_forward(self, *args, **kwargs)
-            if torch.is_grad_enabled():
-                run.cursor.subnetwork = run.next_micro_batch % held.plan.num_subnetworks
-                run.next_micro_batch += 1
-        elif not self.training and held.config.evaluate == "full":
-            if run.full_forward is None:
-                raise SDPStateError(
-                    "Evaluation of a patched model needs the slices of all workers: prepare the model first "
-                    "(Trainer.train, Trainer.evaluate or SDPAccelerator.prepare)."
-                )
-            return run.full_forward(*args, **kwargs)
-        elif held.trains_full_forward:
-            return original_forward(self, *args, **kwargs)
-        return original_forward(self, *args, **_without_cache(signature, args, kwargs))
+            if self.training and torch.is_grad_enabled():
+                run.cursor.begin_forward(held.plan.num_subnetworks)
+            return super().__call__(*args, **kwargs)
+        is_full = run.evaluates_full and not self.training
+        if not is_full:
+            around: Callable[[], AbstractContextManager] = contextlib.nullcontext
+        elif run.full_model is not None:
+            around = run.full_model.forward
+        else:
+            raise SDPStateError(
+                "Evaluation of a patched model needs the slices of all workers: prepare the model first "
+                "(Trainer.train, Trainer.evaluate or SDPAccelerator.prepare)."
+            )
+        if not is_full and not held.trains_full_forward:
+            _refuse_cache(type(self), args, kwargs)
+        outer, run.computes = run.computes, "full" if is_full else "held"
+        try:
+            with around():
+                return super().__call__(*args, **kwargs)
+        finally:
+            run.computes = outer
 
-    run.own_forward = model.forward
-    model.forward = MethodType(forward, model)
-    # FSDP2 renames the class; the Trainer looks up by this name whether labels are shifted (label smoothing).
-    model._get_name = lambda: held.model_name
+    def train(self, mode: bool = True):
+        # Between two evaluations anybody may write into parameters: averaged weights that are swapped in, clipping,
+        # load_state_dict. Torch does not notice what is written through .data.
+        full_model = get_state(self).run.full_model
+        if full_model is not None:
+            full_model.release()
+        return super().train(mode)
+
+    def state_dict(self, *args, **kwargs):
+        if get_state(self).held.is_cut:
+            raise SDPStateError(
+                "state_dict() of a patched model has slices under the names of full parameters. Call "
+                "hf_sdp.consolidate(model) on every worker for the full state dict (rank 0 gets it), "
+                "hf_sdp.save_pretrained(model, folder) to save it, or hf_sdp.local_state_dict(model) for the slices."
+            )
+        return super().state_dict(*args, **kwargs)
+
+    def _get_name(self) -> str:
+        # FSDP2 renames the class; the Trainer looks up by this name whether labels are shifted (label smoothing).
+        return get_state(self).held.model_name
 
 
-def _without_cache(signature: inspect.Signature, args, kwargs) -> dict:
+class PatchedBase(nn.Module):
+    """Mixed into the class of the base model: that which has the layers."""
+
+    sdp_state: SDPState
+
+    def __call__(self, *args, **kwargs):
+        held, run = self.sdp_state.held, self.sdp_state.run
+        if run.computes is None and run.is_sharded:
+            raise SDPStateError(
+                f"{type(self).__name__}, the base of a patched model, was called on its own. FSDP2 and the evaluation "
+                "of the full model begin where the model is called: call the model itself, for example with "
+                "output_hidden_states=True, or replace its forward by one that calls the base model."
+            )
+        computes_held = run.computes != "full" and not held.trains_full_forward
+        if computes_held and not (held.simulated and not self.training):
+            args, kwargs = _without_cache(type(self), args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def local_state_dict(model: nn.Module) -> dict[str, Any]:
+    """``nn.Module.state_dict()`` of what this worker has: its slices by their local names, DTensors once sharded.
+
+    Raises: SDPConfigError when the model is not patched.
+    """
+    get_state(model)
+    return nn.Module.state_dict(model)
+
+
+def install_forward(model: "PreTrainedModel", *mixins: type) -> None:
+    """Mix into the class of a model, whose state is set, and into that of its base model. ``mixins``: of the model."""
+    base = model.base_model
+    mix_in(model, *mixins, PatchedModel)
+    mix_in(base, PatchedBase)
+    object.__setattr__(base, "sdp_state", get_state(model))
+
+
+@functools.cache
+def _parameters(cls: type) -> tuple[str, ...]:
+    """Names of the arguments of a model's own forward. (One that replaces it may have others.)"""
+    forward: Any = cls.forward  # type: ignore[attr-defined]
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _refuse_cache(cls: type, args: tuple, kwargs: dict[str, Any]) -> None:
     """A subnetwork has no key/value cache: the parts of one attention would append to the same cache layer, and
-    blocks that are not held would miss theirs. transformers' default is to make one, training included."""
-    given = signature.bind_partial(*args, **kwargs).arguments
+    blocks that are not held would miss theirs."""
+    given = {**dict(zip(_parameters(cls), args, strict=False)), **kwargs}
     for name in ("use_cache", "past_key_values"):
         if given.get(name) not in (None, False):
             raise SDPConfigError(
                 f"{name}={type(given[name]).__name__}: a subnetwork cannot use a key/value cache. "
                 "Call model.eval() for the full model, or leave it out."
             )
-    if "use_cache" in signature.parameters and "use_cache" not in given:
-        return {**kwargs, "use_cache": False}
-    return kwargs
+
+
+def _without_cache(cls: type, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """transformers' default is to make a cache, training included."""
+    if "use_cache" not in _parameters(cls):
+        return args, kwargs
+    place = _parameters(cls).index("use_cache")
+    if place < len(args):
+        return (*args[:place], False, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "use_cache": False}

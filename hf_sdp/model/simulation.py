@@ -1,9 +1,9 @@
 """Simulation: N virtual workers in one process, one full copy of the parameters.
 
-Micro-batch k of an accumulation window trains subnetwork k mod N. The gradient of a slice with r holders is scaled by
-N/r, so that a window whose losses are averaged over N micro-batches gives each slice the mean over its holders. It is
-the oracle the distributed engine is compared with, and a way to repeat the paper's comparisons on one device with the
-plain Trainer (``gradient_accumulation_steps`` = a multiple of N).
+Micro-batch k of an accumulation window trains subnetwork k mod N; ``state.Cursor`` says when the next one begins. The
+gradient of a slice with r holders is scaled by N/r, so that a window whose losses are averaged over N micro-batches
+gives each slice the mean over its holders. It is the oracle the distributed engine is compared with, and a way to
+repeat the paper's comparisons on one device with the plain Trainer (``gradient_accumulation_steps`` = a multiple of N).
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..plan.plan import Plan
 from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
-from .layers import absent
+from .mixin import mix_in
 from .state import Cursor
 
 
@@ -67,6 +67,9 @@ def simulate(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
         _virtual_linears(model, plan, cursor)
     else:
         _skip_blocks(model, plan, cursor)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(cursor.note_gradient)
     if plan.masking == "forward":
         for module in plan.modules:
             for name in module.dims:
@@ -103,12 +106,13 @@ def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
 def _skip_blocks(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     for module in plan.modules:
         holders = frozenset(plan.unit_holders[module.name][0])
-        for name, skipped in absent(module).items():
+        for name in module.members:
+            skipped = module.of_kind.absent() if name == module.name else nn.Identity()
             _maybe_skip(model.get_submodule(name), skipped, holders, cursor)
 
 
 def _maybe_skip(module: nn.Module, skipped: nn.Module, holders: frozenset[int], cursor: Cursor) -> None:
     object.__setattr__(module, "skipped", skipped)  # not a child: names of the host model stay
+    mix_in(module, MaybeSkipped)
     mixed = cast(MaybeSkipped, module)
     mixed.holders, mixed.cursor = holders, cursor
-    module.__class__ = type(type(module).__name__, (MaybeSkipped, type(module)), {})

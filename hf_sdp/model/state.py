@@ -3,9 +3,10 @@
 Both are set by ``patch_model``. What sharding adds is the engine's (``engine/sharded.py``).
 """
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -64,6 +65,16 @@ class Held:
         return self.config.simulate is not None
 
     @property
+    def evaluates_full(self) -> bool:
+        """Whether a forward in eval mode is of the full model, while what is trained is cut."""
+        return self.config.evaluate == "full" and self.is_cut
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether this worker's tensors are slices under the names of full parameters."""
+        return self.config.masking == "forward" and not self.simulated and not self.plan.is_full
+
+    @property
     def trains_full_forward(self) -> bool:
         """Whether the training forward computes the full model (backward masking, or everything held)."""
         return self.config.masking == "backward" or self.plan.is_full
@@ -96,9 +107,51 @@ def difference(model: nn.Module, held: Held) -> str | None:
 
 @dataclass
 class Cursor:
-    """Which subnetwork is being trained: this worker's own, or under simulation that of the current micro-batch."""
+    """Which subnetwork is being trained: this worker's own, or under simulation that of the current micro-batch.
+
+    A host that knows its micro-batches says which one it is at. Without one, a micro-batch ends when a forward follows
+    a backward: several forwards before it, or forwards without gradients, are of the same micro-batch.
+
+    Attributes:
+        subnetwork: the one that trains now.
+        micro_batch: under simulation, its number within the accumulation window.
+    """
 
     subnetwork: int
+    micro_batch: int = 0
+    _has_learned: bool = False
+    _host_counts: bool = False
+
+    def start(self, micro_batch: int) -> None:
+        """Called by a host when a micro-batch begins."""
+        self.micro_batch, self._host_counts = micro_batch, True
+
+    def note_gradient(self, gradient: torch.Tensor) -> None:
+        """A hook for the gradients of parameters."""
+        self._has_learned = True
+
+    def begin_forward(self, num_subnetworks: int) -> None:
+        """Of a training forward with gradients, under simulation."""
+        if self._has_learned and not self._host_counts:
+            self.micro_batch += 1
+        self._has_learned = False
+        self.subnetwork = self.micro_batch % num_subnetworks
+
+
+class FullModel(Protocol):
+    """The full form of what is cut. The engine has it."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Around a forward of the model."""
+
+    def form_of(self, module: Any) -> AbstractContextManager[None]:
+        """Within it, a module that is cut is the full one. Collective."""
+
+    def cast(self, arguments: Any) -> Any:
+        """The arguments of a module in the dtype that it computes in."""
+
+    def release(self) -> None:
+        """Forget the weights; the next forward asks for them anew."""
 
 
 @dataclass
@@ -107,18 +160,20 @@ class Run:
 
     Attributes:
         cursor: the subnetwork that trains now; moves only under simulation.
-        next_micro_batch: under simulation, of the accumulation window.
+        evaluates_full: as in ``Held``.
         version: counts changes of the weights; equal on all workers.
-        own_forward: the forward of the model as it is here, of its subnetwork.
-        full_forward: the full model's forward in eval mode, a collective; None before the model is sharded.
+        computes: during a forward of the model, what it is of; else None.
+        full_model: None before the model is sharded.
+        is_sharded: whether the model must be called as a whole.
         replaced: parameters from before patching or sharding -> the local names that took their place.
     """
 
     cursor: Cursor
-    next_micro_batch: int = 0
+    evaluates_full: bool
     version: int = 0
-    own_forward: Callable[..., object] | None = None
-    full_forward: Callable[..., object] | None = None
+    computes: Literal["held", "full"] | None = None
+    full_model: FullModel | None = None
+    is_sharded: bool = False
     replaced: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
 

@@ -115,6 +115,10 @@ class Plan:
             result[name] = tuple(sorted(found, key=lambda pair: pair[0].start))
         return result
 
+    def is_shared(self, module: MaskableModule) -> bool:
+        """Whether every subnetwork holds all of it."""
+        return all(self.holder_sets[number] == self.everyone for number in self.set_of_unit[module.name])
+
     def holds(self, subnetwork: int) -> tuple[bool, ...]:
         """For each holder set whether ``subnetwork`` is in it."""
         if not 0 <= subnetwork < self.num_subnetworks:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPConfig, consolidate, patch_model
+import hf_sdp
+from hf_sdp import SDPConfig, SDPStateError, consolidate, patch_model
 from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.model.state import get_state, local_tensor
 from tests.support.models import batch, tiny_model
@@ -94,3 +95,23 @@ def test_fsdp2_mixed_precision():
         mixed = run_workers(mixed_precision, {**config, "param_dtype": "bfloat16", "reduce_dtype": "float32"}, None)
         assert mixed[0][0] == {torch.bfloat16}
         assert mixed[0][1] == pytest.approx(exact[0][1], abs=3e-2) and mixed[0][1] != exact[0][1]
+
+
+def norms_of_parameters(sdp: dict):
+    accelerator, model, _ = prepared(sdp, optimizer=torch.optim.SGD)
+    norms = [hf_sdp.global_norm(model.parameters(), kind).item() for kind in (2.0, float("inf"))]
+    loss = model(**batch(dist.get_rank())).loss
+    with pytest.raises(SDPStateError, match="the shards of a prepared model"):
+        hf_sdp.global_norm(model.parameters())
+    loss.backward()
+    full = consolidate(model)
+    return norms, None if full is None else [t for n, t in full.items() if n != "lm_head.weight"]
+
+
+@pytest.mark.parametrize("sdp", [dict(coverage=0.75), dict(level="block", sharding="none")], ids=["parts", "replicas"])
+def test_the_norm_of_all_parameters(sdp):
+    results = run_workers(norms_of_parameters, sdp)
+    full = results[0][1]
+    for norms, _ in results:
+        for kind, norm in zip((2.0, float("inf")), norms, strict=True):
+            assert norm == pytest.approx(torch.nn.utils.get_total_norm(full, kind).item(), rel=1e-5)

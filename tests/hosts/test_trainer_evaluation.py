@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_sdp import local_state_dict
 from tests.support.models import tiny_model
 from tests.support.trainer import Rows, make_trainer
 from tests.support.workers import run_workers
@@ -127,7 +128,7 @@ def state_dict_on_one_worker(folder):
     trainer.train()
     trainer.evaluate()
     if trainer.is_world_process_zero():
-        trainer.model.state_dict()
+        local_state_dict(trainer.model)
     trainer.model.train()
     return trainer.model(**trainer._prepare_inputs({"input_ids": Rows(1).ids, "labels": Rows(1).labels})).loss.item()
 

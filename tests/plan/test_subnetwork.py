@@ -9,6 +9,7 @@ from torch import nn
 from hf_sdp import Plan, SDPConfig, make_plan
 from hf_sdp.families.structure import Structure
 from hf_sdp.model.cut import cut
+from hf_sdp.model.state import Cursor, Run
 from hf_sdp.plan.groups import data_parallel_groups, sharding_groups
 from hf_sdp.plan.placement import Placement, owners
 from hf_sdp.plan.region import Region
@@ -82,7 +83,7 @@ def test_a_cut_model_is_the_full_one_with_the_other_neurons_zeroed(holders):
                 if index not in s.holders:
                     dense.layers[0]["mlp"].scale[s.start : s.stop] = 0
         subnetwork = subnetwork_of(plan, index)
-        cut(model, subnetwork)
+        cut(model, subnetwork, Run(Cursor(index), evaluates_full=False))
         found = dict(model.named_parameters()) | dict(model.named_buffers())
         assert {n: tuple(t.shape) for n, t in found.items()} == {
             n: tensor.region.shape for n, tensor in subnetwork.tensors.items()
