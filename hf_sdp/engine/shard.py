@@ -113,17 +113,13 @@ def _refuse_mixed_groups(model: nn.Module, held: Held) -> None:
     """FSDP2 reduces the gradients of a group as one tensor. It notices only in the first forward."""
     for group in held.groups:
         learned = {n: p.dtype for n in group.tensors if (p := model.get_parameter(n)).requires_grad}
-        first = next(iter(learned), None)
-        for name, dtype in learned.items():
-            if dtype != learned[first]:
-                raise SDPConfigError(
-                    f"{first} is {_name(learned[first])}, {name} is {_name(dtype)}: parameters that are sharded "
-                    "together need one dtype. Load the model in one dtype, or use level='neuron' for float32 norms."
-                )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        if len(set(learned.values())) > 1:
+            examples = {str(dtype).removeprefix("torch."): name for name, dtype in learned.items()}
+            raise SDPConfigError(
+                "Parameters that are sharded together need one dtype: "
+                f"{', '.join(f'{name} is {dtype}' for dtype, name in examples.items())}. Load the model in one dtype, "
+                "or use level='neuron' for float32 norms."
+            )
 
 
 def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:
