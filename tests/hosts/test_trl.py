@@ -1,5 +1,6 @@
 """TRL's trainers as they are. They replace the model's forward, call its base, and read the head without calling it."""
 
+import math
 import os
 
 import pytest
@@ -93,3 +94,9 @@ def train_and_reload(kind: str, folder, sdp: dict):
 def test_evaluation_is_that_of_the_saved_model(tmp_path, kind, level):
     for loss, of_saved in run_workers(train_and_reload, kind, tmp_path, dict(level=level, coverage=0.5)):
         assert loss == pytest.approx(of_saved, rel=1e-6)
+
+
+def test_a_loss_against_a_reference_starts_at_its_own_under_backward_masking(tmp_path):
+    """The forward that trains is then the full model's, as the reference is."""
+    losses, _ = run_workers(train, "dpo", tmp_path, dict(coverage=0.5, masking="backward"))[0]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
