@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import SDPConfigError, SDPStateError
     from .hosts.accelerator import SDPAccelerator
     from .hosts.trainer import SDPCallback, enable
+    from .hosts.trainer_checkpoint import last_checkpoint
     from .patch import patch_model
     from .plan.plan import Plan
     from .planner import make_plan
@@ -36,6 +37,7 @@ _HOMES = {
     "export_subnetwork": "checkpoint.export",
     "from_config": "pretrained",
     "from_pretrained": "pretrained",
+    "last_checkpoint": "hosts.trainer_checkpoint",
     "make_plan": "planner",
     "patch_model": "patch",
     "save_pretrained": "checkpoint.save",
@@ -57,6 +59,7 @@ __all__ = [
     "export_subnetwork",
     "from_config",
     "from_pretrained",
+    "last_checkpoint",
     "make_plan",
     "patch_model",
     "save_pretrained",
