@@ -127,12 +127,12 @@ def finish_all_interrupted(output_dir: str | os.PathLike) -> None:
 
 
 def checkpoints_of(output_dir: str | os.PathLike) -> list[str]:
-    """The folders ``checkpoint-<step>`` of a Trainer's ``output_dir``, highest step first."""
+    """The names ``checkpoint-<step>`` of the folders in a Trainer's ``output_dir``, highest step first."""
     found = {}
     for path in Path(output_dir).iterdir() if Path(output_dir).is_dir() else ():
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = os.path.join(output_dir, path.name)
-    return [folder for _, folder in sorted(found.items(), reverse=True)]
+            found[int(match[1])] = path.name
+    return [name for _, name in sorted(found.items(), reverse=True)]
 
 
 def newest_complete(output_dir: str | os.PathLike) -> str | None:
@@ -141,13 +141,14 @@ def newest_complete(output_dir: str | os.PathLike) -> str | None:
     Raises: SDPConfigError on every worker, and nothing older is taken, when some worker has no permission or does not
         see what rank 0 sees.
     """
-    for folder in from_rank_0(lambda: checkpoints_of(output_dir)):
+    for name in from_rank_0(lambda: checkpoints_of(output_dir)):
+        folder = os.path.join(output_dir, name)
         try:
             if check_together(folder) is None:
                 from_rank_0(functools.partial(_check_plain, folder))
             return Compared(folder)
         except SDPStateError as error:
-            logger.warning("Not resuming from %s: %s", os.path.basename(folder), error)
+            logger.warning("Not resuming from %s: %s", name, error)
     return None
 
 

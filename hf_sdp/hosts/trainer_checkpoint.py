@@ -276,11 +276,13 @@ def refuse_to_overwrite(output_dir: str | os.PathLike) -> None:
 
     Raises: SDPConfigError on every worker when ``output_dir`` has checkpoints of SDP of an earlier run.
     """
-    earlier = from_rank_0(lambda: [f for f in checkpoint.checkpoints_of(output_dir) if size_of(Path(f, MARKER))])
-    if earlier:
+    names = from_rank_0(
+        lambda: [n for n in checkpoint.checkpoints_of(output_dir) if size_of(Path(output_dir, n, MARKER)) is not None]
+    )
+    if names:
         raise SDPConfigError(
-            f"{output_dir} has {len(earlier)} checkpoints of an earlier run, the newest of which is "
-            f"{os.path.basename(earlier[0])}, and this run starts at step 0: it would overwrite them. To continue: "
+            f"{output_dir} has {', '.join(reversed(names))} of an earlier run, and this run starts at step 0: it would "
+            "overwrite them. To continue: "
             "trainer.train(resume_from_checkpoint=hf_sdp.last_checkpoint(args.output_dir)). To start anew: another "
             "output_dir, or remove them."
         )
