@@ -51,7 +51,8 @@ def work(folder: Path, num_steps: int) -> None:
 
     model = LlamaForCausalLM(config)
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[SDPCallback(SDPConfig(coverage=0.5)), Alive()])
-    trainer.train(resume_from_checkpoint=hf_sdp.last_checkpoint(args.output_dir))
+    result = trainer.train(resume_from_checkpoint=hf_sdp.last_checkpoint(args.output_dir))
+    (folder / f"ended-{args.process_index}").write_text(str(result.global_step))
 
 
 def start(folder: Path, num_steps: int, max_restarts: int) -> subprocess.Popen:
