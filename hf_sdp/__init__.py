@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import SDPConfigError, SDPStateError
     from .hosts.accelerator import SDPAccelerator
     from .hosts.trainer import SDPCallback, enable
+    from .hosts.trainer_checkpoint import last_checkpoint
     from .model.forward import local_state_dict
     from .patch import patch_model
     from .plan.plan import Plan
@@ -40,6 +41,7 @@ _HOMES = {
     "from_pretrained": "pretrained",
     "global_norm": "engine.gradients",
     "local_state_dict": "model.forward",
+    "last_checkpoint": "hosts.trainer_checkpoint",
     "make_plan": "planner",
     "patch_model": "patch",
     "save_pretrained": "checkpoint.save",
@@ -63,6 +65,7 @@ __all__ = [
     "from_pretrained",
     "global_norm",
     "local_state_dict",
+    "last_checkpoint",
     "make_plan",
     "patch_model",
     "save_pretrained",

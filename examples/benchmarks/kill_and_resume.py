@@ -4,8 +4,8 @@
 
 Four real workers train a tiny Llama under the Trainer and save every second step. SIGKILL hits one of them at a moment
 drawn from the time between the first step and the end. As a launcher would, the script then stops the others and starts
-all again with ``resume_from_checkpoint=True``. After every kill the run goes on to its end, whose weights must be those
-of the undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
+all again with the same line (``resume_from_checkpoint=last_checkpoint(...)``). After every kill the run goes on to its
+end, whose weights must be those of the undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
 """
 
 import argparse
@@ -33,12 +33,10 @@ CONFIGS = [
 def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     """One worker's life: from the newest complete checkpoint, if there is one, to the end."""
     import torch
-    import torch.distributed as dist
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from hf_sdp import SDPCallback, SDPConfig, patch_model
+    from hf_sdp import SDPCallback, SDPConfig, last_checkpoint, patch_model
     from hf_sdp.bench.small_llama import small_llama
-    from hf_sdp.checkpoint.folder import newest_complete
 
     log = open(f"{folder}.{rank}.log", "a")  # noqa: SIM115, for the life of the process
     os.dup2(log.fileno(), 1)
@@ -63,11 +61,7 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
             Path(f"{folder}.started").touch()
 
     trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[SDPCallback(), Started()])
-    dist.barrier()
-    newest = newest_complete(folder)
-    dist.barrier()
-    if newest is None or not newest.endswith(f"-{NUM_STEPS}"):  # at the end the Trainer would take one step more
-        trainer.train(resume_from_checkpoint=True if newest else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 
 
 class Run:

@@ -12,6 +12,7 @@ one file system.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -23,8 +24,10 @@ from torch import nn
 
 from ..engine.sharded import get_sharded
 from ..errors import SDPStateError
-from ..world.agreement import together
-from .marker import MARKER, check, check_together, seal
+from ..world.agreement import from_rank_0, together
+from .files import size_of
+from .marker import MARKER, Compared, check, check_together, seal
+from .one_file_system import refuse_unless_shared
 
 _UNFINISHED = "_unfinished-"  # uploads to the Hub leave out "_*"
 logger = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
     """``with writing(folder, model) as unfinished: ...`` fills ``unfinished``. It then takes the place of ``folder``.
 
     Collective: all workers run the block; what fails on one of them is an error on all, and leaves ``folder`` and all
-    other checkpoints as they were. Raises SDPStateError when some worker does not come.
+    other checkpoints as they were. Raises SDPStateError when some worker does not come, SDPConfigError before the block
+    when some workers do not see the folder that rank 0 has made.
     """
     sharded, folder = get_sharded(model, "Saving a checkpoint"), Path(folder)
     held, group = sharded.held, sharded.control_group
@@ -47,6 +51,7 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
             finish_interrupted(folder)
             unfinished.mkdir(parents=True)
     try:
+        refuse_unless_shared(unfinished.parent, group)
         with together(group):
             yield unfinished
         seal(unfinished, held, group)
@@ -122,23 +127,31 @@ def finish_all_interrupted(output_dir: str | os.PathLike) -> None:
 
 
 def checkpoints_of(output_dir: str | os.PathLike) -> list[str]:
-    """The folders ``checkpoint-<step>`` of a Trainer's ``output_dir``, highest step first."""
+    """The names ``checkpoint-<step>`` of the folders in a Trainer's ``output_dir``, highest step first."""
     found = {}
     for path in Path(output_dir).iterdir() if Path(output_dir).is_dir() else ():
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = os.path.join(output_dir, path.name)
-    return [folder for _, folder in sorted(found.items(), reverse=True)]
+            found[int(match[1])] = path.name
+    return [name for _, name in sorted(found.items(), reverse=True)]
 
 
 def newest_complete(output_dir: str | os.PathLike) -> str | None:
-    """The ``checkpoint-<step>`` of the highest step that is complete and undamaged; warns of others. Collective."""
-    for folder in checkpoints_of(output_dir):
+    """The ``checkpoint-<step>`` of the highest step that is complete and undamaged; warns of others. Collective.
+
+    Raises: SDPConfigError on every worker, and nothing older is taken, when some worker has no permission or does not
+        see what rank 0 sees.
+    """
+    for name in from_rank_0(lambda: checkpoints_of(output_dir)):
+        folder = os.path.join(output_dir, name)
         try:
-            is_ours = check_together(folder) is not None
-            with together():
-                if not is_ours and not Path(folder, "trainer_state.json").is_file():  # a plain Trainer writes it last
-                    raise SDPStateError(f"{folder} is incomplete: trainer_state.json is missing.")
-            return folder
+            if check_together(folder) is None:
+                from_rank_0(functools.partial(_check_plain, folder))
+            return Compared(folder)
         except SDPStateError as error:
-            logger.warning("Not resuming from %s: %s", os.path.basename(folder), error)
+            logger.warning("Not resuming from %s: %s", name, error)
     return None
+
+
+def _check_plain(folder: str) -> None:
+    if size_of(os.path.join(folder, "trainer_state.json")) is None:  # a plain Trainer writes it last
+        raise SDPStateError(f"{folder} is incomplete: trainer_state.json is missing.")

@@ -11,13 +11,26 @@ from ..engine.sharded import control_group, find_sharded, stored_tensors
 from ..errors import SDPStateError
 from ..model.state import find_state, get_state, unwrap
 from ..plan.region import Region
-from ..world.agreement import together
-from .marker import OPTIMIZER, changes, check, check_together
+from ..world.agreement import from_rank_0, together
+from .files import size_of
+from .marker import OPTIMIZER, changes, check_together, read_marker
 from .optimizer_state import check_optimizer
 from .saved_optimizer import SavedByTorch, SavedOptimizer
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
+
+
+def check_weights(model: nn.Module, folder: str | Path) -> Weights:
+    """The folder's weights, which fit the patched model; nothing is changed. Collective. Raises: as
+    :func:`load_weights`."""
+    held, group = get_state(unwrap(model)).held, control_group(model)
+    check_together(folder, only="model", group=group)
+    file_names = from_rank_0(lambda: Weights(folder).file_names, group)
+    with together(group):
+        weights = Weights(folder, file_names)
+        weights.check(held.plan.shapes)
+    return weights
 
 
 @torch.no_grad()
@@ -28,11 +41,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         SDPConfigError when a parameter is missing or has another shape.
     """
     model = unwrap(model)
-    held, sharded, group = get_state(model).held, find_sharded(model), control_group(model)
-    check_together(folder, only="model", group=group)
-    with together(group):
-        weights = Weights(folder)
-        weights.check(held.plan.shapes)
+    sharded, group = find_sharded(model), control_group(model)
+    weights = check_weights(model, folder)
     if sharded is not None:
         reshard(model)
         sharded.weights_changed()  # first: if reading fails halfway, nothing that was kept is current
@@ -48,11 +58,11 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 def find_optimizer_state(folder: str | Path, index: int = 0) -> Path:
     """The folder (of SDP) or file (of a plain Trainer or Accelerator) with the state of the ``index``-th optimizer.
 
-    Raises: SDPStateError when there is none.
+    Raises: SDPStateError when there is none, SDPConfigError without permission.
     """
     suffix = f"_{index}" if index else ""
     names = (f"{OPTIMIZER}{suffix}", f"optimizer{suffix}.pt", f"optimizer{suffix}.bin")
-    found = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
+    found = next((Path(folder) / name for name in names if size_of(Path(folder) / name) is not None), None)
     if found is None:
         raise SDPStateError(
             f"{folder} has no optimizer state (save_only_model=True?): training would go on with a fresh optimizer. To "
@@ -68,11 +78,12 @@ def open_optimizer_state(
 
     Raises: SDPStateError on every worker when there is none, it is damaged, or it does not fit ``optimizer``.
     """
-    check_together(folder, only=OPTIMIZER, group=control_group(model))
-    with together(control_group(model)):
-        check(folder)
-        found = find_optimizer_state(folder, index)
-        saved: SavedOptimizer | SavedByTorch | None = SavedOptimizer(found, model) if found.is_dir() else None
+    group = control_group(model)
+    check_together(folder, only=OPTIMIZER, group=group)
+    found = from_rank_0(lambda: find_optimizer_state(folder, index), group)
+    with together(group):
+        of_sdp = found.name.startswith(OPTIMIZER)
+        saved: SavedOptimizer | SavedByTorch | None = SavedOptimizer(found, model) if of_sdp else None
     if saved is None:
         saved = SavedByTorch(found, optimizer, model)
     check_optimizer(optimizer, model, saved)
@@ -81,7 +92,9 @@ def open_optimizer_state(
 
 def tell_changes(model: nn.Module, folder: str | Path, world_size: int, rank: int) -> None:
     """Warn, on rank 0, of what is different from the run that wrote the checkpoint."""
+    if rank != 0:
+        return
     state = find_state(model)
-    differences = changes(check(folder), state.held if state is not None else None, world_size)
-    if differences and rank == 0:
+    differences = changes(read_marker(Path(folder)), state.held if state is not None else None, world_size)
+    if differences:
         logger.warning("Continuing from %s. Different: %s.", folder, "; ".join(differences))

@@ -11,9 +11,15 @@ import torch.distributed as dist
 from ..compat import versions
 from ..errors import SDPStateError
 from ..model.state import Held
-from ..world.agreement import process_group_is_up, together
+from ..world.agreement import from_rank_0, of_everyone, process_group_is_up, together
+from .files import read_json, reading, size_of
+from .one_file_system import refuse_unless_seen
 
 MARKER, PLAN, OPTIMIZER = "sdp_checkpoint.json", "sdp_plan.json", "sdp_optimizer"
+
+
+class Compared(str):
+    """The path of a checkpoint whose checksums have just been compared: :func:`check_together` compares sizes only."""
 
 
 def seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
@@ -22,12 +28,14 @@ def seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
         if held.rank == 0:
             (folder / PLAN).write_text(held.plan.to_json() + "\n")
     mine: dict[str, dict] = {}
-    everyone: list = [None] * held.world_size
     with together(group):
-        files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    # What a worker has written it sees itself; a listing elsewhere may lag behind.
+    files = sorted(set().union(*of_everyone(found, group)))
+    with together(group):
         for file in files[held.rank :: held.world_size]:
             mine[file] = fingerprint(folder / file)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = of_everyone(mine, group)
     with together(group):
         if held.rank == 0:
             content = {
@@ -50,64 +58,83 @@ def fingerprint(file: Path) -> dict:
     with open(file, "rb") as opened:
         while block := opened.read(2**20):
             crc = zlib.crc32(block, crc)
-    return {"bytes": file.stat().st_size, "crc32": f"{crc:08x}"}
+        return {"bytes": opened.tell(), "crc32": f"{crc:08x}"}
 
 
-def check(
-    folder: str | os.PathLike, *, only: str | None = "", contents: bool = False, share: tuple[int, int] = (0, 1)
-) -> dict | None:
+def check(folder: str | os.PathLike, *, only: str | None = "", contents: bool = False) -> dict | None:
     """The content of the marker of a complete checkpoint; None for a folder that SDP did not write.
 
     Args:
         only: files whose names start so ("model": the weights); None: none of them.
         contents: also compare CRC-32.
-        share: ``(rank, world size)`` of a process that compares its share of the files, while others compare theirs.
-    Raises: SDPStateError that names the file that is missing, cut short or, with ``contents``, has changed.
+    Raises: SDPStateError that names the file that is missing, cut short or, with ``contents``, has changed;
+        SDPConfigError for a file that this process has no permission to read.
     """
     folder, content = Path(folder), read_marker(Path(folder))
-    if content is None or only is None:
-        return content
-    files = {file: expected for file, expected in content["files"].items() if file.startswith(only)}
-    for file, expected in files.items():
-        if not (folder / file).is_file():
-            raise SDPStateError(f"{folder} is incomplete: {file} is missing.")
-        size = (folder / file).stat().st_size
-        if size != expected["bytes"]:
-            raise SDPStateError(
-                f"{folder} is damaged: {file} has {size} bytes, it was written with {expected['bytes']}."
-            )
-    rank, world_size = share
-    for file in sorted(files)[rank::world_size] if contents else ():
-        if fingerprint(folder / file) != files[file]:
-            raise SDPStateError(f"{folder} is damaged: the content of {file} has changed since it was written.")
+    if content is not None and only is not None:
+        files = _chosen(content, only)
+        _check_sizes(folder, files)
+        if contents:
+            _check_contents(folder, files)
     return content
 
 
 def check_together(folder: str | os.PathLike, *, only: str = "", group: dist.ProcessGroup | None = None) -> dict | None:
-    """As :func:`check` with ``contents``, each worker a share of the files. Collective.
+    """As :func:`check` with ``contents``, each worker a share of the files. Which files these are is read by rank 0.
+    Collective.
 
-    Raises: SDPStateError on every worker.
+    Raises: on every worker, as :func:`check`; SDPConfigError also when some workers do not see what rank 0 sees.
     """
-    share = (dist.get_rank(), dist.get_world_size()) if process_group_is_up() else (0, 1)
-    with together(group):
-        content = check(folder, only=only, contents=True, share=share)
+    content = from_rank_0(lambda: check(folder, only=only), group)
+    if content is None:
+        return None
+    files = _chosen(content, only)
+    refuse_unless_seen(lambda: _check_sizes(Path(folder), files), folder, group)
+    if not isinstance(folder, Compared):
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if process_group_is_up() else (0, 1)
+        with together(group):
+            _check_contents(Path(folder), dict(sorted(files.items())[rank::world_size]))
     return content
+
+
+def _chosen(content: dict, only: str) -> dict[str, dict]:
+    return {file: expected for file, expected in content["files"].items() if file.startswith(only)}
+
+
+def _check_sizes(folder: Path, files: dict[str, dict]) -> None:
+    for file, expected in files.items():
+        size = size_of(folder / file)
+        if size is None:
+            raise SDPStateError(f"{folder} is incomplete: {file} is missing.")
+        if size != expected["bytes"]:
+            raise SDPStateError(
+                f"{folder} is damaged: {file} has {size} bytes, it was written with {expected['bytes']}."
+            )
+
+
+def _check_contents(folder: Path, files: dict[str, dict]) -> None:
+    for file, expected in files.items():
+        try:
+            with reading(folder / file):
+                found = fingerprint(folder / file)
+        except FileNotFoundError as error:
+            raise SDPStateError(f"{folder} is incomplete: {file} is missing.") from error
+        if found != expected:
+            raise SDPStateError(f"{folder} is damaged: the content of {file} has changed since it was written.")
 
 
 def read_marker(folder: Path) -> dict | None:
     """The marker's content; None for a folder that SDP did not write.
 
-    Raises: SDPStateError when it is missing beside other files of SDP, is damaged, or names files outside the folder.
+    Raises: SDPStateError when it is missing beside other files of SDP, is damaged, or names files outside the folder;
+        SDPConfigError without permission.
     """
     file = folder / MARKER
-    if not file.is_file():
-        if (folder / OPTIMIZER).exists() or (folder / PLAN).exists():
+    if size_of(file) is None:
+        if size_of(folder / OPTIMIZER) is not None or size_of(folder / PLAN) is not None:
             raise SDPStateError(f"{folder} is incomplete: it has no {MARKER}, which is written last.")
         return None
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise SDPStateError(f"{file} cannot be read: {error}.") from error
+    content = read_json(file)
     kinds = {"files": dict, "world_size": int, "sdp_config": dict, "plan_hash": str, "versions": dict}
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):

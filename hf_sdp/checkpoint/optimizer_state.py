@@ -9,14 +9,13 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..engine.optimizer import local_shards
 from ..engine.sharded import control_group
 from ..errors import SDPStateError
 from ..model.state import local_tensor
-from ..world.agreement import together
+from ..world.agreement import is_rank_0, of_everyone, together
 from . import tensors as boxes
 from .saved_optimizer import GROUPS, TENSORS, SavedByTorch, SavedOptimizer, Wanted, from_json
 from .stored import full_shapes, stored_parameters
@@ -59,12 +58,9 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             for g in optimizer.param_groups
         ]
     boxes.write(folder / TENSORS, tensors, group)
-    if dist.is_initialized():
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (groups, numbers), group=group)
-        groups, numbers = _union(everyone, list(full_shapes(model)))
+    groups, numbers = _union(of_everyone((groups, numbers), group), list(full_shapes(model)))
     with together(group):
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_rank_0():
             content = {"optimizer": type(optimizer).__name__, "groups": groups, "numbers": numbers}
             (folder / GROUPS).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -149,14 +145,50 @@ def _check(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptim
                     f"The checkpoint has {key} of shape {shape} for {name}, the model's is {shapes.get(name)}. "
                     "It is the state of another model."
                 )
+    _check_whole(saved)
     saved_number = {name: i for i, g in enumerate(saved.groups) for name in g["params"]}
     stored = stored_parameters(model)
     for number, g in enumerate(optimizer.param_groups):
-        found = {saved_number.get(stored[p].name) for p in g["params"]}
-        if len(found) > 1 or None in found:
+        found = {saved_number.get(stored[p].name, -1) for p in g["params"]}
+        if len(found) > 1 or -1 in found:
             missing = [stored[p].name for p in g["params"] if stored[p].name not in saved_number]
             raise SDPStateError(
                 f"Parameter group {number} of this run is not one of the checkpoint's: its parameters were in groups "
-                f"{sorted(found, key=str)}{f', {missing[:3]} in none' if missing else ''}. "
-                "Make the optimizer as it was."
+                f"{sorted(found - {-1})}{f', {missing[:3]} in none' if missing else ''}. Make the optimizer as it was."
             )
+        for its_number in found:
+            _check_options(g, saved.groups[its_number], type(optimizer).__name__)
+
+
+def _check_whole(saved: SavedOptimizer | SavedByTorch) -> None:
+    """Parameters of one group have the same state; one that was never stepped has none."""
+    for g in saved.groups:
+        keys = {name: {*saved.tensors.get(name, ()), *saved.numbers.get(name, ())} for name in g["params"]}
+        all_keys = set().union(*keys.values())
+        for name, found in keys.items():
+            if found and found != all_keys:
+                raise SDPStateError(
+                    f"The checkpoint's optimizer state is not whole: {name} has {sorted(found)}, others of its group "
+                    f"also have {sorted(all_keys - found)}."
+                )
+
+
+def _check_options(now: dict, then: dict, optimizer: str) -> None:
+    """A plain optimizer's file does not say its class: another one has other options. (A newer version of the same one
+    has more of them.)"""
+    ignored = {"params", "initial_lr", *_OF_THIS_RUN}
+    unknown, missing = then.keys() - now.keys() - ignored, now.keys() - then.keys() - ignored
+    if unknown and missing:
+        raise SDPStateError(
+            f"The checkpoint has the state of another optimizer: its groups have {sorted(unknown)}, those of this "
+            f"run's {optimizer} {sorted(missing)}. Use the same optimizer, or start anew from the weights."
+        )
+    for key in now.keys() & then.keys() - ignored:
+        if not _is_like(then[key], now[key]):
+            raise SDPStateError(f"The checkpoint's optimizer has {key}={then[key]!r}, this run's {now[key]!r}.")
+
+
+def _is_like(then, now) -> bool:
+    if isinstance(now, (tuple, list)):
+        return isinstance(then, (tuple, list)) and len(then) == len(now) and all(map(_is_like, then, now))
+    return not isinstance(now, (int, float)) or isinstance(then, (int, float, dict, torch.Tensor))

@@ -1,18 +1,17 @@
 """Optimizer state that has been saved, by SDP or by a plain optimizer: opened, and read by region."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..engine.sharded import control_group
 from ..errors import SDPStateError
 from ..plan.region import Region
-from ..world.agreement import together
+from ..world.agreement import of_everyone, together
 from . import tensors as boxes
+from .files import read_json, reading
 from .stored import full_shapes, stored_parameters
 from .tensors import Boxes
 
@@ -37,6 +36,40 @@ def from_json(value, like=None):
     return value
 
 
+def _read_groups(file: Path) -> dict:
+    """The content of ``groups.json``. Raises: SDPStateError that names the file, and what in it is of a wrong type."""
+    content = read_json(file)
+
+    def need(holds: bool, what: str) -> None:
+        if not holds:
+            raise SDPStateError(f"{file} is damaged: {what}.")
+
+    need(isinstance(content, dict), "it is no dict")
+    for key, kind in {"optimizer": str, "groups": list, "numbers": dict}.items():
+        need(isinstance(content.get(key), kind), f"{key!r} is missing, or no {kind.__name__}")
+    for number, group in enumerate(content["groups"]):
+        need(isinstance(group, dict), f"group {number} is no dict")
+        names = group.get("params")
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        need(named, f"'params' of group {number} is no list of names")
+        for key, value in group.items():
+            need(_is_value(value), f"{key!r} of group {number} is {value!r}")
+    for name, numbers in content["numbers"].items():
+        need(isinstance(numbers, dict), f"the numbers of {name} are {numbers!r}")
+        for key, value in numbers.items():
+            need(_is_value(value), f"{key!r} of {name} is {value!r}")
+    return content
+
+
+def _is_value(value) -> bool:
+    """Whether it is something that ``save_optimizer`` writes."""
+    if isinstance(value, dict):
+        dtype = value.get("dtype")
+        known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+        return known and isinstance(value.get("value"), (bool, int, float))
+    return all(map(_is_value, value)) if isinstance(value, list) else True
+
+
 class SavedOptimizer:
     """State written by :func:`save_optimizer`.
 
@@ -46,7 +79,7 @@ class SavedOptimizer:
 
     def __init__(self, folder: Path, model: nn.Module):
         self.folder, self.group = folder, control_group(model)
-        content = json.loads((folder / GROUPS).read_text())
+        content = _read_groups(folder / GROUPS)
         self.optimizer, self.groups = content["optimizer"], content["groups"]
         self.numbers = {n: {k: from_json(v) for k, v in s.items()} for n, s in content["numbers"].items()}
         self.tensors: dict[str, dict[str, tuple]] = {}
@@ -92,11 +125,14 @@ class SavedByTorch:
 
     @staticmethod
     def _load(file: Path, names_of_groups: list[list[str]]) -> dict:
+        with reading(file):
+            open(file, "rb").close()  # a file without permission is no damaged one
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise SDPStateError(f"{file} is cut short or not a plain optimizer's state: {error}") from error
-        counts = [len(g["params"]) for g in saved.get("param_groups", [])]
+            counts = [len(g["params"]) for g in saved["param_groups"]]
+            saved["state"].get(0, {}).items()
+        except Exception as error:  # whatever is in it instead
+            raise SDPStateError(f"{file} is cut short or not a plain optimizer's state: {error!r}") from error
         if counts != [len(names) for names in names_of_groups]:
             raise SDPStateError(
                 f"{file} has parameter groups of {counts} parameters, "
@@ -124,9 +160,6 @@ def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
                     "order, so it cannot be said which is which. Make the optimizer from model.parameters(), in their "
                     "order."
                 )
-    everyone: list = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=control_group(model))
+    everyone = of_everyone(mine, control_group(model))
     unions = [{name for theirs in everyone for name in theirs[i]} for i in range(len(mine))]
     return [[name for name in full_shapes(model) if name in names] for names in unions]

@@ -16,8 +16,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
-from ..errors import SDPConfigError
+from ..errors import SDPConfigError, SDPStateError
 from ..plan.region import Region
+from .files import read_json, reading, size_of
 from .marker import is_inside
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,28 +31,34 @@ _DTYPES = {
 class Weights:
     """Tensors of a folder's ``model.safetensors``, or of its shards and their index; read by range.
 
-    Raises: SDPConfigError that names the file: none there, cut short, or missing from the index.
+    Args:
+        file_names: tensor -> name of its file, of a worker that has looked (its ``file_names``); default: look.
+    Raises: SDPConfigError that names the file: none there, no permission, cut short, or missing from the index.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, file_names: dict[str, str] | None = None):
         self.folder = Path(folder)
         self._headers: dict[Path, dict[str, tuple[tuple[int, ...], str]]] = {}
-        index = self.folder / INDEX
-        if index.is_file():
-            self.files = {name: self.folder / file for name, file in _weight_map(index).items()}
-        elif (self.folder / SINGLE).is_file():
-            self.files = dict.fromkeys(self._header(self.folder / SINGLE), self.folder / SINGLE)
-        else:
-            raise SDPConfigError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+        self.file_names = self._look() if file_names is None else file_names
+        self.files = {name: self.folder / file for name, file in self.file_names.items()}
+
+    def _look(self) -> dict[str, str]:
+        if size_of(self.folder / INDEX) is not None:
+            return _weight_map(self.folder / INDEX)
+        if size_of(self.folder / SINGLE) is not None:
+            return dict.fromkeys(self._header(self.folder / SINGLE), SINGLE)
+        raise SDPConfigError(f"{self.folder} has neither {SINGLE} nor {INDEX}.")
 
     def _header(self, file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> shape and dtype of the tensors of one file."""
         if file not in self._headers:
             try:
+                with reading(file):
+                    open(file, "rb").close()  # safetensors says "no such file" without permission as well
                 with safe_open(file, "pt") as opened:
                     slices = {name: opened.get_slice(name) for name in opened.keys()}
                     self._headers[file] = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, SDPStateError, OSError) as error:
                 raise SDPConfigError(f"{file} is missing, cut short or not a safetensors file: {error}") from error
         return self._headers[file]
 
@@ -61,8 +68,12 @@ class Weights:
         return header[name][0] if name in header else None
 
     def dtype(self, name: str) -> torch.dtype:
+        """Raises: SDPConfigError that names the file for a dtype that hf_sdp does not write."""
         stored = self._header(self.files[name])[name][1]
-        return next(dtype for dtype, known in _DTYPES.items() if known == stored)
+        for dtype, known in _DTYPES.items():
+            if known == stored:
+                return dtype
+        raise SDPConfigError(f"{self.files[name]}: {name} is of dtype {stored}, hf_sdp knows {[*_DTYPES.values()]}.")
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises SDPConfigError that names the file, unless every one of ``shapes`` is there with this shape."""
@@ -90,14 +101,16 @@ class Weights:
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file. Raises: SDPConfigError that names the index when it is damaged or names files elsewhere."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        found = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SDPConfigError(f"{index} cannot be read: {error!r}.") from error
-    for file in found.values():
-        if not is_inside(file):
+        content = read_json(index)
+    except SDPStateError as error:
+        raise SDPConfigError(str(error)) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise SDPConfigError(f"{index} cannot be read: it has no 'weight_map' of tensors to files.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not is_inside(file):
             raise SDPConfigError(f"{index} names {file!r}, which is no file of the folder.")
-    return found
+    return weight_map
 
 
 class WeightsWriter:

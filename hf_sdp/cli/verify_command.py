@@ -105,12 +105,13 @@ def _plan(folder: Path, marker: dict, shapes: dict[str, tuple[int, ...]]) -> str
     file = folder / PLAN
     try:
         plan = Plan.from_json(file.read_text())
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        found_hash = plan.hash
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SDPStateError(f"{file} cannot be read as a plan: {error!r}.") from error
     try:
         config = marker["sdp_config"]
         expected = {
-            "plan_hash": (plan.hash, marker["plan_hash"]),
+            "plan_hash": (found_hash, marker["plan_hash"]),
             "level": (plan.level, config["level"]),
             "masking": (plan.masking, config["masking"]),
             "num_subnetworks": (plan.num_subnetworks, config["num_subnetworks"] or marker["world_size"]),

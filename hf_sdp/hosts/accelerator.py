@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from accelerate.utils.constants import SCALER_NAME, SCHEDULER_NAME
 from torch import nn
 
 from ..checkpoint import folder as checkpoint
+from ..checkpoint.files import size_of
 from ..checkpoint.load import load_weights, open_optimizer_state, tell_changes
-from ..checkpoint.marker import OPTIMIZER
+from ..checkpoint.marker import OPTIMIZER, Compared, check_together
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import reset_after_exception
@@ -26,7 +28,7 @@ from ..engine.sharded import control_group, find_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
-from ..world.agreement import together
+from ..world.agreement import from_rank_0, together
 
 _OTHER_ENGINES = {
     DistributedType.FSDP: "FSDP",
@@ -143,7 +145,7 @@ class SDPAccelerator(Accelerator):
         automatic = self.project_configuration.automatic_checkpoint_naming
         if automatic:
             output_dir = os.path.join(self.project_dir, "checkpoints", f"checkpoint_{self.save_iteration}")
-            if os.path.exists(output_dir):
+            if from_rank_0(lambda: size_of(output_dir), control_group(model)) is not None:
                 raise ValueError(
                     f"{output_dir} already exists. Set project_configuration.iteration to the next number."
                 )
@@ -173,26 +175,42 @@ class SDPAccelerator(Accelerator):
         The world and the plan may be others than those that wrote it. Collective.
 
         Raises: on every worker, before anything is changed: SDPStateError when the folder is incomplete or damaged or
-            of another optimizer, SDPConfigError when it is of another model.
+            of another optimizer, SDPConfigError when it is of another model, may not be read, or is not seen by all.
         """
         if not self._has_sharded_model():
             return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
         model = self._only_model()
+        group = control_group(model)
         if input_dir is None and self.project_configuration.automatic_checkpoint_naming:
-            folders = _automatic_folders(self.project_dir)
+            folders = from_rank_0(lambda: _automatic_folders(self.project_dir), group)
             input_dir = folders[-1] if folders else None
         if input_dir is None:
             raise ValueError("No input_dir was given, and there is no automatically named checkpoint.")
-        with together(control_group(model)):
-            if self.is_main_process:
-                checkpoint.finish_interrupted(Path(input_dir))
+        from_rank_0(lambda: checkpoint.finish_interrupted(Path(input_dir)), group)
+        check_together(input_dir, group=group)
+        input_dir = Compared(input_dir)
         saved = [open_optimizer_state(optimizer, model, input_dir, i) for i, optimizer in enumerate(self._optimizers)]
+        from_rank_0(lambda: self._check_rest(Path(input_dir)), group)
         load_weights(model, input_dir)
         for optimizer, its_state in zip(self._optimizers, saved, strict=True):
             load_optimizer(optimizer, model, its_state)
         tell_changes(model, input_dir, self.num_processes, self.process_index)
         with self._without_model():
             return super().load_state(str(input_dir), load_kwargs, **load_model_func_kwargs)
+
+    def _check_rest(self, folder: Path) -> None:
+        """Raises SDPStateError that names what the folder lacks of all that is neither model nor optimizer."""
+        wanted = [_numbered(SCHEDULER_NAME, i) + ".bin" for i in range(len(self._schedulers))]
+        wanted += [SCALER_NAME] if self.scaler is not None else []
+        missing = [name for name in wanted if size_of(folder / name) is None]
+        if missing:
+            raise SDPStateError(f"{folder} is incomplete: {missing[0]} is missing.")
+        found = len([*folder.glob("custom_checkpoint_*.pkl")])
+        if found != len(self._custom_objects):
+            raise SDPStateError(
+                f"{folder} has the state of {found} registered objects, this accelerator has "
+                f"{len(self._custom_objects)}. Register the same ones (register_for_checkpointing), in their order."
+            )
 
     @contextlib.contextmanager
     def _without_model(self):

@@ -8,6 +8,7 @@ import functools
 import inspect
 
 import transformers.trainer as host
+import transformers.trainer_jit_checkpoint as host_jit_checkpoint
 from torch import nn
 from transformers import TrainerCallback
 
@@ -19,7 +20,8 @@ from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, get_state
 from ..patch import patch_model
 from .accelerator import SDPAccelerator
-from .trainer_checkpoint import WRAPS, get_last_checkpoint, keep_weights, let_go_of_weights
+from .preemption import AgreedJITCheckpoint
+from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
 
 
 class _TrainerAccelerator(SDPAccelerator):
@@ -51,6 +53,7 @@ class SDPCallback(TrainerCallback):
         enable()
         self.config = config
         self.meter: StepMeter | None = None
+        self._first_training = True
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if args.bf16_full_eval or args.fp16_full_eval:
@@ -75,6 +78,12 @@ class SDPCallback(TrainerCallback):
         _check_training(args, model)
         let_go_of_weights(model)
         sharded = find_sharded(model)
+        saves = args.save_strategy != "no" or args.enable_jit_checkpoint
+        # A later training of this process may replace what an earlier one has saved; trials have folders of their own.
+        if sharded is not None and saves and self._first_training and not state.is_hyper_param_search:
+            if state.global_step == 0:
+                refuse_to_overwrite(args.output_dir)
+        self._first_training = False
         self.meter = None if sharded is None else StepMeter(model, args.device, sharded.traffic)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -128,7 +137,7 @@ def enable() -> None:
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
         method = getattr(host.Trainer, name, None)
-        expected = list(inspect.signature(wrap(None)).parameters)
+        expected = [n for n, p in inspect.signature(wrap(None)).parameters.items() if p.kind is not p.VAR_KEYWORD]
         if method is None or list(inspect.signature(method).parameters)[: len(expected)] != expected:
             raise SDPStateError(
                 f"transformers {host.__version__}: Trainer.{name} is not what hf_sdp was written for "
@@ -137,7 +146,8 @@ def enable() -> None:
     for name, wrap in wraps.items():
         original = getattr(host.Trainer, name)
         setattr(host.Trainer, name, functools.wraps(original)(wrap(original)))
-    host.get_last_checkpoint = get_last_checkpoint
+    host.get_last_checkpoint = last_checkpoint
+    host_jit_checkpoint.JITCheckpointCallback = AgreedJITCheckpoint
     host.Accelerator = _TrainerAccelerator
 
 

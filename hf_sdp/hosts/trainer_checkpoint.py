@@ -11,20 +11,21 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 import transformers.trainer as host
 from torch import nn
 
 from ..checkpoint import folder as checkpoint
-from ..checkpoint.load import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
-from ..checkpoint.marker import OPTIMIZER, check_together
+from ..checkpoint.files import read_json, size_of
+from ..checkpoint.load import check_weights, find_optimizer_state, load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.marker import MARKER, OPTIMIZER, Compared, check_together
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
 from ..compat import saves_on_every_rank
 from ..engine.consolidate import consolidate
 from ..engine.sharded import find_sharded, get_sharded
+from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
-from ..world.agreement import process_group_is_up, together
+from ..world.agreement import from_rank_0, process_group_is_up, together
 
 _ALL_ARE_HERE = "_sdp_all_are_here"
 
@@ -126,7 +127,9 @@ def _save_checkpoint(original):
                 best_step = self.state.best_global_step
                 best_folder = os.path.join(run_dir, f"{host.PREFIX_CHECKPOINT_DIR}-{best_step}")
                 self.state.best_model_checkpoint = best
-                if best_step and (best_step == self.state.global_step or os.path.isdir(best_folder)):
+                if best_step == self.state.global_step or (
+                    best_step and from_rank_0(lambda: os.path.isdir(best_folder), sharded.control_group)
+                ):
                     self.state.best_model_checkpoint = best_folder
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / host.TRAINER_STATE_NAME))
@@ -182,37 +185,61 @@ def _save_optimizer_and_scheduler(original):
 
 def _load_from_checkpoint(original):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        state = find_state(self.model)
+        folder, state = Path(resume_from_checkpoint), find_state(self.model)
         plain = state is None or state.held.simulated
-        with together():
-            if not process_group_is_up() or dist.get_rank() == 0:
-                checkpoint.finish_interrupted(Path(resume_from_checkpoint))
+        from_rank_0(lambda: checkpoint.finish_interrupted(folder))
         check_together(resume_from_checkpoint)
-        with together():
-            if not plain:  # the Trainer loads weights first: do not change them when the rest is not there
-                find_optimizer_state(resume_from_checkpoint)
         if plain:
             return original(self, resume_from_checkpoint, model)
-        load_weights(self.model, resume_from_checkpoint)
+        if not self.is_in_train:
+            return load_weights(self.model, Compared(folder))
+        # The Trainer comes here first, and makes its optimizer later: until all is known to fit, nothing is loaded.
+        from_rank_0(lambda: find_optimizer_state(folder))
+        from_rank_0(lambda: _check_trainer_state(folder / host.TRAINER_STATE_NAME))
+        check_weights(self.model, Compared(folder))
 
     return _load_from_checkpoint
+
+
+def _check_trainer_state(file: Path) -> None:
+    """Raises: SDPStateError that names the file when it is missing, or is not what the Trainer reads next."""
+    content = read_json(file)
+    step = content.get("global_step") if isinstance(content, dict) else None
+    if not isinstance(step, int):
+        raise SDPStateError(f"{file} is damaged: its global_step is {step!r}.")
 
 
 def _load_optimizer_and_scheduler(original):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not _ours(self, checkpoint):
             return original(self, checkpoint)
-        load_optimizer(self.optimizer, self.model, open_optimizer_state(self.optimizer, self.model, checkpoint))
+        folder, sharded = Compared(checkpoint), find_sharded(self.model)  # compared in _load_from_checkpoint
+        saved = open_optimizer_state(self.optimizer, self.model, folder)
         with together():
-            file = os.path.join(checkpoint, host.SCHEDULER_NAME)
-            self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+            schedule = torch.load(os.path.join(checkpoint, host.SCHEDULER_NAME), weights_only=True)
+        if sharded is not None:
+            load_weights(self.model, folder)
+        load_optimizer(self.optimizer, self.model, saved)
+        with together():
+            self.lr_scheduler.load_state_dict(schedule)
         tell_changes(self.model, checkpoint, self.args.world_size, self.args.process_index)
 
     return _load_optimizer_and_scheduler
 
 
 def _ours(trainer, folder: str) -> bool:
-    return find_sharded(trainer.model) is not None or os.path.isdir(os.path.join(folder, OPTIMIZER))
+    return find_sharded(trainer.model) is not None or from_rank_0(lambda: size_of(Path(folder, OPTIMIZER))) is not None
+
+
+def _run_epoch(original):
+    def _run_epoch(self, model, epoch, **rest):
+        # Killed after its last checkpoint, a run is restarted from there: the host would take one step more.
+        if find_sharded(self.model) is not None and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        original(self, model, epoch, **rest)
+
+    return _run_epoch
 
 
 def _load_best_model(original):
@@ -224,12 +251,41 @@ def _load_best_model(original):
     return _load_best_model
 
 
-def get_last_checkpoint(folder: str) -> str | None:
-    """In place of the host's: the newest complete checkpoint. Collective: rank 0 finishes what a kill interrupted."""
-    with together():
-        if not process_group_is_up() or dist.get_rank() == 0:
-            checkpoint.finish_all_interrupted(folder)
-    return checkpoint.newest_complete(folder)
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a Trainer's ``output_dir`` that is complete and undamaged; None when there is none.
+
+    For ``trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))``, which begins in the first life of a
+    run and continues in each later one. Collective: call it on all workers, once ``TrainingArguments`` are made. Rank 0
+    finishes what a kill interrupted, and every checksum is compared.
+
+    Raises: on every worker: SDPConfigError when some worker may not read the newest checkpoint or does not see it.
+        SDPStateError when other workers were launched and there is no process group yet.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not process_group_is_up():
+        raise SDPStateError(
+            f"last_checkpoint is a collective of the {launched} workers, which have no process group yet: make "
+            "TrainingArguments first."
+        )
+    from_rank_0(lambda: checkpoint.finish_all_interrupted(output_dir))
+    return checkpoint.newest_complete(output_dir)
+
+
+def refuse_to_overwrite(output_dir: str | os.PathLike) -> None:
+    """For a run that starts at step 0 and will save. Collective.
+
+    Raises: SDPConfigError on every worker when ``output_dir`` has checkpoints of SDP of an earlier run.
+    """
+    names = from_rank_0(
+        lambda: [n for n in checkpoint.checkpoints_of(output_dir) if size_of(Path(output_dir, n, MARKER)) is not None]
+    )
+    if names:
+        raise SDPConfigError(
+            f"{output_dir} has {', '.join(reversed(names))} of an earlier run, and this run starts at step 0: it would "
+            "overwrite them. To continue: "
+            "trainer.train(resume_from_checkpoint=hf_sdp.last_checkpoint(args.output_dir)). To start anew: another "
+            "output_dir, or remove them."
+        )
 
 
 WRAPS = {
@@ -239,6 +295,7 @@ WRAPS = {
     "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
     "_load_from_checkpoint": _load_from_checkpoint,
     "_load_optimizer_and_scheduler": _load_optimizer_and_scheduler,
+    "_run_epoch": _run_epoch,
     "_load_best_model": _load_best_model,
 }
 """Trainer method -> its wrap."""

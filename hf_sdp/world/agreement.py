@@ -1,13 +1,16 @@
 """What goes wrong on one worker is an error on all of them: nobody is left waiting in a collective."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ..errors import SDPConfigError, SDPStateError
 
 _RAISED_BY_ALL = "_hf_sdp_raised_by_all"
+T = TypeVar("T")
 
 
 def process_group_is_up() -> bool:
@@ -51,3 +54,39 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     except Exception as raised:
         error = raised
     raise_together(error, group)
+
+
+def is_rank_0() -> bool:
+    """Also of a process that is alone."""
+    return not process_group_is_up() or dist.get_rank() == 0
+
+
+def of_everyone(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every worker gives, by rank. Collective when a process group is up (one small all-gather)."""
+    if not process_group_is_up():
+        return [mine]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def from_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What ``function`` returns on rank 0, on every worker; only rank 0 calls it. Collective.
+
+    For all that may look different from worker to worker, and must not be decided differently (a folder's listing).
+    Raises: on every worker what ``function`` raises.
+    """
+    result: list = [None]
+    with together(group):
+        if is_rank_0():
+            result[0] = function()
+    if process_group_is_up():
+        dist.broadcast_object_list(result, src=0, group=group)
+    return result[0]
+
+
+def any_worker(mine: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether it is so on any worker. Collective over a gloo ``group``: one all-reduce of four bytes."""
+    vote = torch.tensor(int(mine), dtype=torch.int32)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
+    return bool(vote)

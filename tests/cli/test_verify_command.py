@@ -104,6 +104,10 @@ def test_damaged_files_are_named(run, checkpoint):
     [
         (PLAN, lambda c: c.update(level="block"), f"{PLAN}: plan_hash is .* {MARKER} says"),
         (PLAN, lambda c: c.pop("shapes"), f"{PLAN} cannot be read as a plan: KeyError"),
+        *(
+            (PLAN, lambda c, wrong=wrong: c.update(wrong), f"{PLAN}(:| cannot be read as a plan:)")
+            for wrong in (dict(shapes=[]), dict(modules={"a": 1}), dict(modules=[3]), dict(holder_sets=3))
+        ),
         (
             "config.json",
             lambda c: c.update(intermediate_size=128),

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import hf_sdp
 from hf_sdp import SDPConfigError, SDPStateError
 from hf_sdp.checkpoint.folder import finish_all_interrupted, newest_complete
 from hf_sdp.checkpoint.marker import OPTIMIZER
 from hf_sdp.checkpoint.saved_optimizer import TENSORS
-from tests.support.resume import NEURON, RUN, train, truncate
+from hf_sdp.engine.sharded import find_sharded
+from tests.support.models import tiny_model
+from tests.support.resume import NEURON, RUN, reseal, train, truncate
 from tests.support.trainer import Rows, make_trainer
 from tests.support.workers import run_workers
 
@@ -50,6 +53,10 @@ def test_folders_that_cannot_be_resumed_say_why_on_every_rank(tmp_path):
             for file in ("model.safetensors", f"{OPTIMIZER}/{TENSORS}/{part.name}", "trainer_state.json")
         ),
     ]
+    cases += [
+        (damage(f"state-{number}", lambda f, text=text: reseal(f, "trainer_state.json", text)), "trainer_state.json")
+        for number, text in enumerate(["[]", "{", '{"global_step": "3"}'])
+    ]
     for folder, message in cases:
         errors = run_workers(read_or_fail, tmp_path / "out", NEURON, str(folder))
         assert all(message in e for e in errors), (message, errors)
@@ -63,9 +70,15 @@ def test_folders_that_cannot_be_resumed_say_why_on_every_rank(tmp_path):
 
 
 def read_or_fail_keeping_weights(folder, checkpoint):
+    """The optimizer is refused when the model is sharded already; the weights are those of rank 0's new model."""
     trainer = make_trainer(folder, NEURON, {**RUN, "optim": "sgd"})
     with pytest.raises(SDPStateError) as raised:
         trainer.train(resume_from_checkpoint=checkpoint)
+    weights = hf_sdp.consolidate(trainer.model) if find_sharded(trainer.model) else None
+    if weights is not None:
+        new = tiny_model(seed=0)
+        assert all(torch.equal(weights[n], t) for n, t in new.state_dict().items())
+    assert trainer.optimizer is None or not trainer.optimizer.state
     return str(raised.value)
 
 

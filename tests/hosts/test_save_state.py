@@ -1,5 +1,8 @@
 """accelerator.save_state and load_state in a loop of one's own."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,10 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
+from hf_sdp.checkpoint.marker import MARKER
 from hf_sdp.engine.gradients import GlobalGradScaler
+from hf_sdp.engine.sharded import stored_tensors
+from hf_sdp.model.state import local_tensor
 from tests.support.models import batch, tiny_model
-from tests.support.resume import optimizer_of
+from tests.support.resume import assert_equal, optimizer_of, reseal
 from tests.support.workers import run_workers
+
+GROUPS_FILE = "sdp_optimizer/groups.json"
 
 
 class Counter:
@@ -26,9 +34,9 @@ class Counter:
         self.value = state["value"]
 
 
-def prepared(config, folder=None, **options):
+def prepared(config, seed=0, **options):
     accelerator = SDPAccelerator(**options)
-    model = tiny_model(attention_dropout=0.1)
+    model = tiny_model(seed=seed, attention_dropout=0.1)
     if config is not None:
         model = patch_model(model, SDPConfig(**config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -151,21 +159,77 @@ def test_other_files_in_the_folder_stay(tmp_path):
     assert (tmp_path / "state" / "sdp_checkpoint.json").exists() and [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
-def load_into_another_optimizer(folder):
-    accelerator, model, optimizer, scheduler = prepared(dict())
-    accelerator.save_state(folder)
-    other = SDPAccelerator()
-    model = patch_model(tiny_model(seed=9), SDPConfig())
-    model, optimizer = other.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    before = consolidate(model)
-    with pytest.raises(SDPStateError, match="has the state of AdamW, this run trains with SGD"):
-        other.load_state(folder)
-    after = consolidate(model)
-    assert before is None or all(torch.equal(before[n], t) for n, t in after.items())
+def refuse_what_does_not_fit(folder):
+    """State of another optimizer, state that is not whole, and folders that lack something else."""
+    accelerator, *prepared_objects = prepared(dict())
+    steps(accelerator, *prepared_objects, [0])
+    accelerator.save_state(folder / "good")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def edit(change):
+        def damage(copy):
+            content = json.loads((copy / GROUPS_FILE).read_text())
+            change(content)
+            reseal(copy, GROUPS_FILE, json.dumps(content))
+
+        return damage
+
+    cases = [
+        (edit(lambda c: c.update(optimizer="SGD")), "has the state of SGD, this run trains with AdamW"),
+        (edit(lambda c: c["numbers"].pop(name)), rf"{name} has \['exp_avg', 'exp_avg_sq'\], others .* \['step'\]"),
+        (edit(lambda c: c["groups"][0]["params"].remove(name)), rf"\['{name}'\] in none"),
+        (edit(lambda c: c["groups"][0].update(lr="fast")), "lr='fast', this run's 0.00"),
+        (edit(lambda c: c["groups"][0].update(betas=[0.9])), r"betas=\[0.9\]"),
+        (edit(lambda c: c.update(numbers=[])), "groups.json is damaged: 'numbers' is missing, or no dict"),
+        (lambda copy: (copy / "random_states_1.pkl").unlink(), "random_states_1.pkl is missing"),
+        (lambda copy: drop(copy, "scheduler.bin"), "scheduler.bin is missing"),
+    ]
+    other, model, optimizer, scheduler = prepared(dict(), seed=9)
+    steps(other, model, optimizer, scheduler, [5])
+    before = everything(model, optimizer)
+    for number, (damage, message) in enumerate(cases):
+        copy = folder / f"damaged-{number}"
+        if other.is_main_process:
+            damage(shutil.copytree(folder / "good", copy))
+        other.wait_for_everyone()
+        with pytest.raises(SDPStateError, match=message):
+            other.load_state(copy)
+        assert_equal(before, everything(model, optimizer))
+    other.register_for_checkpointing(Counter())
+    with pytest.raises(SDPStateError, match="the state of 0 registered objects, this accelerator has 1"):
+        other.load_state(folder / "good")
+    assert_equal(before, everything(model, optimizer))
+
+
+def everything(model, optimizer) -> dict[str, torch.Tensor]:
+    """What this worker stores of weights and optimizer state."""
+    found = {f"{region.name} {i}": t.clone() for i, (region, t) in enumerate(stored_tensors(model))}
+    for i, state in enumerate(optimizer.optimizer.state.values()):
+        found |= {f"{i}/{key}": local_tensor(value).clone() for key, value in state.items()}
+    return found
+
+
+def drop(folder, file: str):
+    (folder / file).unlink()
+    marker = json.loads((folder / MARKER).read_text())
+    del marker["files"][file]
+    (folder / MARKER).write_text(json.dumps(marker))
 
 
 def test_a_state_that_does_not_fit_changes_nothing(tmp_path):
-    run_workers(load_into_another_optimizer, tmp_path / "state")
+    run_workers(refuse_what_does_not_fit, tmp_path)
+
+
+def load_into_sgd(folder):
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(), SDPConfig())
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    before = everything(model, optimizer)
+    with pytest.raises(
+        SDPStateError, match=r"of another optimizer: its groups have \[.*'betas'.*run's SGD \['dampening'"
+    ):
+        accelerator.load_state(folder)
+    assert_equal(before, everything(model, optimizer))
 
 
 def load_into_another_order(folder):
@@ -179,6 +243,7 @@ def load_into_another_order(folder):
 def test_a_plain_state_is_not_taken_in_another_order(tmp_path):
     run_workers(save_plain, tmp_path, world_size=1)
     run_workers(load_into_another_order, tmp_path)
+    run_workers(load_into_sgd, tmp_path)
 
 
 def fail_once(folder):

@@ -1,5 +1,6 @@
 """Runs that write checkpoints, and what is in them."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 import hf_sdp
 from hf_sdp import SDPConfig
 from hf_sdp.checkpoint import tensors as boxes
-from hf_sdp.checkpoint.marker import OPTIMIZER
+from hf_sdp.checkpoint.marker import MARKER, OPTIMIZER, fingerprint
 from hf_sdp.checkpoint.saved_optimizer import TENSORS
 from hf_sdp.plan.region import Region
 from tests.support.models import tiny_config
@@ -67,3 +68,11 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
 
 def truncate(file: Path):
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def reseal(folder: Path, file: str, text: str):
+    """A file of other content, which the marker has as it is now."""
+    (folder / file).write_text(text)
+    marker = json.loads((folder / MARKER).read_text())
+    marker["files"][file] = fingerprint(folder / file)
+    (folder / MARKER).write_text(json.dumps(marker))
