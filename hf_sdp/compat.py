@@ -8,6 +8,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
@@ -31,6 +32,7 @@ __all__ = [
     "fake_store",
     "fsdp_groups",
     "functional_collectives",
+    "is_connection_error",
     "is_within_backward",
     "norms_mixed_meshes",
     "reset_after_exception",
@@ -97,6 +99,11 @@ def checkpointing_options(module: nn.Module) -> dict[str, Any]:
     if not vars(module).get("gradient_checkpointing"):
         return {}
     return getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed because another worker is gone. Gloo raises RuntimeErrors that name its files."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def is_within_backward() -> bool:

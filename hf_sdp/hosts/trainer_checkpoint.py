@@ -16,11 +16,10 @@ import transformers.trainer as host
 from torch import nn
 
 from ..checkpoint import folder as checkpoint
-from ..checkpoint.load import find_optimizer_state, load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.load import check_config, find_optimizer_state, load_weights, open_optimizer_state, tell_changes
 from ..checkpoint.marker import OPTIMIZER, check_together
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
-from ..compat import saves_on_every_rank
 from ..engine.consolidate import consolidate
 from ..engine.sharded import find_sharded, get_sharded
 from ..model.state import find_state, unwrap
@@ -66,17 +65,6 @@ def kept_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if kept is None or (kept.version, kept.checksum) != (sharded.run.version, sharded.checksum()):
         return None
     return kept.weights
-
-
-def save_model(original):
-    on_every_rank = saves_on_every_rank(host.Trainer)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        if not on_every_rank and not self.args.should_save and find_sharded(self.model) is not None:
-            self._save(output_dir if output_dir is not None else self.args.output_dir)
-        return original(self, output_dir, _internal_call)
-
-    return save_model
 
 
 def _save(original):
@@ -191,6 +179,8 @@ def _load_from_checkpoint(original):
         with together():
             if not plain:  # the Trainer loads weights first: do not change them when the rest is not there
                 find_optimizer_state(resume_from_checkpoint)
+            elif state is not None:
+                check_config(self.model, resume_from_checkpoint)
         if plain:
             return original(self, resume_from_checkpoint, model)
         load_weights(self.model, resume_from_checkpoint)
@@ -233,7 +223,6 @@ def get_last_checkpoint(folder: str) -> str | None:
 
 
 WRAPS = {
-    "save_model": save_model,
     "_save": _save,
     "_save_checkpoint": _save_checkpoint,
     "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
