@@ -8,6 +8,7 @@ from torch import nn
 from ..model.state import find_state, get_state, unwrap
 from ..world.agreement import process_group_is_up
 from ..world.roll_call import RollCall
+from .sharded import control_group
 
 _roll_calls: WeakKeyDictionary[nn.Module, RollCall] = WeakKeyDictionary()
 
@@ -29,13 +30,15 @@ def find_roll_call(model: object) -> RollCall | None:
 
 
 def come_to(model: object, what: str) -> None:
-    """Wait until all workers have come to ``what``, before its first collective.
+    """Wait until all workers have come to ``what``, before its first collective. Collective itself.
 
     Raises: SDPStateError when a worker is elsewhere, or has done nothing for ``SDPConfig.evaluation_timeout_s``.
     """
     roll_call = find_roll_call(model)
     if roll_call is not None:
         roll_call.wait(what)
+        # A worker that went straight on to another roll call would be missed by those that have not looked yet.
+        dist.barrier(group=control_group(model))
 
 
 def announce(model: object, what: str) -> None:
