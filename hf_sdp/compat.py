@@ -3,6 +3,7 @@
 Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
+import contextlib
 import importlib.metadata
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ def reset_after_exception(model: nn.Module) -> None:
     """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
     reset = getattr(model, "reset_iter_state", None)
     if reset is not None:
-        reset()
+        with contextlib.suppress(AttributeError):  # of a model that has never run, in which there is nothing to forget
+            reset()
 
 
 def fsdp_groups(module: "FSDPModule") -> list[Any]:

@@ -10,6 +10,7 @@ import transformers.trainer as host
 
 from ..compat import saves_on_every_rank
 from ..engine.presence import announce, come_to, find_roll_call
+from ..engine.shard import shard
 from ..engine.sharded import find_sharded
 from ..world.agreement import agree
 from ..world.failures import failures_are_told
@@ -70,7 +71,7 @@ def _save_model(original):
         with _all_here(self, None):  # after the training rank 0 may come alone
             if find_roll_call(self.model) is not None and find_sharded(self.model) is None:
                 come_to(self.model, "save_model")
-                self.accelerator.prepare_model(self.model, evaluation_mode=True)
+                shard(self.model, self.args.device)
             if not on_every_rank and not self.args.should_save and find_sharded(self.model) is not None:
                 self._save(output_dir if output_dir is not None else self.args.output_dir)
             return original(self, output_dir, _internal_call)

@@ -65,6 +65,8 @@ def save_first(folder):
 
     trainer = make_trainer(folder, dict(), dict(max_steps=2))
     trainer.save_model(f"{folder}/first")
+    trainer.accelerator.prepare(trainer.model)
+    trainer.accelerator.free_memory()  # before it has run
     trainer.train()
     plain = make_trainer(folder, dict(), dict(max_steps=2))
     plain.train()
@@ -127,11 +129,10 @@ def fail(folder, where: str):
 
 @pytest.mark.parametrize("where", ["callback", "collator", "metric"])
 def test_an_error_on_one_worker_is_told_by_the_others(tmp_path, where):
-    results = launch(fail, 3, str(tmp_path), where, timeout_s=60)
+    results = launch(fail, 2, str(tmp_path), where, timeout_s=60)
     assert results[ODD] == ("KeyError", f"'a {where} of mine'")
-    for rank in (0, 2):
-        kind, said = results[rank]
-        assert kind == "SDPStateError" and f"rank 1 has failed with KeyError: 'a {where} of mine'" in said, said
+    kind, said = results[0]
+    assert kind == "SDPStateError" and f"rank 1 has failed with KeyError: 'a {where} of mine'" in said, said
 
 
 def write_slowly():
