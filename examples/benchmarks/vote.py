@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/vote.py
 
-Workers of one run train two copies of a model, one that votes and one that does not, with clipping and without. A step's
-time is that of the slowest worker; the cost is the median over the rounds of the difference between two neighbours.
-"CPU" is the processor time of all workers, which other programs on the machine disturb least.
+Workers of one run train two copies of a model, one that votes and one that does not, with clipping and without. A
+step's time is that of the slowest worker; the cost is the median over the rounds of the difference between two
+neighbours. "CPU" is the processor time of all workers, which other programs on the machine
+disturb least.
 """
 
 import argparse
