@@ -3,11 +3,13 @@
 Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
+import contextlib
 import importlib.metadata
 import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
@@ -31,6 +33,7 @@ __all__ = [
     "fake_store",
     "fsdp_groups",
     "functional_collectives",
+    "is_connection_error",
     "is_within_backward",
     "norms_mixed_meshes",
     "reset_after_exception",
@@ -46,7 +49,8 @@ def reset_after_exception(model: nn.Module) -> None:
     """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
     reset = getattr(model, "reset_iter_state", None)
     if reset is not None:
-        reset()
+        with contextlib.suppress(AttributeError):  # of a model that has never run, in which there is nothing to forget
+            reset()
 
 
 def fsdp_groups(module: "FSDPModule") -> list[Any]:
@@ -97,6 +101,11 @@ def checkpointing_options(module: nn.Module) -> dict[str, Any]:
     if not vars(module).get("gradient_checkpointing"):
         return {}
     return getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective failed because another worker is gone. Gloo raises RuntimeErrors that name its files."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def is_within_backward() -> bool:

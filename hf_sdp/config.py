@@ -91,6 +91,11 @@ class SDPConfig:
         default=600.0,
         positive=True,
     )
+    on_nonfinite: Literal["stop", "skip", "ignore"] = option(
+        "When a loss or gradient of any worker is not finite: stop with an error that names the worker, or skip the "
+        "step on all of them. ignore: no worker looks. Under fp16 the loss scaler skips.",
+        default="stop",
+    )
     seed: int = option("Deals the subnetworks. Another seed is another plan with the same balance.", default=0)
     simulate: int | None = option(
         "Number of virtual workers in one process. Micro-batch k of an accumulation window uses subnetwork k mod "
@@ -189,6 +194,7 @@ class SDPConfig:
                 "evaluate",
                 "param_dtype",
                 "reduce_dtype",
+                "on_nonfinite",
             ):
                 if getattr(self, name) != _DEFAULTS[name]:
                     refuse(

@@ -8,7 +8,9 @@ from torch import nn
 
 from .checkpoint.save import SavesFullModel
 from .config import SDPConfig
+from .engine.presence import open_roll_call
 from .errors import SDPConfigError
+from .families.model_config import architecture
 from .families.structure import structure_of
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
@@ -20,7 +22,7 @@ from .plan.placement import Placement
 from .plan.plan import Plan
 from .plan.subnetwork import subnetwork_of, whole_model
 from .planner import make_plan
-from .world.agreement import process_group_is_up, raise_together
+from .world.agreement import agree, process_group_is_up, together
 
 
 def patch_model(
@@ -51,8 +53,14 @@ def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, w
 
 
 def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> nn.Module:
+    with together():
+        _reduce(model, config, rank, world_size, plan)
+    open_roll_call(model)
+    return model
+
+
+def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> None:
     named = dict(model.named_parameters())
-    names = {id(p): name for name, p in named.items()}
     index = rank % plan.num_subnetworks
     is_cut = config.masking == "forward" and not config.simulate
     held = Held(
@@ -65,7 +73,7 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan
         model_class=type(model),
         model_name=type(model).__name__,
         full_config=model.config,
-        tied={n: names[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if n not in named},
+        tied=_tied(model),
     )
     run = Run(Cursor(index), held.evaluates_full)
     if config.simulate:
@@ -81,34 +89,45 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan
         run.replaced[parameter] = held.subnetwork.local_names[name]
     set_state(model, SDPState(held, run))
     install_forward(model, *(() if config.simulate else (SavesFullModel,)))
-    return model
 
 
 def _agree(
     model: nn.Module, config: SDPConfig, rank: int | None, world_size: int | None, *, meta: bool
 ) -> tuple[int, int, Plan]:
     """Rank, world size and plan, after all checks. Collective when a process group is up: what is wrong on one
-    worker is an error on all, and every worker must have made the same plan from the same config."""
-    plan, error = None, None
-    try:
+    worker is an error on all, and every worker must have the same model (its values aside) and the same config."""
+    with together():
         if not isinstance(config, SDPConfig):
             raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
         rank, world_size = _resolve_world(config, rank, world_size)
         plan = make_plan(model, config, _check(model, config, world_size, meta))
-    except SDPConfigError as raised:
-        error = raised
-    raise_together(error)
-    assert plan is not None and rank is not None and world_size is not None  # without them there is an error
-    if process_group_is_up():
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (plan.hash, str(config)))
-        for other, (plan_hash, other_config) in enumerate(everyone):
-            if (plan_hash, other_config) != everyone[0]:
-                raise SDPConfigError(
-                    f"Workers disagree: rank 0 has plan {everyone[0][0][:12]} from {everyone[0][1]}, rank {other} has "
-                    f"plan {plan_hash[:12]} from {other_config}. Give every worker the same model config and SDPConfig."
-                )
+        same = {"the SDPConfig": vars(config), **_description(model), "the plan": {"hash": plan.hash}}
+    agree(same, "Give every worker the same model and SDPConfig.")
     return rank, world_size, plan
+
+
+def _description(model: nn.Module) -> dict[str, dict[str, object]]:
+    """What must be the same on all workers: what is compared -> key -> value."""
+    result: dict[str, dict[str, object]] = {
+        "the model": {"class": type(model).__name__, "tied": sorted(_tied(model).items())},
+        "the model's config": architecture(model.config),
+    }
+    for name, p in model.named_parameters():
+        result[f"parameter {name}"] = {**_kind_of(p), "requires_grad": p.requires_grad}
+    for name, buffer in model.named_buffers():
+        result[f"buffer {name}"] = _kind_of(buffer)
+    return result
+
+
+def _kind_of(tensor: torch.Tensor) -> dict[str, object]:
+    return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "device": tensor.device.type}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Alias -> name of parameters that have several."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {alias: names[id(p)] for alias, p in every if alias != names[id(p)]}
 
 
 def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) -> tuple[int, int]:

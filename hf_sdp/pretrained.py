@@ -23,7 +23,7 @@ from .families.meta_model import meta_model
 from .model.state import get_state
 from .patch import patch_meta_model, patch_model
 from .plan.region import Region
-from .world.agreement import process_group_is_up, together
+from .world.agreement import agree, process_group_is_up, together
 
 _WEIGHTS_AND_CONFIGS = ["model*.safetensors", "*.json"]
 
@@ -73,24 +73,29 @@ def from_pretrained(
                 weights.check({name: tuple(p.shape) for name, p in model.named_parameters()})
             except SDPConfigError as error:
                 problem = str(error)
+    agree({"the checkpoint": {"loaded in full, since": problem}}, "Let every worker load the same checkpoint.")
     if problem:
         if not sdp_config.simulate:
             warnings.warn(f"Every worker loads {name_or_path} in full and cuts it: {problem}", stacklevel=2)
         of_dtype = {} if dtype is None else {"dtype": dtype}
-        full = auto_class.from_pretrained(name_or_path, **of_dtype, **hub_options)
+        with together():
+            full = auto_class.from_pretrained(name_or_path, **of_dtype, **hub_options)
         patch_model(full, sdp_config, rank=rank, world_size=world_size)
         if process_group_is_up() and not sdp_config.simulate:
             shard(full, _device(device))
         return full.eval()
     assert weights is not None  # else there was a problem
-    if dtype in (None, "auto"):
-        dtype = model_config.dtype or weights.dtype(next(iter(weights.files)))
-    _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    with together():
+        if dtype in (None, "auto"):
+            dtype = model_config.dtype or weights.dtype(next(iter(weights.files)))
+        _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     _materialize(model, sdp_config, rank, world_size, device)
-    _fill_buffers(model)
+    with together():
+        _fill_buffers(model)
     load_weights(model, folder)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    with together():
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
@@ -114,17 +119,19 @@ def from_config(
 
     Raises: SDPConfigError, also for a parameter that its own module does not initialize.
     """
-    model = meta_model(model_config)
-    if dtype is not None:
-        _cast(model, dtype)
+    with together():
+        model = meta_model(model_config)
+        if dtype is not None:
+            _cast(model, dtype)
+    agree({"from_config": {"seed": seed}}, "Give every worker the same seed.")
     if sdp_config.simulate:
         model.to_empty(device="cpu")
         model.tie_weights()
         patch_meta_model(model, sdp_config, rank=rank, world_size=world_size)
     else:
         _materialize(model, sdp_config, rank, world_size, device)
-    _fill_buffers(model)
     with together(control_group(model)):
+        _fill_buffers(model)
         _initialize(model, seed, next(model.parameters()).dtype)
     return model
 

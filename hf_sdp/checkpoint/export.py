@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..engine.consolidate import consolidate
+from ..engine.presence import come_to
 from ..engine.sharded import control_group, find_sharded
 from ..errors import SDPConfigError
 from ..families.kinds import KINDS, LAYER
@@ -36,6 +37,7 @@ def export_subnetwork(model: "PreTrainedModel", folder: str | os.PathLike, subne
     model = unwrap(model)
     held, group = get_state(model).held, control_group(model)
     writer = None
+    come_to(model, "export_subnetwork")
     with together(group):
         config, small, names = _small_model(held, subnetwork)
         regions = {name: held.plan.held_region(name, subnetwork) for name in names}

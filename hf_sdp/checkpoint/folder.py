@@ -22,6 +22,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..engine.presence import come_to
 from ..engine.sharded import get_sharded
 from ..errors import SDPStateError
 from ..world.agreement import from_rank_0, together
@@ -43,8 +44,7 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
     """
     sharded, folder = get_sharded(model, "Saving a checkpoint"), Path(folder)
     held, group = sharded.held, sharded.control_group
-    if sharded.roll_call is not None:
-        sharded.roll_call.wait("saving a checkpoint")
+    come_to(model, "saving a checkpoint")
     unfinished = _place_of(folder)
     with together(group):
         if held.rank == 0:

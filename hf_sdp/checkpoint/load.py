@@ -1,5 +1,6 @@
 """Loading a checkpoint folder, whoever wrote it, into a model and optimizer, whatever their plan."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import torch
 from torch import nn
 
 from ..engine.fsdp import reshard
+from ..engine.presence import come_to
 from ..engine.sharded import control_group, find_sharded, stored_tensors
-from ..errors import SDPStateError
+from ..errors import SDPConfigError, SDPStateError
+from ..families.model_config import differences
 from ..model.state import find_state, get_state, unwrap
 from ..plan.region import Region
 from ..world.agreement import from_rank_0, together
@@ -30,6 +33,7 @@ def check_weights(model: nn.Module, folder: str | Path) -> Weights:
     with together(group):
         weights = Weights(folder, file_names)
         weights.check(held.plan.shapes)
+        check_config(model, folder)
     return weights
 
 
@@ -38,10 +42,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Load the weights of a standard folder into a patched model: every worker reads only what it stores. Collective.
 
     Raises: on every worker, before anything is changed: SDPStateError when weights are missing or damaged,
-        SDPConfigError when a parameter is missing or has another shape.
+        SDPConfigError when a parameter is missing or has another shape, or the folder's config.json makes another
+        model.
     """
     model = unwrap(model)
     sharded, group = find_sharded(model), control_group(model)
+    come_to(model, "loading weights")
     weights = check_weights(model, folder)
     if sharded is not None:
         reshard(model)
@@ -53,6 +59,27 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         for name, buffer in model.named_buffers():
             if weights.shape(name) == tuple(buffer.shape):
                 weights.read(Region.whole(name, tuple(buffer.shape)), buffer)
+
+
+def check_config(model: nn.Module, folder: str | Path) -> None:
+    """Raises SDPConfigError when a patched model's config has a value that makes it another model than the folder's.
+
+    Its weights would fit, and silently mean something else (``rope_theta``, ``rms_norm_eps``, ...).
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        return
+    config = get_state(model).held.full_config
+    try:
+        found = differences(config, json.loads(file.read_text()))
+    except Exception as error:  # the host's validators raise what they like
+        raise SDPStateError(f"{file} cannot be read: {error!r}.") from error
+    if found:
+        raise SDPConfigError(
+            f"{file} is of another model: "
+            + "; ".join(f"{key}={saved!r} there, {now!r} here" for key, (saved, now) in found.items())
+            + f". Make the model from AutoConfig.from_pretrained({str(folder)!r})."
+        )
 
 
 def find_optimizer_state(folder: str | Path, index: int = 0) -> Path:

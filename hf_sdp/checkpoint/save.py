@@ -9,6 +9,7 @@ import torch
 
 from ..compat import converts_checkpoints
 from ..engine.consolidate import consolidate, persistent_buffers
+from ..engine.presence import come_to
 from ..engine.sharded import Sharded, control_group, get_sharded
 from ..model.state import get_state, unwrap
 from ..world.agreement import together
@@ -36,6 +37,7 @@ def save_pretrained(model: "PreTrainedModel", folder: str | os.PathLike, max_sha
                 model.save_pretrained(folder, state_dict=weights)
         return
     sharded = get_sharded(model, "save_pretrained")
+    come_to(model, "save_pretrained")
     ignored = set(model._keys_to_ignore_on_save or ())
     writer = None
     with together(sharded.control_group):

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import SDPStateError
 from ..model.state import local_tensor
+from .presence import come_to
 from .sharded import Sharded, get_sharded
 
 
@@ -19,6 +20,7 @@ def verify(model: nn.Module) -> None:
     Raises: SDPStateError on every worker with the first difference, in the order of ranks and parameters.
     """
     sharded = get_sharded(model, "verify")
+    come_to(model, "verify")
     _raise_first([_same_plan(sharded), None])
     _raise_first([_everything_owned(sharded), _stores_what_it_should(sharded)])
     _raise_first(_replicas_equal(sharded))

@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..model.state import get_state, local_tensor, unwrap
 from ..plan.region import Region
 from ..world.agreement import together
 from .exchange import exchange, owned_tensors
+from .presence import come_to
 from .sharded import control_group, get_sharded
+
+_AHEAD = 4  # tensors
 
 
 @torch.no_grad()
@@ -17,17 +21,19 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     """``(name, value)`` of every full parameter, in the order of the plan, tied ones once.
 
     The value is on the CPU of rank 0, and None on the others. Collective: every worker takes them all. No worker ever
-    has more than one of them.
+    has more than one of them, and none is further than a few ahead of rank 0: a backend counts a collective's time from
+    when it was asked for, and rank 0 may be writing to a slow disk.
 
     Raises: SDPStateError before the model is sharded, or when another worker does something else.
     """
     sharded = get_sharded(model, "Putting together the full model")
     held = sharded.held
-    if sharded.roll_call is not None:
-        sharded.roll_call.wait("putting together the full model")
+    come_to(model, "putting together the full model")
     owned = owned_tensors(model)
     device = local_tensor(next(iter(sharded.parameters.values())).detach()).device
-    for name, shape in held.plan.shapes.items():
+    for number, (name, shape) in enumerate(held.plan.shapes.items()):
+        if number % _AHEAD == 0 and sharded.control_group is not None:
+            dist.broadcast(torch.tensor(number), src=0, group=sharded.control_group)
         region, like = Region.whole(name, shape), torch.empty(0, dtype=sharded.dtypes[name], device=device)
         wanted = [(region, like.new_empty(shape))] if held.rank == 0 else []
         exchange(held.owners[name], [(0, region)], owned[name], wanted, like)

@@ -15,7 +15,9 @@ from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import local_tensor, unwrap
-from .sharded import find_sharded, get_sharded
+from ..world.agreement import together
+from .same_optimizer import agree_on_groups
+from .sharded import Sharded, find_sharded, get_sharded
 
 ELEMENTWISE_OPTIMIZERS = {
     *(f"torch.optim.{name.lower()}.{name}" for name in (
@@ -71,14 +73,31 @@ def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:
 def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Let ``optimizer`` train the parameters of the sharded ``model``: by identity, each exactly once.
 
-    Raises: SDPConfigError for an optimizer that is not element-wise or has parameters of something else;
-        SDPStateError when it already has state, which belongs to the old tensors. Nothing is changed then.
+    Collective over the world of the model.
+
+    Raises: on every worker, and nothing is changed then: SDPConfigError for an optimizer that is not element-wise, has
+        parameters of something else, or other ones in a group than on other workers; SDPStateError when it already has
+        state, which belongs to the old tensors.
     """
     model = unwrap(model)
     if model_of(optimizer) is model:
         return
-    refuse_unless_elementwise(optimizer)
     sharded = get_sharded(model, "repoint")
+    with together(sharded.control_group):
+        refuse_unless_elementwise(optimizer)
+        groups = _new_groups(optimizer, sharded)
+    agree_on_groups(groups, sharded)
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = parameters
+    if _is_new_adagrad(optimizer):
+        _make_adagrads_state(optimizer)
+    setattr(optimizer, _ATTRIBUTE, _Repointed(model))
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: _enter(opt))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
+
+
+def _new_groups(optimizer: torch.optim.Optimizer, sharded: Sharded) -> list[list[nn.Parameter]]:
+    """The parameters that each group trains from now on."""
     current, replaced = sharded.parameters, sharded.run.replaced
     ours = {id(p) for p in current.values()}
     groups = []
@@ -99,19 +118,16 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             parameters += [q for q in new if id(q) not in seen]
             seen.update(id(q) for q in new)
         groups.append(parameters)
-    is_new_adagrad = type(optimizer) is torch.optim.Adagrad and not any(s["step"] for s in optimizer.state.values())
-    if not is_new_adagrad and any(id(p) not in ours for p in optimizer.state):
+    if not _is_new_adagrad(optimizer) and any(id(p) not in ours for p in optimizer.state):
         raise SDPStateError(
             "The optimizer already has state for parameters that sharding replaced; it would be lost. Prepare model "
             "and optimizer before the first step."
         )
-    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = parameters
-    if is_new_adagrad:
-        _make_adagrads_state(optimizer)
-    setattr(optimizer, _ATTRIBUTE, _Repointed(model))
-    optimizer.register_step_pre_hook(lambda opt, args, kwargs: _enter(opt))
-    optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
+    return groups
+
+
+def _is_new_adagrad(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer) is torch.optim.Adagrad and not any(s["step"] for s in optimizer.state.values())
 
 
 def _make_adagrads_state(optimizer: torch.optim.Optimizer) -> None:

@@ -22,10 +22,10 @@ from ..errors import SDPConfigError, SDPStateError
 from ..model.state import Held, difference, get_state, unwrap
 from ..plan.holders import Holders
 from ..world.agreement import together
-from ..world.roll_call import RollCall
 from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
 from .fsdp import fsdp_modules, fully_shard_groups, gather_with_root, mixed_precision_policy
+from .presence import come_to, find_roll_call, open_roll_call
 from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
 
@@ -49,35 +49,35 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
             f"The model was patched for rank {held.rank} of {held.world_size} workers, but the process group has "
             f"{dist.get_world_size() if dist.is_initialized() else 'not been made'}."
         )
+    open_roll_call(model)  # of a model that was patched before the process group was there
+    come_to(model, "preparing the model")
+    on_meta = any(p.is_meta for p in model.parameters())
     with together():
         problem = difference(model, held)
         if problem:
             raise SDPStateError(f"The model was changed after it was patched: {problem} Change it before patching.")
         _refuse_mixed_groups(model, held)
-    on_meta = any(p.is_meta for p in model.parameters())
-    if not on_meta:
-        model.to(device)
+        if not on_meta:
+            model.to(device)
     before = dict(model.named_parameters())
     meshes = _make_meshes(held, device.type)
-    control_group, roll_call = None, None
-    if dist.get_backend() != "fake":
-        control_group = dist.new_group(backend="gloo")
-        roll_call = RollCall(held.rank, held.world_size, held.config.evaluation_timeout_s)
+    control_group = None if dist.get_backend() == "fake" else dist.new_group(backend="gloo")
     dtypes = _dtypes(held, before, control_group)
     policy = mixed_precision_policy(held.config.param_dtype, held.config.reduce_dtype)
     reshards = held.config.reshard_after_forward
-    fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
-    gather_with_root(model, [modules[0] for modules in held.structure.outer])
-    for module in fsdp_modules(model):
-        if module is not model:
-            module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
-    if on_meta:
-        model.to_empty(device=device)
-        model.tie_weights()  # to_empty makes a tensor for each name
+    with together(control_group):
+        fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
+        gather_with_root(model, [modules[0] for modules in held.structure.outer])
+        for module in fsdp_modules(model):
+            if module is not model:
+                module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
+        if on_meta:
+            model.to_empty(device=device)
+            model.tie_weights()  # to_empty makes a tensor for each name
     for name, parameter in before.items():  # of an optimizer made before sharding
         run.replaced.setdefault(parameter, [name])
     parameters = dict(model.named_parameters())
-    sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, roll_call)
+    sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, find_roll_call(model))
     set_sharded(model, sharded)
     model.no_sync = lambda: no_sync(model)
     shadow = None

@@ -23,12 +23,16 @@ from ..config import SDPConfig
 from ..engine.consolidate import consolidate
 from ..engine.gradients import GlobalGradScaler, clip_grad_norm
 from ..engine.optimizer import model_of, refuse_unless_elementwise, repoint
+from ..engine.presence import announce, come_to
+from ..engine.same_optimizer import agree_on_options
 from ..engine.shard import shard
 from ..engine.sharded import control_group, find_sharded
+from ..engine.vote import Watch
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
 from ..world.agreement import from_rank_0, together
+from .optimizer import VotingOptimizer
 
 _OTHER_ENGINES = {
     DistributedType.FSDP: "FSDP",
@@ -60,6 +64,7 @@ class SDPAccelerator(Accelerator):
     def __init__(self, *args, sdp_config: SDPConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.sdp_config = sdp_config
+        self._watch = Watch()
         if self.scaler is not None and isinstance(self.scaler, torch.amp.GradScaler):
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
             self.scaler = GlobalGradScaler(self.device.type, **options)
@@ -67,11 +72,13 @@ class SDPAccelerator(Accelerator):
     def prepare(self, *args, device_placement=None):
         models = [a for a in args if isinstance(a, nn.Module)]
         optimizers = [a for a in args if isinstance(a, torch.optim.Optimizer)]
-        for model in models:
-            self._check(model)
-        if models or any(model_of(o) is not None for o in optimizers):
-            for optimizer in optimizers:
-                refuse_unless_elementwise(_inner(optimizer))
+        if models:
+            with together():
+                for model in models:
+                    self._check(model)
+                for optimizer in optimizers:
+                    refuse_unless_elementwise(_inner(optimizer))
+            agree_on_options([_inner(optimizer) for optimizer in optimizers])
         # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
         for model in models:
             self._shard(model)
@@ -93,9 +100,34 @@ class SDPAccelerator(Accelerator):
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None):
         if not getattr(optimizer, "_is_accelerate_prepared", False):
             models = [m for m in self._models if find_sharded(m) is not None]
-            if models:
+            if models and model_of(optimizer) is None:
+                agree_on_options([optimizer])
                 repoint(optimizer, models[-1])
-        return super().prepare_optimizer(optimizer, device_placement=device_placement)
+        prepared = super().prepare_optimizer(optimizer, device_placement=device_placement)
+        if model_of(_inner(prepared)) is not None and not isinstance(prepared, VotingOptimizer):
+            VotingOptimizer.take_place(prepared, self._watch)
+        return prepared
+
+    def backward(self, loss, **kwargs):
+        if self._has_sharded_model():
+            self._watch.saw_loss(loss)
+        super().backward(loss, **kwargs)
+
+    def gather(self, tensor):
+        self._announce("accelerator.gather")
+        return super().gather(tensor)
+
+    def reduce(self, tensor, reduction="sum", scale=1.0):
+        self._announce("accelerator.reduce")
+        return super().reduce(tensor, reduction, scale)
+
+    def wait_for_everyone(self):
+        self._announce("accelerator.wait_for_everyone")
+        super().wait_for_everyone()
+
+    def _announce(self, what: str) -> None:
+        for model in self._models:
+            announce(model, what)
 
     @contextlib.contextmanager
     def accumulate(self, *models):
@@ -114,7 +146,9 @@ class SDPAccelerator(Accelerator):
         if not self._has_sharded_model():
             return super().clip_grad_norm_(parameters, max_norm, norm_type)
         self.unscale_gradients()
-        return clip_grad_norm(parameters, max_norm, norm_type)
+        norm = clip_grad_norm(parameters, max_norm, norm_type)
+        self._watch.saw_norm(norm, parameters)
+        return norm
 
     def clip_grad_value_(self, parameters, clip_value):
         if self._has_sharded_model():
@@ -186,6 +220,7 @@ class SDPAccelerator(Accelerator):
             input_dir = folders[-1] if folders else None
         if input_dir is None:
             raise ValueError("No input_dir was given, and there is no automatically named checkpoint.")
+        come_to(model, "load_state")
         from_rank_0(lambda: checkpoint.finish_interrupted(Path(input_dir)), group)
         check_together(input_dir, group=group)
         input_dir = Compared(input_dir)

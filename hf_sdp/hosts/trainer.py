@@ -15,13 +15,16 @@ from transformers import TrainerCallback
 from ..compat import norms_mixed_meshes
 from ..config import SDPConfig
 from ..engine.metrics import StepMeter
+from ..engine.presence import come_to
 from ..engine.sharded import find_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, get_state
 from ..patch import patch_model
 from .accelerator import SDPAccelerator
+from .optimizer import VotingOptimizer
 from .preemption import AgreedJITCheckpoint
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
+from .trainer_together import TOGETHER
 
 
 class _TrainerAccelerator(SDPAccelerator):
@@ -95,9 +98,11 @@ class SDPCallback(TrainerCallback):
         cursor = get_state(model).run.cursor
         cursor.start(cursor.micro_batch + 1)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.meter is not None:
             self.meter.gradients_ready()
+        if isinstance(optimizer, VotingOptimizer):
+            optimizer.at_step = state.global_step + 1
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.meter is not None:
@@ -132,7 +137,7 @@ def enable() -> None:
     """
     if host.Accelerator is _TrainerAccelerator:
         return
-    wraps = {**WRAPS, "evaluate": _evaluate, "log": _log}
+    wraps = {**WRAPS, **TOGETHER, "log": _log}
     if norms_mixed_meshes(host.Trainer):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
@@ -151,20 +156,11 @@ def enable() -> None:
     host.Accelerator = _TrainerAccelerator
 
 
-def _evaluate(original):
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        sharded = find_sharded(self.model)
-        if sharded is not None and sharded.held.config.evaluate == "subnetwork":
-            metric_key_prefix += "_subnetwork"
-        return original(self, eval_dataset, ignore_keys, metric_key_prefix)
-
-    return evaluate
-
-
 def _log(original):
     def log(self, logs, start_time=None):
         callback = next((c for c in self.callback_handler.callbacks if isinstance(c, SDPCallback)), None)
         if callback is not None and callback.meter is not None and "loss" in logs:
+            come_to(self.model, "logging the loss")
             logs.update(callback.meter.report(world=True))
         return original(self, logs, start_time)
 

@@ -16,11 +16,17 @@ from torch import nn
 
 from ..checkpoint import folder as checkpoint
 from ..checkpoint.files import read_json, size_of
-from ..checkpoint.load import check_weights, find_optimizer_state, load_weights, open_optimizer_state, tell_changes
+from ..checkpoint.load import (
+    check_config,
+    check_weights,
+    find_optimizer_state,
+    load_weights,
+    open_optimizer_state,
+    tell_changes,
+)
 from ..checkpoint.marker import MARKER, OPTIMIZER, Compared, check_together
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
 from ..checkpoint.save import save_pretrained
-from ..compat import saves_on_every_rank
 from ..engine.consolidate import consolidate
 from ..engine.sharded import find_sharded, get_sharded
 from ..errors import SDPConfigError, SDPStateError
@@ -67,17 +73,6 @@ def kept_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     if kept is None or (kept.version, kept.checksum) != (sharded.run.version, sharded.checksum()):
         return None
     return kept.weights
-
-
-def save_model(original):
-    on_every_rank = saves_on_every_rank(host.Trainer)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        if not on_every_rank and not self.args.should_save and find_sharded(self.model) is not None:
-            self._save(output_dir if output_dir is not None else self.args.output_dir)
-        return original(self, output_dir, _internal_call)
-
-    return save_model
 
 
 def _save(original):
@@ -189,6 +184,8 @@ def _load_from_checkpoint(original):
         plain = state is None or state.held.simulated
         from_rank_0(lambda: checkpoint.finish_interrupted(folder))
         check_together(resume_from_checkpoint)
+        if plain and state is not None:
+            from_rank_0(lambda: check_config(self.model, folder))
         if plain:
             return original(self, resume_from_checkpoint, model)
         if not self.is_in_train:
@@ -289,7 +286,6 @@ def refuse_to_overwrite(output_dir: str | os.PathLike) -> None:
 
 
 WRAPS = {
-    "save_model": save_model,
     "_save": _save,
     "_save_checkpoint": _save_checkpoint,
     "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,

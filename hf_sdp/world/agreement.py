@@ -1,7 +1,9 @@
 """What goes wrong on one worker is an error on all of them: nobody is left waiting in a collective."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -23,13 +25,17 @@ def raised_by_all(error: Exception) -> Exception:
     return error
 
 
+def is_raised_by_all(error: BaseException | None) -> bool:
+    return getattr(error, _RAISED_BY_ALL, False)
+
+
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise ``error`` here if there is one, and on the workers without an error that of the lowest rank that has one.
     Collective when a process group is up (one small all-gather), unless the error has been raised together already.
 
     Raises: on other workers SDPConfigError if the error is one, else SDPStateError.
     """
-    if not process_group_is_up() or getattr(error, _RAISED_BY_ALL, False):
+    if not process_group_is_up() or is_raised_by_all(error):
         if error is not None:
             raise error
         return
@@ -90,3 +96,40 @@ def any_worker(mine: bool, group: dist.ProcessGroup | None) -> bool:
     vote = torch.tensor(int(mine), dtype=torch.int32)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
     return bool(vote)
+
+
+def agree(things: Mapping[str, Mapping[str, object]], remedy: str, group: dist.ProcessGroup | None = None) -> None:
+    """Raise unless ``things`` are the same on all workers. Collective when a process group is up.
+
+    One small all-gather of a digest; only when workers differ is it said of what.
+
+    Args:
+        things: what is compared -> key -> value; values are compared, and shown, by their ``str``.
+        remedy: the end of the message.
+    Raises: SDPConfigError, the same on every worker, with the first difference from rank 0: key, values, and rank.
+    """
+    if not process_group_is_up():
+        return
+    mine = {what: {key: str(value) for key, value in values.items()} for what, values in things.items()}
+    digests: list = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest(), group=group)
+    if len(set(digests)) == 1:
+        return
+    of_rank_0 = [mine]
+    dist.broadcast_object_list(of_rank_0, src=0, group=group)
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, _first_difference(of_rank_0[0], mine), group=group)
+    rank, said = next((rank, said) for rank, said in enumerate(everyone) if said)
+    what, key, first, other = said
+    raise raised_by_all(
+        SDPConfigError(f"Workers disagree on {what}: {key}={first} on rank 0, {key}={other} on rank {rank}. {remedy}")
+    )
+
+
+def _first_difference(first: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) -> tuple | None:
+    for what in {**first, **other}:
+        a, b = first.get(what, {}), other.get(what, {})
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key):
+                return what, key, a.get(key, "(none)"), b.get(key, "(none)")
+    return None

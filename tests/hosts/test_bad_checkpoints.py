@@ -62,6 +62,12 @@ def test_folders_that_cannot_be_resumed_say_why_on_every_rank(tmp_path):
         assert all(message in e for e in errors), (message, errors)
     errors = run_workers(read_or_fail, tmp_path / "out", NEURON, str(good), dict(intermediate_size=96))
     assert all("These are the weights of another model" in e and "(64, 32)" in e for e in errors)
+    other_rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rms_norm_eps=1e-5, use_cache=False)
+    said = "rms_norm_eps=1e-06 there, 1e-05 here; rope_parameters.rope_theta=10000.0 there, 500000.0 here."
+    errors = run_workers(read_or_fail, tmp_path / "out", NEURON, str(good), other_rope)
+    assert all("config.json is of another model" in e and said in e for e in errors), errors
+    errors = run_workers(read_or_fail, tmp_path / "out", dict(simulate=4), str(good), other_rope, world_size=1)
+    assert said in errors[0]
     errors = run_workers(read_or_fail_keeping_weights, tmp_path / "out", str(good))
     assert all("has the state of AdamW, this run trains with SGD" in e for e in errors)
     weights_only = damage("weights-only", lambda f: remove_optimizer(f))

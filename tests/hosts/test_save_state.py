@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, consolidate, patch_model
 from hf_sdp.checkpoint.marker import MARKER
 from hf_sdp.engine.gradients import GlobalGradScaler
 from hf_sdp.engine.sharded import stored_tensors
@@ -214,6 +214,22 @@ def drop(folder, file: str):
     marker = json.loads((folder / MARKER).read_text())
     del marker["files"][file]
     (folder / MARKER).write_text(json.dumps(marker))
+
+
+def load_into_another_model(folder):
+    accelerator, *_ = prepared(dict())
+    accelerator.save_state(folder)
+    other = SDPAccelerator()
+    model = other.prepare(patch_model(tiny_model(seed=9, rms_norm_eps=1e-5), SDPConfig()))
+    before = consolidate(model)
+    with pytest.raises(SDPConfigError, match="another model: rms_norm_eps=1e-06 there, 1e-05 here"):
+        other.load_state(folder)
+    after = consolidate(model)
+    assert before is None or all(torch.equal(before[n], t) for n, t in after.items())
+
+
+def test_a_state_of_another_config_changes_nothing(tmp_path):
+    run_workers(load_into_another_model, tmp_path / "state")
 
 
 def test_a_state_that_does_not_fit_changes_nothing(tmp_path):
