@@ -23,6 +23,7 @@ from ..model.state import Held, difference, get_state, unwrap
 from ..plan.holders import Holders
 from ..world.agreement import together
 from ..world.roll_call import RollCall
+from .debug import watch_collectives
 from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
 from .fsdp import fsdp_modules, fully_shard_groups, mixed_precision_policy
@@ -66,9 +67,10 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     policy = mixed_precision_policy(held.config.param_dtype, held.config.reduce_dtype)
     reshards = held.config.reshard_after_forward
     fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
+    # Nothing is prefetched but a module itself. Of the root, too: with inputs_embeds and a tied head FSDP2 takes the last
+    # block for what was gathered before it.
     for module in fsdp_modules(model):
-        if module is not model:
-            module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
+        module.set_modules_to_backward_prefetch([module])
     if on_meta:
         model.to_empty(device=device)
         model.tie_weights()  # to_empty makes a tensor for each name
@@ -77,6 +79,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     parameters = dict(model.named_parameters())
     sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, roll_call)
     set_sharded(model, sharded)
+    watch_collectives(sharded)
     model.no_sync = lambda: no_sync(model)
     run.full_forward, shadow = run.own_forward, None
     if held.config.evaluate == "full" and not held.trains_full_forward:
