@@ -67,8 +67,8 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     policy = mixed_precision_policy(held.config.param_dtype, held.config.reduce_dtype)
     reshards = held.config.reshard_after_forward
     fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
-    # Nothing is prefetched but a module itself. Of the root, too: with inputs_embeds and a tied head FSDP2 takes the last
-    # block for what was gathered before it.
+    # Nothing is prefetched but a module itself. By the root neither: with inputs_embeds and a tied head FSDP2 takes the
+    # worker's last block for what was gathered before it.
     for module in fsdp_modules(model):
         module.set_modules_to_backward_prefetch([module])
     if on_meta:

@@ -35,6 +35,9 @@ class _TrainerAccelerator(SDPAccelerator):
             return super(SDPAccelerator, self).prepare_model(model, device_placement, evaluation_mode)
         return super().prepare_model(model, device_placement, evaluation_mode)
 
+    def _refuse_optimizer_without_model(self, optimizer):
+        pass  # it is of a model that is not patched
+
 
 class SDPCallback(TrainerCallback):
     """Trains a patched model under the Trainer, and logs what a worker stores, sends and waits for.
@@ -114,7 +117,7 @@ def enable() -> None:
     """
     if host.Accelerator is _TrainerAccelerator:
         return
-    wraps = {**WRAPS, "evaluate": _evaluate, "log": _log}
+    wraps = {**WRAPS, "evaluate": _evaluate, "predict": _predict, "log": _log}
     if norms_mixed_meshes(host.Trainer):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
@@ -134,12 +137,24 @@ def enable() -> None:
 
 def _evaluate(original):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        sharded = find_sharded(self.model)
-        if sharded is not None and sharded.held.config.evaluate == "subnetwork":
-            metric_key_prefix += "_subnetwork"
-        return original(self, eval_dataset, ignore_keys, metric_key_prefix)
+        return original(self, eval_dataset, ignore_keys, _of_what(self.model, metric_key_prefix))
 
     return evaluate
+
+
+def _predict(original):
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        return original(self, test_dataset, ignore_keys, _of_what(self.model, metric_key_prefix))
+
+    return predict
+
+
+def _of_what(model: nn.Module, prefix: str) -> str:
+    """Names the metrics of a subnetwork so. Of several datasets the Trainer calls ``evaluate`` within ``evaluate``,
+    with a prefix that is named already."""
+    sharded = find_sharded(model)
+    is_subnetwork = sharded is not None and sharded.held.config.evaluate == "subnetwork"
+    return f"{prefix}_subnetwork" if is_subnetwork and "_subnetwork" not in prefix else prefix
 
 
 def _log(original):
