@@ -31,12 +31,12 @@ def verify(folder: Path, contents: bool) -> None:
     A standard folder without hf_sdp's files is checked as far as it can be. Exit code 2 and the file's name when
     something is missing, damaged or does not fit together.
     """
-    if not folder.is_dir():
-        raise CommandError(f"{folder} is no folder.")
     try:
+        if not folder.is_dir():
+            raise CommandError(f"{folder} is no folder.")
         rows = _checked(folder, contents)
     except OSError as error:
-        raise CommandError(f"{folder} cannot be read: {error}") from error
+        raise CommandError(f"{folder} cannot be read: {error.strerror or error}") from error
     table = Table(title=f"{folder}: no fault found", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

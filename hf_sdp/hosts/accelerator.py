@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
 
 from ..checkpoint import folder as checkpoint
@@ -34,6 +34,8 @@ _OTHER_ENGINES = {
     DistributedType.MEGATRON_LM: "Megatron-LM",
     DistributedType.XLA: "XLA",
 }
+# Set by TrainingArguments and `accelerate launch`, also where Accelerate then passes over them: on CPU.
+_FLAGS = {f"ACCELERATE_USE_{name}": name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")}
 
 _NOT_TRAINED = (
     "A model that is not trained: model.requires_grad_(False), or prepare_model(model, evaluation_mode=True)."
@@ -89,7 +91,7 @@ class SDPAccelerator(Accelerator):
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
         if find_state(model) is None and (evaluation_mode or not _can_learn(model)):
-            return super().prepare_model(model, device_placement, evaluation_mode)
+            return super().prepare_model(model, device_placement, evaluation_mode=True)  # DDP refuses frozen models
         self._check([model])
         self._shard(model)
         simulated = find_sharded(model) is None
@@ -224,12 +226,7 @@ class SDPAccelerator(Accelerator):
         """Of models that can learn."""
         if not models:
             return
-        if self.distributed_type in _OTHER_ENGINES:
-            raise SDPConfigError(
-                f"{_OTHER_ENGINES[self.distributed_type]} is configured, but an SDP model is sharded by hf_sdp. Remove "
-                "it from the accelerate config (or TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the "
-                "holders."
-            )
+        refuse_other_engines(self.distributed_type)
         if getattr(self, "parallelism_config", None) is not None:
             raise SDPConfigError("ParallelismConfig is set, but an SDP model is sharded by hf_sdp. Remove it.")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -277,6 +274,17 @@ class SDPAccelerator(Accelerator):
             assert self.sdp_config is not None  # _check has refused the model without it
             patch_model(model, self.sdp_config)
         shard(model, self.device)
+
+
+def refuse_other_engines(distributed_type: DistributedType) -> None:
+    """Raises SDPConfigError when FSDP, DeepSpeed or another engine is configured."""
+    flag = next((name for flag, name in _FLAGS.items() if parse_flag_from_env(flag)), None)
+    other = _OTHER_ENGINES.get(distributed_type) or flag
+    if other is not None:
+        raise SDPConfigError(
+            f"{other} is configured, but an SDP model is sharded by hf_sdp. Remove it from the accelerate config (or "
+            "TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the holders."
+        )
 
 
 def _can_learn(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from ..engine.sharded import find_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, get_state
 from ..patch import patch_model
-from .accelerator import SDPAccelerator
+from .accelerator import SDPAccelerator, refuse_other_engines
 from .trainer_checkpoint import WRAPS, get_last_checkpoint, keep_weights, let_go_of_weights
 
 
@@ -56,6 +56,7 @@ class SDPCallback(TrainerCallback):
         self.meter: StepMeter | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        refuse_other_engines(args.distributed_state.distributed_type)
         if find_state(model) is None:
             if self.config is None:
                 raise SDPConfigError(
