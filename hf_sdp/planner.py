@@ -169,7 +169,8 @@ def _deal_unevenly(
         # Half a (smallest) holder set further for the next kind: the full model is evaluated with both blocks of a
         # layer, and with neighbouring layers, so some workers must train them together.
         half = int(depth_shares(coverages, 3, config.depth_profile).sum(1).min() // 2)
-        by_turn = [np.roll(np.arange(len(coverages)), config.seed - kind * half) for kind in range(len(stacks))]
+        n = len(coverages)
+        by_turn = [np.roll(np.arange(n), (config.seed - kind * half) % n) for kind in range(len(stacks))]
     debt = np.zeros(len(coverages))
     result = []
     for kind_index, (stack, weight) in enumerate(zip(stacks, weights, strict=True)):

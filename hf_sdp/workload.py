@@ -37,7 +37,8 @@ class Workload:
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
-            object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
+            if isinstance(value, str):
+                object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
         options.check(self)
 
     @property

@@ -77,12 +77,16 @@ def load_meta_model(model: str) -> nn.Module:
     Raises: as :func:`load_config`; SDPConfigError for a family that is not supported; CommandError when transformers
         can make no model of the config.
     """
-    return make_meta_model(load_config(model), model)
+    config = load_config(model)
+    family_of(config)
+    return make_meta_model(config, model)
 
 
 def make_meta_model(config: PretrainedConfig, said: str) -> nn.Module:
-    """As :func:`load_meta_model`, of a config; ``said`` is what the user calls it."""
-    family_of(config)
+    """The full model of a config of any family on the meta device; ``said`` is what the user calls it.
+
+    Raises: CommandError when transformers can make no model of it, or one of too many layers.
+    """
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise CommandError(f"The config of {said} has {layers} layers, more than {MAX_LAYERS}.")

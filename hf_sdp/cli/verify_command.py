@@ -15,10 +15,9 @@ from ..checkpoint.saved_optimizer import TENSORS
 from ..checkpoint.weights import INDEX, Weights
 from ..compat import converts_checkpoints
 from ..errors import SDPStateError
-from ..families.meta_model import meta_model
 from ..plan.plan import Plan
 from .errors import CommandError
-from .models import first_line, load_config
+from .models import first_line, load_config, make_meta_model
 from .tables import console, short, short_bytes
 
 
@@ -74,11 +73,7 @@ def _files(marker: dict | None, contents: bool) -> dict[str, str]:
 
 
 def _model(folder: Path) -> nn.Module:
-    config = load_config(str(folder))
-    try:
-        return meta_model(config)
-    except Exception as error:  # whatever transformers says to sizes that are none
-        raise CommandError(f"{folder / 'config.json'}: no model can be made of it: {first_line(error)}") from error
+    return make_meta_model(load_config(str(folder)), str(folder))
 
 
 def _weights(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:

@@ -150,4 +150,4 @@ def test_unusual_values_that_are_right(level, options):
 
 def test_the_largest_world_is_planned():
     plan = make_plan(tiny_config(), SDPConfig(), MAX_WORLD)
-    assert plan.num_subnetworks == MAX_WORLD and plan.coverage == 0.5
+    assert plan.num_subnetworks == MAX_WORLD and plan.coverage == pytest.approx(0.5)
