@@ -33,6 +33,7 @@ __all__ = [
     "fake_store",
     "fsdp_groups",
     "functional_collectives",
+    "is_compiled",
     "is_connection_error",
     "is_within_backward",
     "norms_mixed_meshes",
@@ -101,6 +102,11 @@ def checkpointing_options(module: nn.Module) -> dict[str, Any]:
     if not vars(module).get("gradient_checkpointing"):
         return {}
     return getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """By ``torch.compile(module)``, or in place by ``module.compile()``."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def is_connection_error(error: BaseException) -> bool:

@@ -11,6 +11,9 @@ from .errors import SDPConfigError
 from .options import option
 from .workload import Dtype, Workload
 
+MAX_WORLD = 2**16
+"""Workers of a plan. One for more would not be wrong, but would take minutes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SDPConfig:
@@ -75,6 +78,7 @@ class SDPConfig:
         "replicas.",
         default=None,
         positive=True,
+        most=MAX_WORLD,
     )
     block_granularity: Literal["sub-block", "layer"] = option(
         "Block level: attention and MLP are separate units, each with its norm (sub-block), or whole layers are units.",
@@ -102,6 +106,7 @@ class SDPConfig:
         "simulate.",
         default=None,
         positive=True,
+        most=MAX_WORLD,
     )
     param_dtype: Dtype | None = option(
         "FSDP2's mixed precision: dtype of the gathered parameters and of computation. By default as stored. "
@@ -136,14 +141,20 @@ class SDPConfig:
     def _check_memory(self):
         if isinstance(self.workload, str):
             object.__setattr__(self, "workload", Workload.parse(self.workload))
+        if self.workload is not None and not isinstance(self.workload, Workload):
+            raise SDPConfigError(f"workload must be a Workload or its text, got {self.workload!r}.")
         if self.memory_gib is None:
             return
-        if not _is_list(self.memory_gib, Real) or not self.memory_gib or any(not m > 0 for m in self.memory_gib):
+        if (
+            not _is_list(self.memory_gib, Real)
+            or not self.memory_gib
+            or not all(options.is_positive(m, float) for m in self.memory_gib)
+        ):
             raise SDPConfigError(
                 f"memory_gib must list a positive number for each subnetwork, got {self.memory_gib!r}."
             )
         object.__setattr__(self, "memory_gib", tuple(map(float, self.memory_gib)))
-        if not isinstance(self.workload, Workload):
+        if self.workload is None:
             raise SDPConfigError(
                 f"memory_gib={list(self.memory_gib)} needs a workload: what fits depends on the activations. "
                 "Use workload=Workload(batch=4, sequence=1024)."
@@ -224,7 +235,7 @@ def _shares(coverage) -> Sequence:
 def _is_list(value, element: type) -> bool:
     return (
         isinstance(value, Sequence)
-        and not isinstance(value, str)
+        and not isinstance(value, str | bytes | bytearray)
         and all(isinstance(v, element) and not isinstance(v, bool) for v in value)
     )
 

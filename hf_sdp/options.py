@@ -5,6 +5,7 @@ as ``level=block,coverage=0.5`` and the tables of the documentation are all made
 """
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -18,9 +19,14 @@ from .errors import SDPConfigError
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def option(help: str, *, default: Any = MISSING, positive: bool = False) -> Any:
-    """A field of a dataclass of options. ``positive``: :func:`check` refuses numbers that are not above zero."""
-    return dataclasses.field(default=default, metadata={"help": help, "positive": positive})
+def option(help: str, *, default: Any = MISSING, positive: bool = False, most: int | None = None) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        positive: :func:`check` refuses numbers that are not above zero, or not finite.
+        most: the largest of positive whole numbers.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "positive": positive, "most": most})
 
 
 @dataclass(frozen=True)
@@ -120,24 +126,29 @@ def check(options) -> None:
         if value is None and kind.is_optional:
             continue
         expected = None
-        if kind.choices and value not in kind.choices:
+        if kind.choices and not (isinstance(value, str) and value in kind.choices):
             expected = f"one of {(None, *kind.choices) if kind.is_optional else kind.choices}"
         elif kind.element is bool and not isinstance(value, bool):
             expected = "True or False"
         elif kind.element is int and not kind.is_list and (isinstance(value, bool) or not isinstance(value, int)):
-            expected = "a positive integer" if field.metadata.get("positive") else "an integer"
-            expected += " or None" if kind.is_optional else ""
-        elif field.metadata.get("positive") and not is_positive(value, kind.element):
-            expected = "a positive integer" if kind.element is int else "a positive number"
-            expected += " or None" if kind.is_optional else ""
+            expected = _number_of(field, kind)
+        elif field.metadata.get("positive") and not is_positive(value, kind.element, field.metadata.get("most")):
+            expected = _number_of(field, kind)
         if expected is not None:
             raise SDPConfigError(f"{field.name} must be {expected}, got {value!r}.")
 
 
-def is_positive(value, element: type) -> bool:
-    """Whether it is a number above zero: a whole one where ``element`` is int."""
+def _number_of(field: dataclasses.Field, kind: Kind) -> str:
+    what = "integer" if kind.element is int else "number"
+    positive, most = field.metadata.get("positive"), field.metadata.get("most")
+    expected = f"a positive {what}" if positive else f"an {what}"
+    return expected + (f" up to {most}" if most else "") + (" or None" if kind.is_optional else "")
+
+
+def is_positive(value, element: type, most: int | None = None) -> bool:
+    """Whether it is a finite number above zero, up to ``most``: a whole one where ``element`` is int."""
     is_number = isinstance(value, int if element is int else Real) and not isinstance(value, bool)
-    return is_number and value > 0
+    return is_number and 0 < value < math.inf and (most is None or value <= most)
 
 
 def arguments(cls: type, prefix: str) -> type:

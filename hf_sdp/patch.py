@@ -7,13 +7,19 @@ import torch.distributed as dist
 from torch import nn
 
 from .checkpoint.save import SavesFullModel
-from .config import SDPConfig
+from .config import MAX_WORLD, SDPConfig
 from .engine.presence import open_roll_call
 from .errors import SDPConfigError
 from .families.model_config import architecture
 from .families.structure import structure_of
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
+from .model.fitness import (
+    refuse_mixed_groups,
+    refuse_unlike_its_config,
+    refuse_what_fsdp_refuses,
+    refuse_what_is_no_model,
+)
 from .model.forward import install_forward
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
@@ -23,6 +29,8 @@ from .plan.plan import Plan
 from .plan.subnetwork import subnetwork_of, whole_model
 from .planner import make_plan
 from .world.agreement import agree, process_group_is_up, together
+
+_QUANTIZED = ("hf_quantizer", "hf_device_map", "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
 def patch_model(
@@ -75,6 +83,8 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         full_config=model.config,
         tied=_tied(model),
     )
+    if not config.simulate:
+        refuse_mixed_groups(model, held)
     run = Run(Cursor(index), held.evaluates_full)
     if config.simulate:
         simulate(model, plan, run.cursor)
@@ -148,9 +158,10 @@ def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) 
                 "configs/accelerate/*.yaml, or pass rank and world_size; for one process use SDPConfig(simulate=N)."
             )
         rank, world_size = 0, 1
-    elif rank is None or world_size is None or not 0 <= rank < world_size:
+    elif type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size <= MAX_WORLD:
         raise SDPConfigError(
-            f"rank and world_size must be given together with 0 <= rank < world_size, got {rank}, {world_size}."
+            "rank and world_size must be given together, as integers with 0 <= rank < world_size <= "
+            f"{MAX_WORLD}, got {rank!r}, {world_size!r}."
         )
     if process_group_is_up() and launched not in (1, world_size):
         raise SDPConfigError(f"WORLD_SIZE={launched} was launched but the process group has {world_size} workers.")
@@ -171,16 +182,12 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     """All checks of the model. Returns the number of subnetworks."""
     if find_state(model) is not None:
         raise SDPConfigError("This model is already patched. Patch a newly made model.")
-    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
-        raise SDPConfigError(
-            f"patch_model needs a transformers model, got {type(model).__name__}. Patch before wrapping (DDP, "
-            "torch.compile, PEFT)."
-        )
+    refuse_what_is_no_model(model)
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise SDPConfigError(
             "PEFT adapters are not supported: their slices would not follow the plan. Patch without them."
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "hf_device_map", None):
+    if any(getattr(model, name, None) for name in _QUANTIZED) or getattr(model.config, "quantization_config", None):
         raise SDPConfigError(
             "Quantized models and device_map are not supported. Load the model in full, on one device."
         )
@@ -197,6 +204,9 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
             )
         if type(p) is not nn.Parameter:
             raise SDPConfigError(f"{name} is a {type(p).__name__}: the model is already sharded. Patch it before.")
+    refuse_unlike_its_config(model)
+    if not config.simulate:
+        refuse_what_fsdp_refuses(model)
     refuse_reentrant_checkpointing(model)
     num_subnetworks = config.simulate or config.num_subnetworks or world_size
     if not config.simulate and world_size % num_subnetworks:

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedConfig
 
-from .config import SDPConfig
+from .config import MAX_WORLD, SDPConfig
 from .errors import SDPConfigError
+from .families import family_of
 from .families.meta_model import meta_model
+from .model.fitness import refuse_what_is_no_model
+from .model.state import find_state
+from .options import is_positive
 from .plan.even import deal, reduced, replication
 from .plan.flops import training_flops
 from .plan.holders import Holders
@@ -34,7 +39,17 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     Raises: SDPConfigError when the family is unknown, nothing matches, or what is asked cannot be met; the message
         names the nearest coverage that can, or by how much the workers miss.
     """
-    model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
+    if not isinstance(config, SDPConfig):
+        raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
+    if not is_positive(num_subnetworks, int, MAX_WORLD):
+        raise SDPConfigError(f"num_subnetworks must be an integer from 1 to {MAX_WORLD}, got {num_subnetworks!r}.")
+    if isinstance(model_or_config, PreTrainedConfig):
+        family_of(model_or_config)
+        model_or_config = meta_model(model_or_config)
+    refuse_what_is_no_model(model_or_config)
+    if find_state(model_or_config) is not None:
+        raise SDPConfigError("This model is already patched. Plan for a newly made model, or its config.")
+    model = model_or_config
     if config.memory_gib is not None:
         from .estimate.capacity import fit  # the estimate traces a model: plans of given shares need none of it
 
@@ -154,7 +169,8 @@ def _deal_unevenly(
         # Half a (smallest) holder set further for the next kind: the full model is evaluated with both blocks of a
         # layer, and with neighbouring layers, so some workers must train them together.
         half = int(depth_shares(coverages, 3, config.depth_profile).sum(1).min() // 2)
-        by_turn = [np.roll(np.arange(len(coverages)), config.seed - kind * half) for kind in range(len(stacks))]
+        n = len(coverages)
+        by_turn = [np.roll(np.arange(n), (config.seed - kind * half) % n) for kind in range(len(stacks))]
     debt = np.zeros(len(coverages))
     result = []
     for kind_index, (stack, weight) in enumerate(zip(stacks, weights, strict=True)):

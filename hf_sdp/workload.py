@@ -16,6 +16,9 @@ Optimizer = Literal["adamw", "adam", "sgd-momentum", "sgd"]
 OPTIMIZER_STATES: dict[Optimizer, int] = {"adamw": 2, "adam": 2, "sgd-momentum": 1, "sgd": 0}
 """Name -> tensors of the parameter's shape and dtype that the optimizer keeps for it."""
 
+MOST = 2**20
+"""Sequences of a micro-batch, and tokens of a sequence. Bytes of any tensor then fit into 64 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -24,8 +27,8 @@ class Workload:
     Raises: SDPConfigError for a value out of range.
     """
 
-    batch: int = option("Sequences of a worker's micro-batch.", positive=True)
-    sequence: int = option("Tokens of a sequence.", positive=True)
+    batch: int = option("Sequences of a worker's micro-batch.", positive=True, most=MOST)
+    sequence: int = option("Tokens of a sequence.", positive=True, most=MOST)
     dtype: Dtype = option("Number format of computation, activations and gathered parameters.", default="float32")
     param_dtype: Dtype = option("Number format of stored parameters, gradients and optimizer state.", default="float32")
     optimizer: Optimizer = option("Decides how many tensors of state a parameter has.", default="adamw")
@@ -34,7 +37,8 @@ class Workload:
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
-            object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
+            if isinstance(value, str):
+                object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
         options.check(self)
 
     @property

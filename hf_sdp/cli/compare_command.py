@@ -1,7 +1,6 @@
 """``hf-sdp compare``."""
 
 import dataclasses
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 from transformers import PretrainedConfig
 
 from ..bench.compare import run
@@ -21,13 +21,13 @@ from ..bench.compare.report import about, tables, write
 from ..bench.small_llama import small_llama
 from ..bench.workers import WorkerError
 from ..config import SDPConfig
-from ..families.meta_model import meta_model
 from ..options import parse_all
-from ..workload import Workload
+from ..workload import MOST, Workload
 from .errors import CommandError
 from .extras import require_bench
-from .models import load_config
-from .options import add_options, sdp_config
+from .folders import make_folder
+from .models import MAX_LAYERS, load_config, make_meta_model
+from .options import PositiveNumber, add_options, sdp_config
 
 _SIZES = dict(hidden_size=384, intermediate_size=1024, layers=8, heads=6, kv_heads=6, vocab_size=8192)
 _DEFAULT_SDP = ("level=neuron,coverage=0.5", "level=block,coverage=0.5")
@@ -35,7 +35,10 @@ _SET_ELSEWHERE = ("workload", "simulate")
 size_options = add_options(
     *(
         click.option(
-            f"--{name.replace('_', '-')}", name, type=click.IntRange(1), help=f"Of the Llama. [default: {value}]"
+            f"--{name.replace('_', '-')}",
+            name,
+            type=click.IntRange(1, MAX_LAYERS if name == "layers" else 2**31),
+            help=f"Of the Llama. [default: {value}]",
         )
         for name, value in _SIZES.items()
     )
@@ -47,9 +50,9 @@ size_options = add_options(
     "--model", help="A named size, a folder or config.json, or a hub name, instead of a Llama of these sizes:"
 )
 @size_options
-@click.option("--workers", "-n", type=click.IntRange(1), default=4, help="Worker processes.")
-@click.option("--batch", type=click.IntRange(1), default=2, help="Sequences of a worker's batch.")
-@click.option("--seq", "sequence", type=click.IntRange(2), default=128, help="Tokens of a sequence.")
+@click.option("--workers", "-n", type=click.IntRange(1, 1024), default=4, help="Worker processes.")
+@click.option("--batch", type=click.IntRange(1, MOST), default=2, help="Sequences of a worker's batch.")
+@click.option("--seq", "sequence", type=click.IntRange(2, MOST), default=128, help="Tokens of a sequence.")
 @click.option("--engines", default="ddp,ddp-checkpointing,fsdp2,fsdp2-no-reshard,sdp", help="Which to compare.")
 @click.option(
     "--sdp",
@@ -61,7 +64,7 @@ size_options = add_options(
 @click.option("--rounds", type=click.IntRange(1), default=10, help="Timed steps of every engine.")
 @click.option("--warmup", type=click.IntRange(1), default=2, help="Steps before, which are not timed.")
 @click.option("--loss-steps", type=click.IntRange(0), default=0, help="Train for so many steps and draw the losses.")
-@click.option("--learning-rate", type=float, default=1e-3, help="Of the loss curves.")
+@click.option("--learning-rate", type=PositiveNumber(), default=1e-3, help="Of the loss curves.")
 @click.option(
     "--throttle",
     "bandwidths",
@@ -83,17 +86,16 @@ def compare(model, workers, batch, sequence, engines, variants, bandwidths, outp
     require_bench("compare", "matplotlib", "datasets", "tokenizers")
     sizes = {name: options.pop(name) for name in _SIZES}
     config = _model_config(model, sizes, sequence)
+    full = make_meta_model(config, model or "these sizes")
     workplace = Workplace(model=config, workers=workers, batch=batch, sequence=sequence, device=device, dtype=dtype)
     chosen = _chosen(engines, variants, Workload(batch=batch, sequence=sequence))
     bandwidths = list(dict.fromkeys(bandwidths))
-    if not options["learning_rate"] > 0:
-        raise CommandError(f"--learning-rate must be positive, got {options['learning_rate']}.")
     run.check(chosen, workplace, bandwidths)
-    _make_folder(output)
+    make_folder(output)
     described = {
         "about": about(),
         "command": shlex.join(["hf-sdp", *sys.argv[1:]]),
-        "what": _what(workplace),
+        "what": _what(workplace, full),
         "model": config.to_diff_dict(),
     }
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -186,17 +188,8 @@ def parse_sdp(text: str) -> dict:
     return parse_all(fields, text, what="--sdp", example="level=neuron,coverage=0.5")
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--output {output} cannot be made: {error.strerror}.") from error
-    if not os.access(output, os.W_OK):
-        raise CommandError(f"--output {output} cannot be written to.")
-
-
-def _what(workplace: Workplace) -> str:
-    millions = sum(p.numel() for p in meta_model(workplace.model).parameters()) / 1e6
+def _what(workplace: Workplace, full: nn.Module) -> str:
+    millions = sum(p.numel() for p in full.parameters()) / 1e6
     link = "over gloo, one thread each" if workplace.device == "cpu" else "over NCCL, one GPU each"
     return (
         f"{workplace.workers} workers {link}; {workplace.model.model_type} of {millions:.1f} M parameters; "

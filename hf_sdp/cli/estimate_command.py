@@ -11,12 +11,12 @@ from .. import make_plan
 from ..estimate.allocations import WorkerMemory
 from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, sdp_rows, subnetworks
 from ..estimate.time import StepTime, step_time
-from ..families.meta_model import meta_model
 from ..plan.plan import Plan
 from ..quantities import bytes_per_second, flops_per_second
 from ..workload import Workload
-from .models import load_config
+from .models import load_config, make_meta_model, running
 from .options import (
+    PositiveNumber,
     Text,
     json_option,
     model_argument,
@@ -37,7 +37,7 @@ _KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
 @workers_option
 @sdp_options
 @workload_options
-@click.option("--gib", type=click.FloatRange(min=0, min_open=True), help="Memory of a worker, GiB: what fits?")
+@click.option("--gib", type=PositiveNumber(), help="Memory of a worker, GiB: what fits?")
 @click.option(
     "--bandwidth",
     type=Text("bandwidth", bytes_per_second),
@@ -59,9 +59,10 @@ def estimate(
     config = sdp_config(workload=workload, **options)
     n = num_subnetworks(config, workers)
     model_config = load_config(model)
-    full = meta_model(model_config)
+    full = make_meta_model(model_config, model)
     plan = make_plan(full, config, n)
-    rows = other_rows(model_config, workload, workers) + sdp_rows(model_config, plan, workload, workers)
+    with running(model):
+        rows = other_rows(model_config, workload, workers) + sdp_rows(model_config, plan, workload, workers)
     times = {}
     if bandwidth is not None and flops is not None:
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}

@@ -1,5 +1,7 @@
 """MODEL of the command line: a named size, a local folder or config.json, or a name on the Hugging Face hub."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -22,6 +24,8 @@ NAMED = {
 }
 """Named sizes. ``llama-1b`` has TinyLlama-1.1B's shape, ``llama-7b`` Llama-2-7B's."""
 _HUB_TIMEOUT_S = 5
+MAX_LAYERS = 4096
+"""Of a model that is looked at layer by layer: a config with more is a mistake, and would take hours."""
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -36,8 +40,12 @@ def load_config(model: str) -> PretrainedConfig:
         return LlamaConfig(**_LLAMA, **NAMED[model], architectures=["LlamaForCausalLM"])
     if not model:
         raise CommandError("MODEL is empty.")
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, an unknown user's home
+        raise CommandError(f"MODEL {short_text(model)} is no path: {first_line(error)}") from error
+    if is_folder:
         path = path / "config.json"
         if not path.is_file():
             raise CommandError(f"{model} has no config.json.")
@@ -71,12 +79,41 @@ def load_meta_model(model: str) -> nn.Module:
     """
     config = load_config(model)
     family_of(config)
+    return make_meta_model(config, model)
+
+
+def make_meta_model(config: PretrainedConfig, said: str) -> nn.Module:
+    """The full model of a config of any family on the meta device; ``said`` is what the user calls it.
+
+    Raises: CommandError when transformers can make no model of it, or one of too many layers.
+    """
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise CommandError(f"The config of {said} has {layers} layers, more than {MAX_LAYERS}.")
     try:
         return meta_model(config)
     except SDPConfigError:
         raise
     except Exception as error:  # negative sizes, heads that do not divide, ...: whatever the layers say
-        raise CommandError(f"No model can be made of the config of {model}: {first_line(error)}") from error
+        raise CommandError(f"No model can be made of the config of {said}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def running(said: str) -> Iterator[None]:
+    """For what runs the model of a config that could be made: heads that do not fit each other show only then.
+
+    Raises: CommandError with what the layers say.
+    """
+    try:
+        yield
+    except SDPConfigError:
+        raise
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        raise CommandError(f"A step of the model of {said} cannot be computed: {first_line(error)}") from error
+
+
+def short_text(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def first_line(error: Exception) -> str:

@@ -1,13 +1,14 @@
 """Options that several subcommands share, made of the fields of ``SDPConfig`` and ``Workload``."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import click
 
-from ..config import SDPConfig
+from ..config import MAX_WORLD, SDPConfig
 from ..errors import SDPConfigError
 from ..options import kind_of, parse
 from ..workload import SHORT_DTYPES, Workload
@@ -28,6 +29,19 @@ class Text(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class PositiveNumber(click.FloatRange):
+    """Above zero, and finite: click lets "nan" and "inf" through."""
+
+    def __init__(self, most: float = 2.0**30):
+        super().__init__(min=0, min_open=True, max=most)
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
 def numbers(annotation) -> Text:
     """``0.75,0.5,0.25``, for a type such as ``Sequence[float]``."""
     return Text(f"{kind_of(annotation).element.__name__},...", partial(parse, annotation))
@@ -45,7 +59,9 @@ def add_options(*options: Callable) -> Callable:
 
 
 model_argument = click.argument("model")
-workers_option = click.option("--workers", "-n", type=click.IntRange(1), default=8, help="Workers of the world.")
+workers_option = click.option(
+    "--workers", "-n", type=click.IntRange(1, MAX_WORLD), default=8, help="Workers of the world."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of tables.")
 
 
@@ -67,7 +83,9 @@ def _click_type(field: dataclasses.Field) -> click.ParamType | type:
         return click.Choice(kind.choices)
     if kind.is_list:
         return numbers(field.type)
-    return click.IntRange(1) if kind.element is int and field.metadata["positive"] else kind.element
+    if kind.element is int and field.metadata["positive"]:
+        return click.IntRange(1, field.metadata["most"])
+    return kind.element
 
 
 _SDP = {field.name: field for field in dataclasses.fields(SDPConfig)}

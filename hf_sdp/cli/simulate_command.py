@@ -7,42 +7,55 @@ from pathlib import Path
 import click
 
 from ..bench.quality.setting import Setting, text_name
+from ..workload import MOST
 from .errors import CommandError
 from .extras import require_bench
-from .options import add_options, numbers, workers_option
+from .folders import make_folder
+from .models import MAX_LAYERS, make_meta_model
+from .options import PositiveNumber, add_options, numbers, workers_option
 
 _DEFAULT_METHODS = (
     "data-parallel,forward-neuron,forward-block,backward-neuron,backward-block,forward-neuron-linear@0.5,"
     "forward-block-linear@0.5,dropout@0.5,stochastic-depth@0.5,small@0.5"
 )
+MAX_PARAMETERS = 2**30
+_COUNT = click.IntRange(1, 2**31)
 _setting_options = add_options(
-    click.option("--hidden", "hidden_size", type=int, default=Setting.hidden_size, help="Width of the Llama."),
-    click.option("--mlp", "intermediate_size", type=int, default=Setting.intermediate_size, help="MLP neurons."),
-    click.option("--layers", "num_hidden_layers", type=int, default=Setting.num_hidden_layers),
-    click.option("--heads", "num_attention_heads", type=int, default=Setting.num_attention_heads),
-    click.option("--kv-heads", "num_key_value_heads", type=int, help="Key/value heads; default: as many as heads."),
+    click.option("--hidden", "hidden_size", type=_COUNT, default=Setting.hidden_size, help="Width of the Llama."),
+    click.option("--mlp", "intermediate_size", type=_COUNT, default=Setting.intermediate_size, help="MLP neurons."),
     click.option(
-        "--vocabulary", "vocab_size", type=click.IntRange(257), default=Setting.vocab_size, help="BPE tokens."
+        "--layers", "num_hidden_layers", type=click.IntRange(1, MAX_LAYERS), default=Setting.num_hidden_layers
     ),
-    click.option("--init-range", "initializer_range", type=float, default=Setting.initializer_range),
-    click.option("--batch", type=int, default=Setting.batch, help="Sequences of a worker's micro-batch."),
-    click.option("--seq", "sequence", type=int, default=Setting.sequence, help="Tokens of a sequence."),
-    click.option("--steps", type=int, default=Setting.steps, help="Optimizer steps of data parallel."),
+    click.option("--heads", "num_attention_heads", type=_COUNT, default=Setting.num_attention_heads),
+    click.option("--kv-heads", "num_key_value_heads", type=_COUNT, help="Key/value heads; default: as many as heads."),
+    click.option(
+        "--vocabulary", "vocab_size", type=click.IntRange(257, 2**31), default=Setting.vocab_size, help="BPE tokens."
+    ),
+    click.option("--init-range", "initializer_range", type=PositiveNumber(), default=Setting.initializer_range),
+    click.option(
+        "--batch", type=click.IntRange(1, MOST), default=Setting.batch, help="Sequences of a worker's micro-batch."
+    ),
+    click.option(
+        "--seq", "sequence", type=click.IntRange(1, MOST), default=Setting.sequence, help="Tokens of a sequence."
+    ),
+    click.option("--steps", type=_COUNT, default=Setting.steps, help="Optimizer steps of data parallel."),
     click.option(
         "--equal",
         type=click.Choice(["flops", "steps"]),
         default=Setting.equal,
         help="Every method costs what data parallel costs, or takes as many steps.",
     ),
-    click.option("--lr", "learning_rate", type=float, default=Setting.learning_rate, help="Peak, of every method."),
+    click.option(
+        "--lr", "learning_rate", type=PositiveNumber(), default=Setting.learning_rate, help="Peak, of every method."
+    ),
     click.option(
         "--schedule",
         type=click.Choice(["stable", "cosine"]),
         default=Setting.schedule,
         help="Learning rate: constant, then linearly to zero over the last 20%; or cosine.",
     ),
-    click.option("--evaluations", type=int, default=Setting.evaluations, help="Of the full model, over a run."),
-    click.option("--eval-sequences", type=int, default=Setting.eval_sequences, help="Held-out sequences of each."),
+    click.option("--evaluations", type=_COUNT, default=Setting.evaluations, help="Of the full model, over a run."),
+    click.option("--eval-sequences", type=_COUNT, default=Setting.eval_sequences, help="Held-out sequences of each."),
 )
 
 
@@ -111,9 +124,13 @@ def _train(results, methods, coverage, seeds, text_file, processes, note, shape)
     if not seeds or min(seeds) < 0:
         raise CommandError(f"--seeds must be at least 0, got {seeds}.")
     chosen = parse_methods(methods.split(","), coverage)
+    numel = sum(p.numel() for p in make_meta_model(setting.model_config(), "these sizes").parameters())
+    if numel > MAX_PARAMETERS:
+        raise CommandError(f"The model has {numel} parameters, more than the {MAX_PARAMETERS} that one process trains.")
     for method in chosen:  # whatever cannot be built is said before the first run
         method.build(setting, seeds[0])
     results.expect(setting)
+    make_folder(results.path.parent)
     jobs = jobs_in_order(chosen, list(dict.fromkeys(seeds)))
     missing = [job for job in jobs if not results.has(*job)]
     console = Console(stderr=True)

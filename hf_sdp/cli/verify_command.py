@@ -15,10 +15,9 @@ from ..checkpoint.saved_optimizer import TENSORS
 from ..checkpoint.weights import INDEX, Weights
 from ..compat import converts_checkpoints
 from ..errors import SDPStateError
-from ..families.meta_model import meta_model
 from ..plan.plan import Plan
 from .errors import CommandError
-from .models import first_line, load_config
+from .models import first_line, load_config, make_meta_model
 from .tables import console, short, short_bytes
 
 
@@ -31,12 +30,12 @@ def verify(folder: Path, contents: bool) -> None:
     A standard folder without hf_sdp's files is checked as far as it can be. Exit code 2 and the file's name when
     something is missing, damaged or does not fit together.
     """
-    if not folder.is_dir():
-        raise CommandError(f"{folder} is no folder.")
     try:
+        if not folder.is_dir():
+            raise CommandError(f"{folder} is no folder.")
         rows = _checked(folder, contents)
     except OSError as error:
-        raise CommandError(f"{folder} cannot be read: {error}") from error
+        raise CommandError(f"{folder} cannot be read: {error.strerror or error}") from error
     table = Table(title=f"{folder}: no fault found", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
@@ -74,11 +73,7 @@ def _files(marker: dict | None, contents: bool) -> dict[str, str]:
 
 
 def _model(folder: Path) -> nn.Module:
-    config = load_config(str(folder))
-    try:
-        return meta_model(config)
-    except Exception as error:  # whatever transformers says to sizes that are none
-        raise CommandError(f"{folder / 'config.json'}: no model can be made of it: {first_line(error)}") from error
+    return make_meta_model(load_config(str(folder)), str(folder))
 
 
 def _weights(folder: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:

@@ -18,10 +18,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from ..errors import SDPConfigError, SDPStateError
+from ..errors import SDPStateError
 from ..model.state import Held, difference, get_state, unwrap
 from ..plan.holders import Holders
 from ..world.agreement import together
+from .debug import watch_collectives
 from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
 from .fsdp import fsdp_modules, fully_shard_groups, gather_with_root, mixed_precision_policy
@@ -56,7 +57,6 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
         problem = difference(model, held)
         if problem:
             raise SDPStateError(f"The model was changed after it was patched: {problem} Change it before patching.")
-        _refuse_mixed_groups(model, held)
         if not on_meta:
             model.to(device)
     before = dict(model.named_parameters())
@@ -68,9 +68,10 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     with together(control_group):
         fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
         gather_with_root(model, [modules[0] for modules in held.structure.outer])
+        # Nothing is prefetched but a module itself. By the root neither: with inputs_embeds and a tied head FSDP2 takes
+        # the worker's last block for what was gathered before it.
         for module in fsdp_modules(model):
-            if module is not model:
-                module.set_modules_to_backward_prefetch([module])  # itself: nothing is prefetched
+            module.set_modules_to_backward_prefetch([module])
         if on_meta:
             model.to_empty(device=device)
             model.tie_weights()  # to_empty makes a tensor for each name
@@ -79,6 +80,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     parameters = dict(model.named_parameters())
     sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, find_roll_call(model))
     set_sharded(model, sharded)
+    watch_collectives(sharded)
     model.no_sync = lambda: no_sync(model)
     shadow = None
     if held.evaluates_full:
@@ -107,19 +109,6 @@ def _make_meshes(held: Held, device_type: str) -> dict[Holders, DeviceMesh]:
         else:
             meshes[holders] = DeviceMesh(device_type, ranks, mesh_dim_names=("replicate", "shard"))
     return meshes
-
-
-def _refuse_mixed_groups(model: nn.Module, held: Held) -> None:
-    """FSDP2 reduces the gradients of a group as one tensor. It notices only in the first forward."""
-    for group in held.groups:
-        learned = {n: p.dtype for n in group.tensors if (p := model.get_parameter(n)).requires_grad}
-        if len(set(learned.values())) > 1:
-            examples = {str(dtype).removeprefix("torch."): name for name, dtype in learned.items()}
-            raise SDPConfigError(
-                "Parameters that are sharded together need one dtype: "
-                f"{', '.join(f'{name} is {dtype}' for dtype, name in examples.items())}. Load the model in one dtype, "
-                "or use level='neuron' for float32 norms."
-            )
 
 
 def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from accelerate.utils.constants import SCALER_NAME, SCHEDULER_NAME
 from torch import nn
 
@@ -40,6 +40,12 @@ _OTHER_ENGINES = {
     DistributedType.MEGATRON_LM: "Megatron-LM",
     DistributedType.XLA: "XLA",
 }
+# Set by TrainingArguments and `accelerate launch`, also where Accelerate then passes over them: on CPU.
+_FLAGS = {f"ACCELERATE_USE_{name}": name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")}
+
+_NOT_TRAINED = (
+    "A model that is not trained: model.requires_grad_(False), or prepare_model(model, evaluation_mode=True)."
+)
 
 
 class SDPAccelerator(Accelerator):
@@ -48,11 +54,14 @@ class SDPAccelerator(Accelerator):
     ``prepare`` shards the model, re-points its optimizers, and leaves dataloaders, schedulers, autocast, compilation
     and gradient accumulation to Accelerate. Optimizers may be made before or after.
 
+    Models that cannot learn here stay Accelerate's (teachers, reference and reward models): those of which no parameter
+    requires a gradient, and what is prepared by ``prepare_model(model, evaluation_mode=True)``.
+
     Args:
-        sdp_config: with it, ``prepare`` also patches a model that is not patched yet.
+        sdp_config: with it, ``prepare`` also patches the one model that can learn, if it is not patched yet.
     Raises: SDPConfigError on every worker, before anything is changed: FSDP, DeepSpeed or another engine configured
-        at the same time, a world of one worker, a world that is not what was launched, an unpatched model without
-        ``sdp_config``.
+        at the same time, a world of one worker, a world that is not what was launched, an unpatched model that can
+        learn without ``sdp_config`` or beside another one, an optimizer of nothing that SDP trains.
     Source: accelerate/accelerator.py (prepare, prepare_model, clip_grad_norm_, get_state_dict, no_sync).
     """
 
@@ -70,14 +79,18 @@ class SDPAccelerator(Accelerator):
             self.scaler = GlobalGradScaler(self.device.type, **options)
 
     def prepare(self, *args, device_placement=None):
-        models = [a for a in args if isinstance(a, nn.Module)]
+        models = [a for a in args if isinstance(a, nn.Module) and _can_learn(a)]
         optimizers = [a for a in args if isinstance(a, torch.optim.Optimizer)]
-        if models:
+        if models or optimizers:
             with together():
-                for model in models:
-                    self._check(model)
-                for optimizer in optimizers:
-                    refuse_unless_elementwise(_inner(optimizer))
+                self._check(models)
+                if not models and not any(find_state(m) for m in self._models):
+                    for optimizer in optimizers:
+                        self._refuse_optimizer_without_model(optimizer)
+                if models or any(model_of(o) is not None for o in optimizers):
+                    for optimizer in optimizers:
+                        refuse_unless_elementwise(_inner(optimizer))
+        if models:
             agree_on_options([_inner(optimizer) for optimizer in optimizers])
         # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
         for model in models:
@@ -88,7 +101,9 @@ class SDPAccelerator(Accelerator):
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
-        self._check(model)
+        if find_state(model) is None and (evaluation_mode or not _can_learn(model)):
+            return super().prepare_model(model, device_placement, evaluation_mode=True)  # DDP refuses frozen models
+        self._check([model])
         self._shard(model)
         simulated = find_sharded(model) is None
         return super().prepare_model(
@@ -258,10 +273,11 @@ class SDPAccelerator(Accelerator):
             self._models, self._optimizers = kept
 
     def _only_model(self) -> nn.Module:
-        if len(self._models) > 1:
-            names = [type(unwrap(m)).__name__ for m in self._models]
+        models = [m for m in self._models if find_state(m) is not None]  # others are not trained
+        if len(models) > 1:
+            names = [type(unwrap(m)).__name__ for m in models]
             raise SDPStateError(f"save_state and load_state handle one SDP model, this accelerator has {names}.")
-        return self._models[0]
+        return models[0]
 
     def free_memory(self, *objects):
         for model in self._models:
@@ -272,13 +288,11 @@ class SDPAccelerator(Accelerator):
     def _has_sharded_model(self) -> bool:
         return any(find_sharded(m) is not None for m in self._models)
 
-    def _check(self, model: nn.Module) -> None:
-        if self.distributed_type in _OTHER_ENGINES:
-            raise SDPConfigError(
-                f"{_OTHER_ENGINES[self.distributed_type]} is configured, but an SDP model is sharded by hf_sdp. Remove "
-                "it from the accelerate config (or TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the "
-                "holders."
-            )
+    def _check(self, models: list[nn.Module]) -> None:
+        """Of models that can learn."""
+        if not models:
+            return
+        refuse_other_engines(self.distributed_type)
         if getattr(self, "parallelism_config", None) is not None:
             raise SDPConfigError("ParallelismConfig is set, but an SDP model is sharded by hf_sdp. Remove it.")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -287,27 +301,61 @@ class SDPAccelerator(Accelerator):
                 f"WORLD_SIZE={launched} workers were launched, but Accelerate runs with {self.num_processes}. "
                 "Launch with a file of configs/accelerate/ (on CPU: ACCELERATE_USE_CPU=true)."
             )
-        state = find_state(model)
-        if state is None:
-            if self.sdp_config is None:
+        for model in models:
+            state = find_state(model)
+            if state is not None and self.sdp_config not in (None, state.held.config):
                 raise SDPConfigError(
-                    f"{type(model).__name__} is not patched. Call patch_model(model, SDPConfig(...)) before prepare, "
-                    "or use SDPAccelerator(sdp_config=SDPConfig(...))."
+                    f"The model was patched with {state.held.config}, the accelerator has {self.sdp_config}."
                 )
-            if self.num_processes == 1 and not self.sdp_config.simulate:
-                raise SDPConfigError(
-                    "SDP needs at least 2 workers, this world has 1. Use a file of configs/accelerate/."
-                )
-        elif self.sdp_config is not None and self.sdp_config != state.held.config:
+        unpatched = [model for model in models if find_state(model) is None]
+        if unpatched:
+            self._check_unpatched(unpatched[0], {*models, *filter(find_state, self._models)} - {unpatched[0]})
+
+    def _check_unpatched(self, model: nn.Module, others: set[nn.Module]) -> None:
+        name = type(model).__name__
+        if self.sdp_config is None:
             raise SDPConfigError(
-                f"The model was patched with {state.held.config}, the accelerator has {self.sdp_config}."
+                f"{name} is not patched. Call patch_model(model, SDPConfig(...)) before prepare, or use "
+                f"SDPAccelerator(sdp_config=SDPConfig(...)). {_NOT_TRAINED}"
             )
+        if others:
+            names = ", ".join(sorted(unwrap(other)._get_name() for other in others))
+            raise SDPConfigError(
+                f"{name} is not patched, and sdp_config is for one model that learns: there is also {names}. "
+                f"{_NOT_TRAINED} Where SDP trains several models, call patch_model on each."
+            )
+        if self.num_processes == 1 and not self.sdp_config.simulate:
+            raise SDPConfigError("SDP needs at least 2 workers, this world has 1. Use a file of configs/accelerate/.")
+
+    def _refuse_optimizer_without_model(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prepared before its model it would go on with parameters that are no longer the model's; of a model that was
+        left to Accelerate it would train without SDP."""
+        raise SDPConfigError(
+            f"{type(optimizer).__name__} is prepared without a model that SDP trains. Prepare it with its model, or "
+            "after it."
+        )
 
     def _shard(self, model: nn.Module) -> None:
         if find_state(model) is None:
             assert self.sdp_config is not None  # _check has refused the model without it
             patch_model(model, self.sdp_config)
         shard(model, self.device)
+
+
+def refuse_other_engines(distributed_type: DistributedType) -> None:
+    """Raises SDPConfigError when FSDP, DeepSpeed or another engine is configured."""
+    flag = next((name for flag, name in _FLAGS.items() if parse_flag_from_env(flag)), None)
+    other = _OTHER_ENGINES.get(distributed_type) or flag
+    if other is not None:
+        raise SDPConfigError(
+            f"{other} is configured, but an SDP model is sharded by hf_sdp. Remove it from the accelerate config (or "
+            "TrainingArguments); SDPConfig(sharding='full') is FSDP2 among the holders."
+        )
+
+
+def _can_learn(model: nn.Module) -> bool:
+    """A patched model belongs to SDP even when all of it is frozen."""
+    return find_state(model) is not None or any(p.requires_grad for p in model.parameters())
 
 
 def _inner(optimizer):

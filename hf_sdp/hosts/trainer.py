@@ -20,7 +20,7 @@ from ..engine.sharded import find_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, get_state
 from ..patch import patch_model
-from .accelerator import SDPAccelerator
+from .accelerator import SDPAccelerator, refuse_other_engines
 from .optimizer import VotingOptimizer
 from .preemption import AgreedJITCheckpoint
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
@@ -39,6 +39,9 @@ class _TrainerAccelerator(SDPAccelerator):
         if find_state(model) is None:
             return super(SDPAccelerator, self).prepare_model(model, device_placement, evaluation_mode)
         return super().prepare_model(model, device_placement, evaluation_mode)
+
+    def _refuse_optimizer_without_model(self, optimizer):
+        pass  # it is of a model that is not patched
 
 
 class SDPCallback(TrainerCallback):
@@ -59,6 +62,7 @@ class SDPCallback(TrainerCallback):
         self._first_training = True
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        refuse_other_engines(args.distributed_state.distributed_type)
         if args.bf16_full_eval or args.fp16_full_eval:
             raise SDPConfigError(
                 "bf16_full_eval and fp16_full_eval cast the weights that train. Use bf16=True, or load the model with "

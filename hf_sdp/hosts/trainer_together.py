@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import transformers.trainer as host
+from torch import nn
 
 from ..compat import saves_on_every_rank
 from ..engine.presence import announce, come_to, find_roll_call
@@ -47,11 +48,8 @@ def _train(original):
 
 def _evaluate(original):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        sharded = find_sharded(self.model)
-        if sharded is not None and sharded.held.config.evaluate == "subnetwork":
-            metric_key_prefix += "_subnetwork"
         with _all_here(self, "evaluate"):
-            return original(self, eval_dataset, ignore_keys, metric_key_prefix)
+            return original(self, eval_dataset, ignore_keys, _of_what(self.model, metric_key_prefix))
 
     return evaluate
 
@@ -59,9 +57,17 @@ def _evaluate(original):
 def _predict(original):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         with _all_here(self, "predict"):
-            return original(self, test_dataset, ignore_keys, metric_key_prefix)
+            return original(self, test_dataset, ignore_keys, _of_what(self.model, metric_key_prefix))
 
     return predict
+
+
+def _of_what(model: nn.Module, prefix: str) -> str:
+    """Names the metrics of a subnetwork so. Of several datasets the Trainer calls ``evaluate`` within ``evaluate``,
+    with a prefix that is named already."""
+    sharded = find_sharded(model)
+    is_subnetwork = sharded is not None and sharded.held.config.evaluate == "subnetwork"
+    return f"{prefix}_subnetwork" if is_subnetwork and "_subnetwork" not in prefix else prefix
 
 
 def _save_model(original):

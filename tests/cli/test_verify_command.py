@@ -115,7 +115,7 @@ def test_damaged_files_are_named(run, checkpoint):
         ),
         ("config.json", lambda c: c.update(num_hidden_layers=3), f"{PLAN}: model.layers.3.* has None"),
         ("config.json", lambda c: c.update(num_hidden_layers=5), "model.layers.4.* is missing, the model needs"),
-        ("config.json", lambda c: c.update(hidden_size=-32), "config.json: no model can be made of it"),
+        ("config.json", lambda c: c.update(hidden_size=-32), "No model can be made of the config of"),
         (MARKER, lambda c: c["sdp_config"].update(level="block"), "level is neuron.*says block"),
         (MARKER, lambda c: c.update(world_size=4), "num_subnetworks is 2.*says 4"),
         (MARKER, lambda c: c.pop("versions"), f"{MARKER} is damaged: 'versions' is missing"),

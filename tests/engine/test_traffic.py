@@ -1,5 +1,6 @@
 """Bytes that are sent, and the order of collectives."""
 
+import contextlib
 import itertools
 
 import networkx as nx
@@ -7,52 +8,55 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPConfig, make_plan
+from hf_sdp import SDPAccelerator, SDPConfig, make_plan, patch_model
 from hf_sdp.engine.sharded import find_sharded
-from tests.support.models import tiny_config
+from tests.support.models import batch, tiny_config, tiny_model
+from tests.support.oracle import freeze
 from tests.support.training import EVERYTHING, one_step, prepared
 from tests.support.workers import run_workers
 
 
-def count_collectives(config, micro_batches, model_options=None):
-    """Bytes sent in the second step: as the engine counts, and as seen where torch.distributed is called."""
+@contextlib.contextmanager
+def spied():
+    """``[bytes sent], [(collective, ranks of its group)]``, as seen where torch.distributed is called."""
     seen, calls = [0], []
-
-    def spied(name, sent):
-        original = getattr(dist, name)
-
-        def call(*args, **kwargs):
-            group = kwargs.get("group")
-            n = dist.get_world_size(group)
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            if tensors[0].numel() > 1:  # not the gradient norm
-                seen[0] += sent(n, tensors)
-                calls.append((name, tuple(dist.get_process_group_ranks(group))))
-            return original(*args, **kwargs)
-
-        return name, original, call
 
     def smaller(n, tensors):
         return (n - 1) * min(t.nbytes for t in tensors)
 
-    spies = [
-        spied(name, sent)
-        for name, sent in {
-            "all_gather_single": smaller, "all_gather_into_tensor": smaller,
-            "reduce_scatter_single": smaller, "reduce_scatter_tensor": smaller,
-            "all_reduce": lambda n, t: 2 * (n - 1) * t[0].nbytes // n,
-        }.items() if hasattr(dist, name)
-    ]  # fmt: skip
+    def spy_on(name, original, sent):
+        def call(*args, **kwargs):
+            group = kwargs.get("group")
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            if tensors[0].numel() > 1:  # not the gradient norm
+                seen[0] += sent(dist.get_world_size(group), tensors)
+                calls.append((name, tuple(dist.get_process_group_ranks(group))))
+            return original(*args, **kwargs)
+
+        return call
+
+    formulas = {
+        "all_gather_single": smaller, "all_gather_into_tensor": smaller,
+        "reduce_scatter_single": smaller, "reduce_scatter_tensor": smaller,
+        "all_reduce": lambda n, t: 2 * (n - 1) * t[0].nbytes // n,
+    }  # fmt: skip
+    originals = {name: getattr(dist, name) for name in formulas if hasattr(dist, name)}
+    try:
+        for name, original in originals.items():
+            setattr(dist, name, spy_on(name, original, formulas[name]))
+        yield seen, calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def count_collectives(config, micro_batches, model_options=None):
+    """Bytes sent in the second step: as the engine counts, and as seen where torch.distributed is called."""
     accelerator, model, optimizer = prepared(config, model_options, gradient_accumulation_steps=micro_batches)
     one_step(accelerator, model, optimizer, micro_batches)
     before = find_sharded(model).traffic.bytes_sent
-    try:
-        for name, _, call in spies:
-            setattr(dist, name, call)
+    with spied() as (seen, calls):
         one_step(accelerator, model, optimizer, micro_batches)
-    finally:
-        for name, original, _ in spies:
-            setattr(dist, name, original)
     return find_sharded(model).traffic.bytes_sent - before, seen[0], calls
 
 
@@ -75,20 +79,43 @@ def test_gathering_twice_is_the_only_extra_traffic_of_resharding():
     assert maskable * plan.coverage / 2 <= twice - plain <= maskable * plan.coverage / 2 + plan.shared_numel * 3
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        dict(coverage=0.75, reshard_after_forward=True),
-        dict(level="block", reshard_after_forward=True),
-        dict(level="block", coverage=0.75),
-        dict(coverage=0.5),
-    ],
-    ids=str,
-)
-def test_order_of_collectives_is_one_global_order(config):
+def order_of_collectives(config, frozen, on_embeddings):
+    """Of the second step; the batch is token ids, or what is put in for their embeddings."""
+    accelerator = SDPAccelerator()
+    model = patch_model(freeze(tiny_model(**EVERYTHING), frozen), SDPConfig(**config))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    inputs = batch(dist.get_rank())
+    if on_embeddings:
+        ids = inputs.pop("input_ids")
+        inputs["inputs_embeds"] = torch.nn.functional.one_hot(ids % 32, 32).float()
+    for _ in range(2):
+        with spied() as (_, calls):
+            accelerator.backward(model(**inputs).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    return calls
+
+
+ORDERS = [
+    dict(coverage=0.75, reshard_after_forward=True),
+    dict(level="block", reshard_after_forward=True),
+    dict(level="block", coverage=0.75),
+    dict(coverage=0.5),
+]
+LEARNED = {
+    "all": ((), False),
+    "frozen embeddings": (("model.embed_tokens",), False),
+    "frozen lower layers": (("model.embed_tokens", "model.layers.0.", "model.layers.1."), False),
+    "inputs_embeds": ((), True),
+}
+
+
+@pytest.mark.parametrize("learned", LEARNED)
+@pytest.mark.parametrize("config", ORDERS, ids=str)
+def test_order_of_collectives_is_one_global_order(config, learned):
     """Two workers must issue the collectives of all groups they share in the same order, and all these orders must
     fit into one; else NCCL hangs, or pairs the wrong ones."""
-    calls = [calls for _, _, calls in run_workers(count_collectives, config, 1, EVERYTHING)]
+    calls = run_workers(order_of_collectives, config, *LEARNED[learned], timeout_s=60)
     for a, b in itertools.combinations(range(4), 2):
         common = [[c for c in calls[w] if {a, b} <= set(c[1])] for w in (a, b)]
         assert common[0] == common[1] and common[0]

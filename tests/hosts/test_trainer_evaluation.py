@@ -15,12 +15,18 @@ from tests.support.workers import run_workers
 def evaluate_subnetworks(folder):
     trainer = make_trainer(folder, dict(evaluate="subnetwork"), dict(max_steps=1))
     trainer.train()
-    return trainer.evaluate()
+    several = dict(a=Rows(8, seed=2), b=Rows(8, seed=3))
+    one, given = trainer.evaluate(), trainer.evaluate(several)
+    trainer.eval_dataset = several
+    return one, given, trainer.evaluate(), trainer.predict(Rows(8, seed=2)).metrics
 
 
-def test_the_metric_of_a_subnetwork_is_named_so(tmp_path):
-    metrics = run_workers(evaluate_subnetworks, tmp_path)[0]
-    assert "eval_subnetwork_loss" in metrics and "eval_loss" not in metrics
+def test_the_metrics_of_a_subnetwork_are_named_so(tmp_path):
+    results = run_workers(evaluate_subnetworks, tmp_path)[0]
+    names = [{name for name in metrics if name.endswith("loss")} for metrics in results]
+    several = {"eval_subnetwork_a_loss", "eval_subnetwork_b_loss"}
+    assert names == [{"eval_subnetwork_loss"}, several, several, {"test_subnetwork_loss"}]
+    assert all("subnetwork" in name for metrics in results for name in metrics if name.startswith(("eval", "test")))
 
 
 def evaluate_first(folder):

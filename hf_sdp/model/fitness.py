@@ -1,0 +1,90 @@
+"""What a model must be to become a subnetwork. What is refused here would fail later, or train something else."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..compat import is_compiled
+from ..errors import SDPConfigError
+from .state import Held
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def refuse_what_is_no_model(model: object) -> None:
+    """Raises SDPConfigError for anything but a transformers model as it was made: not wrapped, not compiled."""
+    if not isinstance(model, nn.Module):
+        raise SDPConfigError(f"A transformers model is needed, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            raise SDPConfigError(
+                f"{name or type(model).__name__} is compiled: what was compiled would not be what is trained. Patch "
+                "first; TrainingArguments(torch_compile=True) or Accelerate's dynamo options compile after that."
+            )
+    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
+        raise SDPConfigError(
+            f"A transformers model is needed, got {type(model).__name__}. Patch before wrapping (DDP, torch.compile, "
+            "PEFT)."
+        )
+
+
+def refuse_unlike_its_config(model: "PreTrainedModel") -> None:
+    """Raises SDPConfigError when the config makes other parameters than the model has: the full model in evaluation,
+    and whoever loads a checkpoint, makes the model of its config."""
+    try:
+        with torch.device("meta"):
+            full = type(model)(copy.deepcopy(model.config))
+    except Exception as error:  # whatever the class says to its config
+        raise SDPConfigError(
+            f"{type(model).__name__} cannot be made of its config alone, as evaluation and loading of checkpoints do "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    found, expected = _parameters(model), _parameters(full)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise SDPConfigError(
+                f"{name} {_as_text(found.get(name))}, but by the model's config it {_as_text(expected.get(name))}. "
+                "Evaluation and checkpoints go by the config: change it with the model (config.tie_word_embeddings, "
+                "resize_token_embeddings, ...)."
+            )
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple]:
+    """Name -> shape, and the first name of the same parameter (tied ones have several)."""
+    first: dict[int, str] = {}
+    return {
+        name: (tuple(p.shape), first.setdefault(id(p), name))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _as_text(parameter: tuple | None) -> str:
+    return "is not there" if parameter is None else f"has shape {parameter[0]} and is that of {parameter[1]}"
+
+
+def refuse_what_fsdp_refuses(model: nn.Module) -> None:
+    """FSDP2 says it in the first forward, or not at all. Raises SDPConfigError."""
+    for name, p in model.named_parameters():
+        if p.dim() == 0:
+            raise SDPConfigError(f"{name} has no dimension along which it could be sharded. Make its shape (1,).")
+        if not p.is_floating_point():
+            raise SDPConfigError(f"{name} is of {p.dtype}, which cannot be trained. Make it a buffer.")
+
+
+def refuse_mixed_groups(model: nn.Module, held: Held) -> None:
+    """FSDP2 reduces the gradients of a group as one tensor, and says only in the first forward that it cannot.
+
+    ``model``: not cut yet. Raises SDPConfigError.
+    """
+    for group in held.groups:
+        parameters = {region.name: model.get_parameter(region.name) for region in group.tensors.values()}
+        examples = {p.dtype: name for name, p in parameters.items() if p.requires_grad}
+        if len(examples) > 1:
+            found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in examples.items())
+            raise SDPConfigError(
+                f"Parameters that are sharded together need one dtype: {found}. Load the model in one dtype, or use "
+                "level='neuron' for float32 norms."
+            )
