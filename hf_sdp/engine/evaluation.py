@@ -15,7 +15,7 @@ from ..model.recomputation import refuse_unsafe_checkpointing
 from ..model.state import get_state, local_tensor
 from ..plan.placement import Placement
 from ..plan.region import Region
-from .exchange import exchange, owned_tensors
+from .exchange import Route, find_route, move, owned_tensors
 from .fsdp import fully_shard_plainly, reshard
 from .sharded import Sharded
 
@@ -27,6 +27,7 @@ class Shadow:
     def __init__(self, model: nn.Module, sharded: Sharded, device: torch.device, policy: MixedPrecisionPolicy):
         self.source, self.run = model, sharded.run
         self.version: int | None = None
+        self.routes: dict[str, Route] = {}  # by full parameter name
         self._is_released = False
         held = sharded.held
         with torch.device("meta"):
@@ -76,9 +77,10 @@ class Shadow:
             padded_rows = -(-region.shape[0] // held.world_size)
             padded_numel = padded_rows * (parameter.numel() // region.shape[0])
             local.untyped_storage().resize_(padded_numel * parameter.element_size())
-            targets = list(placement.owned(region, held.plan.everyone))
-            wanted = [(shard, local) for rank, shard in targets if rank == held.rank]
-            exchange(held.owners[name], targets, owned[name], wanted, local)
+            if name not in self.routes:
+                self.routes[name] = find_route(held.owners[name], list(placement.owned(region, held.plan.everyone)))
+            shard = placement.stored(region, held.plan.everyone, held.rank)
+            move(self.routes[name], owned[name], [(shard, local)], local)
         self.version = self.run.version
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import SDPStateError
 from ..model.state import Held, Run, get_state, local_tensor, unwrap
 from ..plan.region import Region
+from ..world import groups
 from ..world.roll_call import RollCall
 from .traffic import Traffic
 
@@ -27,7 +28,6 @@ class Sharded:
             and its backward.
         dtypes: full parameter name -> dtype, also of parameters of which this worker holds nothing.
         traffic: counts the bytes that this worker sends.
-        control_group: gloo group of all workers for small messages; None without real communication.
         roll_call: makes sure that all workers come to the same collective; None without real communication.
         on_change: called when weights have changed.
     """
@@ -37,9 +37,13 @@ class Sharded:
     parameters: dict[str, nn.Parameter]
     dtypes: dict[str, torch.dtype]
     traffic: Traffic
-    control_group: dist.ProcessGroup | None
     roll_call: RollCall | None
     on_change: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def control_group(self) -> dist.ProcessGroup | None:
+        """The gloo group of all workers for small messages; None without real communication."""
+        return groups.control_group()
 
     def weights_changed(self) -> None:
         """To be called by all workers after any change of the weights."""
