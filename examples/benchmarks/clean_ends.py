@@ -3,11 +3,13 @@
     OMP_NUM_THREADS=1 python examples/benchmarks/clean_ends.py --runs 100 --output examples/benchmarks/clean_ends.json
 
 What is looked for is a race between the end of the interpreter and the threads of process groups. It is rare on an idle
-machine, so the runs themselves keep it busy. The processes are forked from one that has imported everything, and
-finalize their interpreters, which those of multiprocessing do not.
+machine, so the runs themselves keep it busy; and the threads that are left when the interpreter ends are counted. The
+processes are forked from one that has imported everything, and finalize their interpreters, which those of
+multiprocessing do not.
 """
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -42,6 +44,7 @@ def work(end: str, folder: str) -> None:
         kept = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[SDPCallback(config)])
         kept.train()
         kept.evaluate()
+        kept.accelerator.wait_for_everyone()
     else:
         accelerator = SDPAccelerator(cpu=True, sdp_config=config)
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -64,6 +67,12 @@ def _model(config):
     return LlamaForCausalLM(config)
 
 
+def _count_threads(file: Path) -> None:
+    """Write how many threads of gloo this process has (on Linux)."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    file.write_text(str(sum("gloo_runloop" in name for name in names)))
+
+
 def start_world(end: str, num_workers: int, folder: str) -> dict[int, int]:
     """Fork the workers of one run. Returns: pid -> rank. In a worker it does not return, but ends the process."""
     pids = {}
@@ -75,6 +84,7 @@ def start_world(end: str, num_workers: int, folder: str) -> dict[int, int]:
             log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            atexit.register(_count_threads, Path(folder, f"{rank}.threads"))  # after what is registered later
             join_world(rank, num_workers, f"{folder}/rendezvous")
             work(end, folder)
             sys.exit()
@@ -92,9 +102,9 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import hf_sdp.hosts.trainer  # noqa: F401  (what workers share)
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
     waiting = [end for _ in range(options.runs) for end in options.ends]
@@ -102,6 +112,7 @@ def main() -> None:
     runs: list[tuple[str, str, dict[int, int]]] = []  # end, folder, exit codes by rank
     left: Counter[int] = Counter()
     clean: Counter[str] = Counter()
+    threads_left: Counter[str] = Counter()
     faults = []
     while waiting or running:
         while waiting and sum(left.values()) <= (options.at_once - 1) * options.workers:
@@ -116,6 +127,8 @@ def main() -> None:
         end, folder, codes = runs[number]
         codes[rank] = os.waitstatus_to_exitcode(status)
         left[number] -= 1
+        counted = Path(folder, f"{rank}.threads")
+        threads_left[end] += int(counted.read_text()) if counted.exists() else 0
         if codes[rank]:
             said = Path(folder, f"{rank}.log").read_text().strip().splitlines()
             faults.append({"end": end, "rank": rank, "exit_code": codes[rank], "said": said[-1:]})
@@ -126,15 +139,16 @@ def main() -> None:
         "settings": {key: getattr(options, key) for key in ("runs", "at_once", "workers")},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "clean": {end: clean[end] for end in options.ends},
+        "threads_left": {end: threads_left[end] for end in options.ends},
         "faults": faults,
     }
     for end in options.ends:
-        print(f"{end}: {clean[end]} of {options.runs} clean")
+        print(f"{end}: {clean[end]} of {options.runs} clean, {threads_left[end]} threads left")
     for fault in faults:
         print(fault)
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(bool(faults))
+    sys.exit(bool(faults) or any(threads_left.values()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``Sharded``: what the engine knows about a model that it has sharded, kept on the model."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -50,6 +51,11 @@ class Sharded:
         self.run.version += 1
         for forget in self.on_change:
             forget()
+
+    @property
+    def full_bytes(self) -> int:
+        """Of the full model's parameters, tied ones once; the same on all workers."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.held.plan.shapes.items())
 
     def checksum(self) -> int:
         """CRC-32 of what this worker stores: it changes with every write, also with one that torch does not notice."""
