@@ -132,6 +132,7 @@ def main() -> None:
         if codes[rank]:
             said = Path(folder, f"{rank}.log").read_text().strip().splitlines()
             faults.append({"end": end, "rank": rank, "exit_code": codes[rank], "said": said[-1:]})
+            print(faults[-1], flush=True)
         if left[number] == 0:
             clean[end] += not any(codes.values())
             shutil.rmtree(folder)
@@ -144,8 +145,6 @@ def main() -> None:
     }
     for end in options.ends:
         print(f"{end}: {clean[end]} of {options.runs} clean, {threads_left[end]} threads left")
-    for fault in faults:
-        print(fault)
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(bool(faults) or any(threads_left.values()))
