@@ -1,6 +1,7 @@
 """The meshes of a plan: who gathers and reduces what with whom."""
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..plan.holders import Holders
@@ -15,9 +16,13 @@ def make_meshes(plan: Plan, placement: Placement, device_type: str) -> dict[Hold
     A mesh with replicas has the dims ("replicate", "shard"), as HSDP; one without has "shard" alone.
     ``sharding="none"`` has one shard, and replicas only. Models share the groups, see ``world/groups.py``.
     """
+    sets = plan.holder_sets if plan.masking == "forward" else (plan.everyone,)
+    ranks = {holders: placement.mesh(holders) for holders in sets}
+    if any(len(row) == 1 for rows in ranks.values() for row in rows):
+        # Every worker its own, at one point: NCCL may split the world's communicator, in which all take part.
+        shared_group([dist.get_rank()])
     meshes = {}
-    for holders in plan.holder_sets if plan.masking == "forward" else (plan.everyone,):
-        rows = placement.mesh(holders)
+    for holders, rows in ranks.items():
         shards = [group for row in rows if (group := shared_group(row))]
         if len(rows) == 1 and placement.sharding == "full":
             if shards:

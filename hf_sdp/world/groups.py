@@ -22,7 +22,8 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, _Made] = WeakKeyDictionary()
 def shared_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup | None:
     """The group of these ranks, made by the first call. None for a worker that is not in it.
 
-    Collective over the world, in one order: workers that are not in the group come, too.
+    Collective over the world, in one order: workers that are not in the group come, too. But a group of one is made by
+    its member alone, so that nobody counts through the whole world; all workers make theirs at one point.
 
     Args:
         ranks: sorted.
@@ -33,7 +34,7 @@ def shared_group(ranks: Sequence[int], backend: str | None = None) -> dist.Proce
     if backend is None and len(ranks) == world.size():
         return world
     if len(ranks) == 1 and world.rank() not in ranks:
-        return None  # a group of one is made by its member alone: nobody counts through the whole world
+        return None
     if world not in _groups:
         _groups[world] = {}
         atexit.register(_end_with_process, os.getpid())
