@@ -4,16 +4,20 @@ Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import inspect
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,12 +34,14 @@ __all__ = [
     "checkpointing_options",
     "converts_checkpoints",
     "default_store",
+    "default_timeout",
     "fake_store",
     "fsdp_groups",
     "functional_collectives",
     "is_compiled",
     "is_connection_error",
     "is_within_backward",
+    "let_meshes_forget_their_groups",
     "norms_mixed_meshes",
     "reset_after_exception",
     "saves_on_every_rank",
@@ -61,6 +67,31 @@ def fsdp_groups(module: "FSDPModule") -> list[Any]:
     ``_reduce_scatter_comm`` and ``_all_reduce_hook``.
     """
     return module._get_fsdp_state()._fsdp_param_groups
+
+
+def default_timeout() -> timedelta | None:
+    """How long a collective of the default process group waits; None, torch's default, where its backend does not say
+    (as ``"fake"``)."""
+    for device in dist.group.WORLD._device_types:  # type: ignore[union-attr]
+        backend = dist.group.WORLD._get_backend(device)  # type: ignore[union-attr]
+        backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+        timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
+def let_meshes_forget_their_groups() -> None:
+    """No DeviceMesh, and nothing of FSDP2, refers to a process group any more, wherever in the process it is kept."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DeviceMesh):
+            vars(thing).get("_pg_registry", {}).clear()
+        elif issubclass(type(thing), DataParallelMeshInfo):
+            for name in vars(thing).keys() & _GROUPS_OF_A_MESH_INFO:
+                setattr(thing, name, None)
+
+
+_GROUPS_OF_A_MESH_INFO = {"shard_process_group", "replicate_process_group", "reduce_scatter_process_group"}
 
 
 def fake_store() -> Any:

@@ -27,7 +27,8 @@ def save_pretrained(model: "PreTrainedModel", folder: str | os.PathLike, max_sha
     stays valid until everything is written. A model whose class converts its checkpoints (fused experts, ...) or that
     comes with code of its own is put together on rank 0 and saved by transformers.
 
-    Raises: SDPStateError before the model is sharded; on every worker when rank 0 cannot write.
+    Raises: SDPStateError before the model is sharded; when another worker does something else; on every worker when
+        rank 0 cannot write.
     """
     model = unwrap(model)
     if get_state(model).held.simulated or converts_checkpoints(model) or model.is_remote_code():

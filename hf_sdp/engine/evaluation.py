@@ -22,7 +22,7 @@ from ..model.recomputation import refuse_unsafe_checkpointing
 from ..model.state import get_state, local_tensor
 from ..plan.placement import Placement
 from ..plan.region import Region
-from .exchange import exchange, owned_tensors
+from .exchange import Route, find_route, move, owned_tensors
 from .fsdp import is_hook_of_fsdp, reshard
 from .sharded import Sharded
 
@@ -53,6 +53,7 @@ class Shadow:
         self.groups: list[Any] = [of_layer[0] for of_layer in layers.values()]  # FSDPModules
         self.group_of = {id(full): number for number, of_layer in enumerate(layers.values()) for full in of_layer}
         self.gathered: set[int] = set()
+        self.routes: dict[str, Route] = {}  # by full parameter name
         self.release()
 
     @contextlib.contextmanager
@@ -134,9 +135,10 @@ class Shadow:
             padded_rows = -(-region.shape[0] // held.world_size)
             padded_numel = padded_rows * (parameter.numel() // region.shape[0])
             local.untyped_storage().resize_(padded_numel * parameter.element_size())
-            targets = list(placement.owned(region, held.plan.everyone))
-            wanted = [(shard, local) for rank, shard in targets if rank == held.rank]
-            exchange(held.owners[name], targets, owned[name], wanted, local)
+            if name not in self.routes:
+                self.routes[name] = find_route(held.owners[name], list(placement.owned(region, held.plan.everyone)))
+            shard = placement.stored(region, held.plan.everyone, held.rank)
+            move(self.routes[name], owned[name], [(shard, local)], local)
         self.version = self.run.version
 
 

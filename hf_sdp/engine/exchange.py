@@ -1,15 +1,19 @@
 """The canonical layout: full parameters by their standard names. Moves weights between a plan and it.
 
-One primitive, :func:`exchange`, sends regions of one full parameter from where they are to where they are wanted.
+One primitive, :func:`move`, sends regions of one full parameter from where they are to where they are wanted.
 Consolidation and evaluation are two choices of target. It works tensor by tensor: no worker ever needs memory for more
-than one full parameter besides its own.
+than one full parameter besides its own. A worker compares its own pieces with everybody's, not everybody's with all.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..plan.region import Box, Region, intersection, relative, view
+from ..plan.region import Box, Region, intersection, numel, relative, view
 from .sharded import get_sharded
 
 Owned = tuple[int, Region]
@@ -18,59 +22,92 @@ Local = tuple[Region, torch.Tensor]
 """Region and the tensor, of its shape, that has it."""
 
 
-def exchange(
-    sources: list[Owned], targets: list[Owned], mine: list[Local], wanted: list[Local], like: torch.Tensor
-) -> None:
-    """Fill ``wanted`` with the values that the workers' ``mine`` have. Collective over the world (one all-to-all).
+@dataclass(frozen=True)
+class Route:
+    """What this worker sends and receives of one full parameter. It changes only with the plan.
+
+    Attributes:
+        send: in the order of receivers, from which of its source boxes, and which box within it.
+        receive: in the order of senders, into which of its target boxes, and which box within it.
+        send_sizes, receive_sizes: elements for each rank.
+    """
+
+    send: list[tuple[int, Box]]
+    send_sizes: list[int]
+    receive: list[tuple[int, Box]]
+    receive_sizes: list[int]
+
+
+def find_route(sources: Sequence[Owned], targets: Sequence[Owned]) -> Route:
+    """The way from where regions of one parameter are to where they are wanted.
 
     Args:
         sources: every worker's regions, the same on all workers; non-overlapping.
         targets: the regions wanted by every worker, the same on all workers.
-        mine: this worker's source regions in the order of ``sources``.
-        wanted: this worker's target regions in the order of ``targets``, with tensors to fill.
-        like: any tensor of the right dtype on the device the collective runs on.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    assert [region for r, region in sources if r == rank] == [region for region, _ in mine]
+    there, wanted = _boxes(sources), _boxes(targets)
+    # Both sides take the pieces between two workers in one order: by source box, then by target box.
+    send = sorted((wanted[j][0], i, j) for i, j in _meeting(there, wanted, rank))
+    receive = sorted((there[i][0], i, j) for j, i in _meeting(wanted, there, rank))
+
+    def pieces(ordered: list[tuple[int, int, int]], within: list[tuple[int, Box]]) -> tuple[list, list[int]]:
+        number = {k: index for index, k in enumerate(k for k, (owner, _) in enumerate(within) if owner == rank)}
+        found, sizes = [], [0] * world_size
+        for other, i, j in ordered:
+            common = intersection(there[i][1], wanted[j][1])
+            assert common is not None  # they meet
+            mine = i if within is there else j
+            found.append((number[mine], relative(common, within[mine][1])))
+            sizes[other] += numel(common)
+        return found, sizes
+
+    return Route(*pieces(send, there), *pieces(receive, wanted))
+
+
+def _boxes(regions: Sequence[Owned]) -> list[tuple[int, Box]]:
+    return [(rank, piece.full) for rank, region in regions for piece in region.pieces]
+
+
+def _meeting(boxes: list[tuple[int, Box]], others: list[tuple[int, Box]], rank: int) -> Iterator[tuple[int, int]]:
+    """Indices of each box of ``rank`` and each of the others that have something in common."""
+    corners = np.array([box for _, box in others], dtype=np.int64).reshape(len(others), -1, 2)
+    for index, (owner, box) in enumerate(boxes):
+        if owner == rank and others:
+            start, stop = np.array(box, dtype=np.int64).reshape(-1, 2).T
+            meet = (np.maximum(corners[:, :, 0], start) < np.minimum(corners[:, :, 1], stop)).all(axis=1)
+            for other in np.flatnonzero(meet).tolist():
+                yield index, other
+
+
+def move(route: Route, mine: list[Local], wanted: list[Local], like: torch.Tensor) -> None:
+    """Fill ``wanted`` with the values that the workers' ``mine`` have. Collective over the world (one all-to-all).
+
+    Args:
+        mine: this worker's source regions in the order of the route's sources.
+        wanted: this worker's target regions in the order of the route's targets, with tensors to fill.
+        like: any tensor of the right dtype on the device the collective runs on.
+    """
     my_sources, my_targets = _views(mine), _views(wanted)
-    boxes_from, boxes_to = _boxes(sources, world_size), _boxes(targets, world_size)
-    send, send_sizes = [], []
-    for target_rank in range(world_size):
-        pieces = [
-            view(tensor, relative(common, box)).reshape(-1)
-            for box, tensor in my_sources
-            for target in boxes_to[target_rank]
-            if (common := intersection(box, target)) is not None
-        ]
-        send += pieces
-        send_sizes.append(sum(piece.numel() for piece in pieces))
-    receive: list[torch.Tensor] = []
-    receive_sizes = []
-    for source_rank in range(world_size):
-        pieces = [
-            view(tensor, relative(common, target))
-            for box in boxes_from[source_rank]
-            for target, tensor in my_targets
-            if (common := intersection(box, target)) is not None
-        ]
-        receive += pieces
-        receive_sizes.append(sum(piece.numel() for piece in pieces))
-    output = like.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(output, torch.cat(send) if send else like.new_empty(0), receive_sizes, send_sizes)
+    send = [view(my_sources[index], box).reshape(-1) for index, box in route.send]
+    receive = [view(my_targets[index], box) for index, box in route.receive]
+    output = like.new_empty(sum(route.receive_sizes))
+    dist.all_to_all_single(
+        output, torch.cat(send) if send else like.new_empty(0), route.receive_sizes, route.send_sizes
+    )
     for into, values in zip(receive, output.split([piece.numel() for piece in receive]), strict=True):
         into.copy_(values.view(into.shape))
 
 
-def _views(local: list[Local]) -> list[tuple[Box, torch.Tensor]]:
-    return [piece for region, tensor in local for piece in region.views(tensor)]
+def exchange(
+    sources: Sequence[Owned], targets: Sequence[Owned], mine: list[Local], wanted: list[Local], like: torch.Tensor
+) -> None:
+    """:func:`move` on a route that is used once. Collective."""
+    move(find_route(sources, targets), mine, wanted, like)
 
 
-def _boxes(regions: list[Owned], world_size: int) -> list[list[Box]]:
-    """Boxes by rank."""
-    result: list[list[Box]] = [[] for _ in range(world_size)]
-    for rank, region in regions:
-        result[rank] += [piece.full for piece in region.pieces]
-    return result
+def _views(local: list[Local]) -> list[torch.Tensor]:
+    return [piece for region, tensor in local for _, piece in region.views(tensor)]
 
 
 def owned_tensors(model: nn.Module) -> dict[str, list[Local]]:

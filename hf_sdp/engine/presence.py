@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import nn
 
+from ..compat import default_store
 from ..model.state import find_state, get_state, unwrap
 from ..world.agreement import process_group_is_up
 from ..world.roll_call import RollCall
@@ -21,7 +22,9 @@ def open_roll_call(model: nn.Module) -> None:
     held = get_state(model).held
     communicates = process_group_is_up() and dist.get_backend() != "fake" and not held.simulated
     if communicates and find_roll_call(model) is None:
-        _roll_calls[unwrap(model)] = RollCall(held.rank, held.world_size, held.config.evaluation_timeout_s)
+        _roll_calls[unwrap(model)] = RollCall(
+            default_store(), held.rank, held.world_size, held.config.evaluation_timeout_s
+        )
 
 
 def find_roll_call(model: object) -> RollCall | None:

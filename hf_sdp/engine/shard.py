@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ..errors import SDPStateError
 from ..model.state import Held, difference, get_state, unwrap
-from ..plan.holders import Holders
 from ..world.agreement import together
+from ..world.groups import control_group
 from .debug import watch_collectives
 from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
 from .fsdp import fsdp_modules, fully_shard_groups, gather_with_root, mixed_precision_policy
+from .meshes import make_meshes, world_mesh
 from .presence import come_to, find_roll_call, open_roll_call
 from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
@@ -60,12 +60,11 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
         if not on_meta:
             model.to(device)
     before = dict(model.named_parameters())
-    meshes = _make_meshes(held, device.type)
-    control_group = None if dist.get_backend() == "fake" else dist.new_group(backend="gloo")
-    dtypes = _dtypes(held, before, control_group)
+    meshes = make_meshes(held.plan, held.placement, device.type)
+    dtypes = _dtypes(held, before, control_group())
     policy = mixed_precision_policy(held.config.param_dtype, held.config.reduce_dtype)
     reshards = held.config.reshard_after_forward
-    with together(control_group):
+    with together(control_group()):
         fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
         gather_with_root(model, [modules[0] for modules in held.structure.outer])
         # Nothing is prefetched but a module itself. By the root neither: with inputs_embeds and a tied head FSDP2 takes
@@ -78,37 +77,19 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     for name, parameter in before.items():  # of an optimizer made before sharding
         run.replaced.setdefault(parameter, [name])
     parameters = dict(model.named_parameters())
-    sharded = Sharded(held, run, parameters, dtypes, Traffic(model), control_group, find_roll_call(model))
+    sharded = Sharded(held, run, parameters, dtypes, Traffic(model), find_roll_call(model))
     set_sharded(model, sharded)
     watch_collectives(sharded)
     model.no_sync = lambda: no_sync(model)
     shadow = None
     if held.evaluates_full:
-        world = DeviceMesh(device.type, torch.arange(held.world_size))
-        shadow = run.full_model = Shadow(model, sharded, world, policy)
+        shadow = run.full_model = Shadow(model, sharded, world_mesh(device.type), policy)
         sharded.on_change.append(shadow.release)
     run.is_sharded = True
     guard_forward(model, sharded, shadow)
     if not held.trains_full_forward:
         let_inputs_need_gradients(model)
     return model
-
-
-def _make_meshes(held: Held, device_type: str) -> dict[Holders, DeviceMesh]:
-    """One mesh for each distinct holder set, made by all workers in sorted order.
-
-    A mesh with replicas has the dims ("replicate", "shard"), as HSDP; one without has "shard" alone.
-    ``sharding="none"`` has one shard, and replicas only.
-    """
-    plan = held.plan
-    meshes = {}
-    for holders in plan.holder_sets if plan.masking == "forward" else (plan.everyone,):
-        ranks = torch.tensor(held.placement.mesh(holders))
-        if len(ranks) == 1 and held.config.sharding == "full":
-            meshes[holders] = DeviceMesh(device_type, ranks[0], mesh_dim_names=("shard",))
-        else:
-            meshes[holders] = DeviceMesh(device_type, ranks, mesh_dim_names=("replicate", "shard"))
-    return meshes
 
 
 def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:

@@ -1,5 +1,6 @@
 """``Sharded``: what the engine knows about a model that it has sharded, kept on the model."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import SDPStateError
 from ..model.state import Held, Run, get_state, local_tensor, unwrap
 from ..plan.region import Region
+from ..world import groups
 from ..world.roll_call import RollCall
 from .traffic import Traffic
 
@@ -27,7 +29,6 @@ class Sharded:
             and its backward.
         dtypes: full parameter name -> dtype, also of parameters of which this worker holds nothing.
         traffic: counts the bytes that this worker sends.
-        control_group: gloo group of all workers for small messages; None without real communication.
         roll_call: makes sure that all workers come to the same collective; None without real communication.
         on_change: called when weights have changed.
     """
@@ -37,15 +38,24 @@ class Sharded:
     parameters: dict[str, nn.Parameter]
     dtypes: dict[str, torch.dtype]
     traffic: Traffic
-    control_group: dist.ProcessGroup | None
     roll_call: RollCall | None
     on_change: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def control_group(self) -> dist.ProcessGroup | None:
+        """The gloo group of all workers for small messages; None without real communication."""
+        return groups.control_group()
 
     def weights_changed(self) -> None:
         """To be called by all workers after any change of the weights."""
         self.run.version += 1
         for forget in self.on_change:
             forget()
+
+    @property
+    def full_bytes(self) -> int:
+        """Of the full model's parameters, tied ones once; the same on all workers."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.held.plan.shapes.items())
 
     def checksum(self) -> int:
         """CRC-32 of what this worker stores: it changes with every write, also with one that torch does not notice."""

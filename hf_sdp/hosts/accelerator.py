@@ -32,6 +32,7 @@ from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
 from ..world.agreement import from_rank_0, together
+from ..world.groups import end_groups
 from .optimizer import VotingOptimizer
 
 _OTHER_ENGINES = {
@@ -284,6 +285,11 @@ class SDPAccelerator(Accelerator):
             if find_state(model) is not None:
                 reset_after_exception(unwrap(model))  # a step that ran out of memory is tried again
         return super().free_memory(*objects)
+
+    def end_training(self):
+        super().end_training()
+        if not torch.distributed.is_initialized():
+            end_groups()
 
     def _has_sharded_model(self) -> bool:
         return any(find_sharded(m) is not None for m in self._models)

@@ -53,11 +53,13 @@ class SDPCallback(TrainerCallback):
 
     Args:
         config: patch the Trainer's model with it, instead of a call of ``patch_model`` in the script.
+        keep_weights_gib: after training rank 0 keeps the full weights in its host memory when they take at most as
+            many GiB, and may then save alone. Of a larger model saving stays a collective (0: of every model).
     """
 
-    def __init__(self, config: SDPConfig | None = None):
+    def __init__(self, config: SDPConfig | None = None, *, keep_weights_gib: float = 2.0):
         enable()
-        self.config = config
+        self.config, self.keep_weights_gib = config, keep_weights_gib
         self.meter: StepMeter | None = None
         self._first_training = True
 
@@ -113,7 +115,8 @@ class SDPCallback(TrainerCallback):
             self.meter.step_end(optimizer)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if find_sharded(model) is not None:
+        sharded = find_sharded(model)
+        if sharded is not None and sharded.full_bytes <= self.keep_weights_gib * 2**30:
             keep_weights(model)  # afterwards rank 0 may save alone
 
 

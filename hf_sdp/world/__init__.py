@@ -1,1 +1,1 @@
-"""Nobody waits for ever: what goes wrong on one worker is an error on all of them."""
+"""Nobody waits for ever: what goes wrong on one worker is an error on all of them. And process groups."""

@@ -4,6 +4,9 @@ A collective that only some workers enter hangs, or pairs with another one and i
 post what they are about to do, and how many things they have done before, on the process group's store. Where a
 mistake is likely (evaluation, saving), a worker then waits for the others: once all have come to the same thing it
 goes on; if one has come to another thing, or has gone past, there is an error within milliseconds on those that wait.
+
+Who comes is counted, so that a worker sends a few messages however many others there are. It reads what the others
+have posted, all with one message, only when it has waited for a while.
 """
 
 import atexit
@@ -15,22 +18,22 @@ import weakref
 
 import torch.distributed as dist
 
-from ..compat import default_store
 from ..errors import SDPStateError
 
 _numbers = itertools.count()
 
 
 class RollCall:
-    """Made by all workers in the same order.
+    """Made by all workers in the same order. What it sends is a few messages for each call, whatever the world.
 
-    ``timeout_s``: how long :meth:`wait` waits for a worker that does nothing.
+    ``store``: that of the process group. ``timeout_s``: how long :meth:`wait` waits for a worker that does nothing.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float):
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float):
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.count, self.what, self.waited = 0, "", (0, "")
-        self.store = dist.PrefixStore(f"hf_sdp/{next(_numbers)}", default_store())
+        self.count, self.what, self.waited = 0, "its preparation", (0, "")
+        self.store = dist.PrefixStore(f"hf_sdp/{next(_numbers)}", store)
+        self._post()
         atexit.register(_say_goodbye, weakref.ref(self))
 
     def announce(self, what: str) -> None:
@@ -53,44 +56,82 @@ class RollCall:
         try:
             self.waited = (self.count + 1, what + how)
             self.announce(what + how)
-            self._wait(what, what + how)
-        except BaseException:
-            # It has not been done: what comes next has this number on all workers again.
-            self.count, self.what, self.waited = before
-            self._post()
-            raise
-
-    def _wait(self, what: str, awaited: str) -> None:
-        missing = [rank for rank in range(self.world_size) if rank != self.rank]
-        deadline, pause_s = time.monotonic() + self.timeout_s, 0.0
-        while True:
-            missing = [rank for rank in missing if not self._has_come(rank, what, awaited)]
-            if not missing:
-                return
-            if time.monotonic() > deadline:
-                raise SDPStateError(
-                    f"Rank {self.rank}: {what} is a collective, but ranks {missing} have not come to it within "
-                    f"{self.timeout_s:g} s. {_REMEDY}"
-                )
-            time.sleep(pause_s)
-            pause_s = min(pause_s + 1e-4, 0.01)
-
-    def _has_come(self, rank: int, what: str, awaited: str) -> bool:
-        try:
-            if not self.store.check([str(rank)]):
-                return False
-            count, theirs, *waited = json.loads(self.store.get(str(rank)))
+            if self.store.add(_counter(self.waited), 1) == self.world_size:
+                self._tell_that_all_have_come(before[2])
+            else:
+                self._wait(what)
         except dist.DistError as error:
+            self._take_back(*before)
             raise SDPStateError(
                 f"Rank {self.rank}: {what}: the worker that has the store has ended ({error})."
             ) from error
-        if waited == [self.count, awaited]:
-            return True
-        if count < self.count:
-            return False
-        raise SDPStateError(
-            f"Rank {self.rank}: {what} is a collective, but rank {rank} has gone on to {theirs}. {_REMEDY}"
-        )
+        except BaseException:
+            self._take_back(*before)
+            raise
+
+    def _tell_that_all_have_come(self, last: tuple[int, str]) -> None:
+        self.store.set(_all_have_come(self.waited), "")
+        for key in (_counter(last), _all_have_come(last)):  # which nobody waits for any more
+            self.store.delete_key(key)
+
+    def _take_back(self, count: int, what: str, waited: tuple[int, str]) -> None:
+        """It has not been done: what comes next has this number on all workers again."""
+        counter = _counter(self.waited)
+        self.count, self.what, self.waited = count, what, waited
+        with contextlib.suppress(dist.DistError):  # the store may have ended
+            self.store.add(counter, -1)
+            self._post()
+
+    def _wait(self, what: str) -> None:
+        began = time.monotonic()
+        # Many workers ask less often: they ask one store.
+        most_s = max(0.01, 1e-4 * self.world_size)
+        pause_s, next_look_s = 0.0, most_s / 2
+        while not self.store.check([_all_have_come(self.waited)]):
+            waited_s = time.monotonic() - began
+            if waited_s > next_look_s:
+                missing = self._missing(what)
+                if not missing:
+                    return
+                if waited_s > self.timeout_s:
+                    raise SDPStateError(
+                        f"Rank {self.rank}: {what} is a collective, but ranks {_first(list(missing))} have not come to "
+                        f"it within {self.timeout_s:g} s. They were last at: {_first(sorted(set(missing.values())))}. "
+                        f"{_REMEDY}"
+                    )
+                next_look_s = min(2 * next_look_s, waited_s + 1, self.timeout_s)
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 1e-4, most_s)
+
+    def _missing(self, what: str) -> dict[int, str]:
+        """Who has not come yet -> where it was last.
+
+        Raises: SDPStateError when a worker is elsewhere.
+        """
+        posted = self.store.multi_get([str(rank) for rank in range(self.world_size)])
+        missing = {}
+        for rank, text in enumerate(posted):
+            count, theirs, *waited = json.loads(text)
+            if waited == list(self.waited):
+                continue
+            if count >= self.count:
+                raise SDPStateError(
+                    f"Rank {self.rank}: {what} is a collective, but rank {rank} has gone on to {theirs}. {_REMEDY}"
+                )
+            missing[rank] = theirs
+        return missing
+
+
+def _counter(waited: tuple[int, str]) -> str:
+    return "{}/{}".format(*waited)
+
+
+def _all_have_come(waited: tuple[int, str]) -> str:
+    return _counter(waited) + "/all"
+
+
+def _first(found: list) -> str:
+    return f"{found[:8]}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
 _REMEDY = (

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from hf_sdp import SDPCallback, SDPConfig, SDPStateError
 from hf_sdp.hosts.trainer_checkpoint import kept_weights
 from tests.support.models import tiny_model
 from tests.support.trainer import Rows, make_trainer, norms_of
@@ -96,3 +97,24 @@ def save_everywhere(folder):
 def test_saving_by_steps_late_best_and_alone(tmp_path):
     for best_metric, loss in run_workers(save_everywhere, tmp_path):
         assert best_metric == pytest.approx(loss, abs=1e-5)
+
+
+def save_alone_what_was_not_kept(folder):
+    callback = SDPCallback(SDPConfig(evaluation_timeout_s=2), keep_weights_gib=0)
+    trainer = make_trainer(folder, None, dict(max_steps=1), callbacks=[callback])
+    trainer.train()
+    assert kept_weights(trainer.model) is None
+    said = ""
+    if trainer.is_world_process_zero():
+        with pytest.raises(SDPStateError) as raised:
+            trainer.save_model(f"{folder}/alone")
+        said = str(raised.value)
+    torch.distributed.barrier()
+    trainer.save_model(f"{folder}/all")
+    return said
+
+
+def test_saving_alone_what_was_not_kept_is_an_error_that_names_the_option(tmp_path):
+    said = run_workers(save_alone_what_was_not_kept, tmp_path)[0]
+    assert "keep_weights_gib" in said and "ranks [1, 2, 3] have not come to it within 2 s" in said
+    assert not (tmp_path / "alone").exists() and (tmp_path / "all" / "model.safetensors").is_file()

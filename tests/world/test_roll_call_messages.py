@@ -1,0 +1,94 @@
+"""How much workers say to the store, and what they hear of those that do not come."""
+
+import threading
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+
+from hf_sdp import SDPStateError
+from hf_sdp.world import roll_call
+from hf_sdp.world.roll_call import RollCall
+
+
+def world(size: int, timeout_s: float, monkeypatch) -> list[RollCall]:
+    """All workers of one world, in one process."""
+    store, calls = dist.HashStore(), []
+    for rank in range(size):
+        monkeypatch.setattr(roll_call, "_numbers", iter([0]))
+        calls.append(RollCall(store, rank, size, timeout_s))
+    return calls
+
+
+class Counting:
+    def __init__(self, store: dist.Store):
+        self.store, self.calls = store, Counter()
+
+    def __getattr__(self, name: str):
+        self.calls[name] += 1
+        return getattr(self.store, name)
+
+
+def in_threads(calls: list[RollCall], work) -> None:
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_worker_sends_as_many_messages_however_many_others_there_are(monkeypatch):
+    calls = world(24, 60, monkeypatch)
+    for call in calls:
+        call.store = Counting(call.store)
+    rounds = 3
+    in_threads(calls, lambda call: [call.wait("a forward in eval mode") for _ in range(rounds)])
+    sent = Counter()
+    for call in calls:
+        calls_of_one = call.store.calls
+        assert sum(n for name, n in calls_of_one.items() if name not in ("check", "multi_get")) <= 5 * rounds
+        sent += calls_of_one
+    assert sent["set"] == (24 + 1) * rounds and sent["add"] == 24 * rounds
+    # Nothing is left of the calls before the last one: one post for each worker, two keys of the last call.
+    assert calls[0].store.store.num_keys() == 24 + 2
+
+
+def test_who_is_missing_is_told_and_where_it_was_last(monkeypatch):
+    calls = world(12, 0.2, monkeypatch)
+    for call in calls:
+        call.announce("a forward in training mode")
+    calls[0].announce("a second forward")
+    calls[1].announce("a second forward")
+    with pytest.raises(SDPStateError) as raised:
+        calls[0].wait("a forward in eval mode")
+    said = str(raised.value)
+    assert "ranks [1, 2, 3, 4, 5, 6, 7, 8] and 3 more have not come to it within 0.2 s" in said
+    assert "They were last at: ['a forward in training mode', 'a second forward']" in said
+    calls[2].announce("its own thing")
+    for call in calls[1:]:  # what was given up is not counted: all are in step again
+        call.count = calls[0].count
+    calls[0].timeout_s = 60
+    in_threads(calls, lambda call: call.wait("a forward in eval mode"))
+
+
+def test_who_has_gone_on_is_an_error_at_once(monkeypatch):
+    calls = world(2, 60, monkeypatch)
+    calls[1].announce("a forward in training mode")
+    with pytest.raises(SDPStateError, match="rank 1 has gone on to a forward in training mode"):
+        calls[0].wait("a forward in eval mode")
+
+
+def test_what_workers_do_not_agree_on_is_an_error_on_one_that_waits(monkeypatch):
+    calls = world(2, 60, monkeypatch)
+    errors = []
+
+    def work(call: RollCall) -> None:
+        try:
+            call.wait("a forward in eval mode", how=" with new weights" if call.rank else "")
+        except SDPStateError as error:
+            errors.append(str(error))
+            call.announce("the end of its process")
+
+    in_threads(calls, work)
+    assert len(errors) == 2 and any("gone on to a forward in eval mode" in error for error in errors)
