@@ -7,9 +7,24 @@ from tests.support.oracle import compare
 UNEQUAL = [0.75, 0.5, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("sharding", ["full", "none"])
-@pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize(
+    ("level", "masking", "sharding"),
+    [
+        ("neuron", "forward", "full"),
+        ("neuron", "backward", "none"),
+        ("block", "forward", "none"),
+        ("block", "backward", "full"),
+        *(
+            pytest.param(*choices, marks=pytest.mark.long)
+            for choices in (
+                ("neuron", "forward", "none"),
+                ("neuron", "backward", "full"),
+                ("block", "forward", "full"),
+                ("block", "backward", "none"),
+            )
+        ),
+    ],
+)
 def test_unequal_workers_equal_the_oracle(level, masking, sharding):
     compare(dict(level=level, masking=masking, sharding=sharding, coverage=UNEQUAL), accumulation=2, steps=6)
 
