@@ -59,10 +59,10 @@ def start(folder: Path, num_steps: int, max_restarts: int) -> subprocess.Popen:
     folder.mkdir()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_WORKERS), "--max-restarts",
-        str(max_restarts), "--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        str(max_restarts), "--monitor-interval", "0.1", "--standalone",
         __file__, "--work", str(folder), "--steps", str(num_steps),
     ]  # fmt: skip
-    # Without it the workers of torch 2.13 find the addresses of the life before (see the guide).
+    # Without the variable and c10d (--standalone) the workers of torch 2.13 find the addresses of the life before.
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / "log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
