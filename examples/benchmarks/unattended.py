@@ -5,10 +5,11 @@
 The run is ``torchrun --max-restarts``: after every SIGKILL of a worker its agent stops the others and starts all of
 them again, and nobody says from where to go on. The script that it runs (``--work``) has one line for that, the same in
 every life: ``trainer.train(resume_from_checkpoint=hf_sdp.last_checkpoint(args.output_dir))``. Kills hit a random worker
-at a random moment after the first step of its life, so that some fall into a save.
+some steps after the first of its life, so that some fall into a save.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -47,7 +48,9 @@ def work(folder: Path, num_steps: int) -> None:
 
     class Alive(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            (folder / f"alive-{args.process_index}").write_text(f"{os.getpid()} {state.global_step}")
+            new = folder / f"new-{args.process_index}"
+            new.write_text(f"{os.getpid()} {state.global_step}")
+            new.rename(folder / f"alive-{args.process_index}")
 
     model = LlamaForCausalLM(config)
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[SDPCallback(SDPConfig(coverage=0.5)), Alive()])
@@ -59,30 +62,31 @@ def start(folder: Path, num_steps: int, max_restarts: int) -> subprocess.Popen:
     folder.mkdir()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(NUM_WORKERS), "--max-restarts",
-        str(max_restarts), "--monitor-interval", "0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+        str(max_restarts), "--monitor-interval", "0.1", "--standalone",
         __file__, "--work", str(folder), "--steps", str(num_steps),
     ]  # fmt: skip
-    # Without it the workers of torch 2.13 find the addresses of the life before (see the guide).
+    # Without the variable and c10d (--standalone) the workers of torch 2.13 find the addresses of the life before.
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / "log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def kill_one(folder: Path, run: subprocess.Popen, chance: random.Random, killed: set[int]) -> dict | None:
-    """Kill a worker of the life that has come to a step. Returns: what was hit; None when the run has ended."""
-    alive = folder / f"alive-{chance.randrange(NUM_WORKERS)}"
+    """Kill a worker of the next life, some steps after its first. Returns: what was hit; None when the run has ended."""
+    alive, num_steps, first = folder / f"alive-{chance.randrange(NUM_WORKERS)}", chance.randint(1, 3 * SAVE_STEPS), None
     while run.poll() is None:
         text = alive.read_text().split() if alive.is_file() else []
-        if len(text) == 2 and int(text[0]) not in killed:
-            time.sleep(chance.uniform(0, 1.0))
-            killed.update(int(f.read_text().split()[0]) for f in folder.glob("alive-*") if f.read_text())
-            saving = any((folder / "run").glob("_unfinished-*"))
-            try:
-                os.kill(int(text[0]), signal.SIGKILL)
-            except ProcessLookupError:
-                return None
-            return {"rank": int(alive.name[-1]), "step": int(alive.read_text().split()[1]), "while_saving": saving}
-        time.sleep(0.02)
+        process, step = map(int, text) if len(text) == 2 else (0, 0)
+        if process and process not in killed:
+            first = first or step
+            if step >= first + num_steps:
+                time.sleep(chance.uniform(0, 0.3))
+                saving = any((folder / "run").glob("_unfinished-*"))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                    killed.update(int(f.read_text().split()[0]) for f in folder.glob("alive-*"))
+                    return {"rank": int(alive.name[-1]), "first_step": first, "step": step, "while_saving": saving}
+        time.sleep(0.01)
     return None
 
 
