@@ -38,6 +38,10 @@ class Watch:
     def saw_loss(self, loss: torch.Tensor) -> None:
         loss = loss.detach().float().sum()
         self.loss = loss if self.loss is None else self.loss + loss
+        self.norm = None  # of gradients that this backward changes
+
+    def forget(self) -> None:
+        self.loss = self.norm = None
 
     def saw_norm(self, norm: torch.Tensor, parameters: Iterable[nn.Parameter]) -> None:
         self.norm, self.clipped = norm, frozenset(map(id, parameters))
@@ -58,7 +62,7 @@ def all_take_step(
     if sharded.control_group is None or sharded.held.config.on_nonfinite == "ignore":
         return True
     loss, gradient = _seen(optimizer, watch) if finite else (0.0, 0.0)
-    watch.loss = watch.norm = None
+    watch.forget()
     is_bad = not (math.isfinite(loss) and math.isfinite(gradient))
     votes = torch.tensor([is_bad, step, -step], dtype=torch.int64)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=sharded.control_group)

@@ -24,6 +24,11 @@ class VotingOptimizer(AcceleratedOptimizer):
         # at_step: what the host calls the step; without it, they are counted.
         optimizer.watch, optimizer.at_step, optimizer.num_steps = watch, None, 0
 
+    def zero_grad(self, set_to_none=None):
+        if self.gradient_state.sync_gradients:
+            self.watch.forget()  # the gradients are not taken
+        super().zero_grad(set_to_none)
+
     def step(self, closure=None):
         if self.gradient_state.sync_gradients:
             self.num_steps += 1
