@@ -18,7 +18,7 @@ def _cases():
         yield pytest.param(*chosen, marks=() if is_short else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("level", "masking", "sharding", "accumulation", "optimizer"), _cases())
+@pytest.mark.parametrize(("level", "masking", "sharding", "accumulation", "optimizer"), list(_cases()))
 def test_workers_equal_the_oracle(level, masking, sharding, accumulation, optimizer):
     compare(
         dict(level=level, masking=masking, sharding=sharding, coverage=0.5),
