@@ -1,7 +1,7 @@
 """What one worker does alone, and a worker that fails: an error that says who is where."""
 
-import math
 import re
+import time
 
 import pytest
 import torch.distributed as dist
@@ -136,24 +136,26 @@ def test_an_error_on_one_worker_is_told_by_the_others(tmp_path, where):
 
 
 def write_slowly():
-    """Rank 0 looks, at each tensor, how far the others have come."""
+    """Rank 0 looks, at each tensor, how far the others have come.
+
+    Nothing is exchanged, as if on NCCL, where a worker asks for a collective and goes on; gloo waits in it.
+    """
     from hf_sdp.compat import default_store
 
     _, model, _ = prepared(dict())
     store, rank, ahead = dist.PrefixStore("write_slowly", default_store()), dist.get_rank(), 0
-    for number, (_, value) in enumerate(full_tensors(model)):
-        assert (value is None) == (rank != 0)
-        store.set(str(rank), str(number))
-        if rank == 0:
-            reached = [int(store.get(str(other))) if store.check([str(other)]) else 0 for other in (1, 2, 3)]
-            ahead = max(ahead, *(r - number for r in reached))
-            if number == 0:
-                import time
-
-                time.sleep(1)  # a slow disk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_sdp.engine.consolidate.exchange", lambda *args: None)
+        for number, _ in enumerate(full_tensors(model)):
+            store.set(str(rank), str(number))
+            if rank == 0:
+                if number == 0:
+                    time.sleep(1)  # a slow disk
+                reached = [int(store.get(str(other))) if store.check([str(other)]) else 0 for other in (1, 2, 3)]
+                ahead = max(ahead, *(r - number for r in reached))
     return ahead, number
 
 
 def test_nobody_is_far_ahead_of_rank_0_while_it_writes():
     ahead, last = run_workers(write_slowly)[0]
-    assert 0 <= ahead <= 4 < last and math.isfinite(ahead)
+    assert 0 < ahead <= 4 < last
