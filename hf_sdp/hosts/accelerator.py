@@ -42,7 +42,11 @@ _OTHER_ENGINES = {
     DistributedType.XLA: "XLA",
 }
 # Set by TrainingArguments and `accelerate launch`, also where Accelerate then passes over them: on CPU.
-_FLAGS = {f"ACCELERATE_USE_{name}": name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")}
+_FLAGS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 _NOT_TRAINED = (
     "A model that is not trained: model.requires_grad_(False), or prepare_model(model, evaluation_mode=True)."

@@ -6,7 +6,8 @@ import pytest
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_sdp import SDPCallback, SDPConfig, SDPConfigError, consolidate, patch_model
+from hf_sdp import SDPAccelerator, SDPCallback, SDPConfig, SDPConfigError, consolidate, patch_model
+from hf_sdp.model.state import find_state
 from tests.support.models import tiny_model
 from tests.support.trainer import ARGUMENTS, Rows, losses_of
 from tests.support.workers import run_workers
@@ -14,6 +15,10 @@ from tests.support.workers import run_workers
 
 def patched_model():
     return patch_model(tiny_model(), SDPConfig(level="block"))
+
+
+def plain_model():
+    return tiny_model()
 
 
 def trainer_of(folder, callback: SDPCallback, **options):
@@ -65,9 +70,9 @@ def test_a_model_init_that_patches_serves_every_trial(tmp_path):
 def unpatched_by_model_init(folder):
     messages = []
     with pytest.raises(SDPConfigError) as raised:
-        trainer_of(folder, SDPCallback(), model_init=tiny_model)
+        trainer_of(folder, SDPCallback(), model_init=plain_model)
     messages.append(str(raised.value))
-    trainer = trainer_of(folder, SDPCallback(SDPConfig()), model_init=tiny_model)  # patches the first model only
+    trainer = trainer_of(folder, SDPCallback(SDPConfig()), model_init=plain_model)  # patches the first model only
     with pytest.raises(SDPConfigError) as raised:
         trainer.train()
     return [*messages, str(raised.value)]
@@ -79,22 +84,30 @@ def test_a_model_init_that_does_not_patch_is_an_error(tmp_path):
 
 
 def other_engines(folder):
-    messages = []
-    for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        model = tiny_model()
-        args = TrainingArguments(output_dir=str(folder), **ARGUMENTS, fsdp="FSDP" in flag)
-        try:
-            if not args.fsdp:  # as TrainingArguments(deepspeed=...) does, where DeepSpeed is installed
-                os.environ[flag] = "true"
-            with pytest.raises(SDPConfigError) as raised:
-                Trainer(model=model, args=args, callbacks=[SDPCallback(SDPConfig())])
-        finally:
-            os.environ.pop(flag, None)
-        assert not hasattr(model, "_sdp_state")
+    messages, model = [], tiny_model()
+    args = TrainingArguments(output_dir=str(folder), **ARGUMENTS, fsdp=True)
+    flag = "ACCELERATE_USE_FSDP"
+    try:
+        with pytest.raises(SDPConfigError) as raised:
+            Trainer(model=model, args=args, callbacks=[SDPCallback(SDPConfig())])
         messages.append(str(raised.value))
+        accelerator = SDPAccelerator(sdp_config=SDPConfig())  # the flag stays for the whole process
+        with pytest.raises(SDPConfigError) as raised:
+            accelerator.prepare(model)
+        messages.append(str(raised.value))
+        os.environ.pop(flag)
+        flag = "ACCELERATE_USE_DEEPSPEED"
+        os.environ[flag] = "true"  # DeepSpeed itself is not installed
+        with pytest.raises(SDPConfigError) as raised:
+            accelerator.prepare(model)
+        messages.append(str(raised.value))
+    finally:
+        os.environ.pop(flag, None)
+    assert find_state(model) is None
     return messages
 
 
 def test_other_engines_are_refused_on_cpu_too(tmp_path):
-    for fsdp, deepspeed in run_workers(other_engines, tmp_path):
-        assert "FSDP is configured" in fsdp and "DEEPSPEED is configured" in deepspeed
+    for messages in run_workers(other_engines, tmp_path):
+        for message, name in zip(messages, ("FSDP", "FSDP", "DeepSpeed"), strict=True):
+            assert message.startswith(f"{name} is configured")
