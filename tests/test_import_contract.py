@@ -4,6 +4,7 @@ It knows torch, but no submodule of it, and it looks for circles between sibling
 """
 
 import ast
+import re
 from pathlib import Path
 
 import grimp
@@ -64,3 +65,9 @@ def _distributed_in(tree: ast.Module) -> list[str]:
         elif isinstance(node, ast.Attribute):
             names.append(ast.unparse(node))
     return [name for name in names if name.startswith("torch.distributed")]
+
+
+def test_the_table_of_attacks_names_tests_that_are_there():
+    tests = Path(__file__).parent
+    named = set(re.findall(r"`([a-z_/]+\.py)`", (tests / "attack" / "README.md").read_text()))
+    assert named and not [name for name in named if not (tests / name).is_file()]
