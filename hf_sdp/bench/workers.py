@@ -17,9 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .network import INTERFACE, enter
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _PRELOADED = ["hf_sdp.hosts.trainer", "hf_sdp.pretrained", "transformers.models.llama.modeling_llama"]
 
@@ -59,10 +63,21 @@ def context():
     return forkserver
 
 
-def join_world(rank: int, world_size: int, rendezvous: str, *, device: str = "cpu", timeout_s: float = 120) -> None:
+def join_world(
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    *,
+    device: str = "cpu",
+    timeout_s: float = 120,
+    shares_network: bool = True,
+) -> None:
     """Make this process worker ``rank``: over gloo with one thread, or ("cuda") over NCCL with GPU ``rank``.
 
-    ``timeout_s``: of a collective.
+    Args:
+        rendezvous: a file that is not there yet, in which rank 0 tells the others its port.
+        timeout_s: of a collective.
+        shares_network: whether workers find each other at 127.0.0.1; else ``rendezvous`` itself is their store.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
@@ -73,15 +88,42 @@ def join_world(rank: int, world_size: int, rendezvous: str, *, device: str = "cp
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    options: dict[str, Any] = dict(
-        init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    timeout = timedelta(seconds=timeout_s)
+    meet = _meet if shares_network else _meet_in_file
+    store = meet(rank, world_size, Path(rendezvous), timeout)
+    options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device == "cuda":
         torch.cuda.set_device(rank)
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **options)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         dist.init_process_group("gloo", **options)
+
+
+def _meet_in_file(rank: int, world_size: int, rendezvous: Path, timeout: timedelta) -> "Store":
+    from torch.distributed import FileStore
+
+    store = FileStore(str(rendezvous), world_size)
+    store.set_timeout(timeout)
+    return store
+
+
+def _meet(rank: int, world_size: int, rendezvous: Path, timeout: timedelta) -> "Store":
+    """A store of the kind that launchers make. Rank 0 serves it."""
+    from torch.distributed import TCPStore
+
+    if rank == 0:
+        store = TCPStore("127.0.0.1", 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        unfinished = rendezvous.with_suffix(".unfinished")
+        unfinished.write_text(str(store.port))
+        unfinished.rename(rendezvous)
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not rendezvous.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank 0 has not told its port within {timeout.total_seconds():g} s")
+        time.sleep(0.01)
+    return TCPStore("127.0.0.1", int(rendezvous.read_text()), world_size, is_master=False, timeout=timeout)
 
 
 def launch(
@@ -221,5 +263,5 @@ def _join_and_call(function: Callable, args: tuple, joining: tuple, namespace: s
     if namespace is not None:
         enter(namespace)
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
-    join_world(rank, world_size, rendezvous, device=device, timeout_s=timeout_s)
+    join_world(rank, world_size, rendezvous, device=device, timeout_s=timeout_s, shares_network=namespace is None)
     return function(*args)

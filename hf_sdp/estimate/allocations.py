@@ -5,6 +5,7 @@ Driven by the marks of a trace, the moments at which FSDP2's hooks run. Every fo
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..plan.groups import ROOT
@@ -98,12 +99,26 @@ class Allocator(ABC):
 
 
 class FullyShard(Allocator):
-    """FSDP2: what ``_fsdp_param_group.py`` and ``_fsdp_collectives.py`` allocate and free, in their order."""
+    """FSDP2: what ``_fsdp_param_group.py`` and ``_fsdp_collectives.py`` allocate and free, in their order.
 
-    def __init__(self, groups: list[StoredGroup], workload: Workload, reshard_after_forward: bool, *, prefetches: bool):
+    Args:
+        prefetches: in backward, as FSDP2 does by default.
+        with_root: modules whose groups are gathered when forward begins (``engine.fsdp.gather_with_root``).
+    """
+
+    def __init__(
+        self,
+        groups: list[StoredGroup],
+        workload: Workload,
+        reshard_after_forward: bool,
+        *,
+        prefetches: bool,
+        with_root: Iterable[str] = (),
+    ):
         super().__init__()
         self.groups = groups
         self.prefetches = prefetches
+        self.with_root = tuple(with_root)
         self.reshards = reshard_after_forward  # also the root: only reshard_after_forward=None makes an exception of it
         self.stored_bytes, self.computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
         numel = sum(group.stored_numel for group in groups)
@@ -135,6 +150,9 @@ class FullyShard(Allocator):
             modules = self.groups[index].group.modules
             if kind == "pre_forward":
                 self._gather(index, keep_output=not self._in_backward[index])
+                if module == ROOT:
+                    for early in (i for name in self.with_root for i in self._by_module[name]):
+                        self._gather(early, keep_output=False)
             elif kind == "post_forward" and module == modules[-1] and not self._backward_began:
                 self._order.append(index)
                 if self.reshards:
@@ -145,8 +163,7 @@ class FullyShard(Allocator):
             elif kind == "pre_backward" and module == modules[-1] and not self._in_backward[index]:
                 self._backward_began = self._in_backward[index] = True
                 self._gather(index, keep_output=False)
-                # SDP leaves the root's prefetch as it is: the head, the same everywhere.
-                if self.prefetches or module == ROOT:
+                if self.prefetches:
                     self._prefetch_before(index)
             elif kind == "post_backward" and module == modules[0]:
                 self._reduce(index)

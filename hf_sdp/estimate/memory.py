@@ -62,7 +62,9 @@ def sdp_step(
     structure = shapes_of(model_config).structure
     groups = stored_groups(sharding_groups(local, structure), placement, subnetwork)
     layers, outside = trace_subnetwork(model_config, workload, plan, subnetwork)
-    return _walk(structure, layers, outside, FullyShard(groups, workload, reshard_after_forward, prefetches=False))
+    with_root = [modules[0] for modules in structure.outer]
+    allocator = FullyShard(groups, workload, reshard_after_forward, prefetches=False, with_root=with_root)
+    return _walk(structure, layers, outside, allocator)
 
 
 def fsdp_step(

@@ -87,7 +87,7 @@ def _save(original):
                 return
             # A copy: the host empties the dict it is given.
             return original(self, output_dir, dict(kept))
-        if sharded.roll_call is not None:  # who saves on rank 0 alone hears of the remedy
+        if sharded.roll_call is not None and not self.is_in_train:  # who saves on rank 0 alone hears of the remedy
             sharded.roll_call.wait("saving weights that rank 0 has not kept (see SDPCallback(keep_weights_gib=...))")
         save_pretrained(self.model, output_dir if output_dir is not None else self.args.output_dir)
         with together(sharded.control_group), _without_weights(self.model):
