@@ -3,7 +3,8 @@
 A collective that only some workers enter hangs, or pairs with another one and is silently wrong. Workers therefore
 post what they are about to do, and how many things they have done before, on the process group's store. Where a
 mistake is likely (evaluation, saving), a worker then waits for the others: once all have come to the same thing it
-goes on; if one has come to another thing, or has gone past, there is an error within milliseconds on those that wait.
+goes on; if one has come to another thing, or has gone past, there is an error within milliseconds on those that wait
+(seconds in a world of a thousand).
 
 Who comes is counted, so that a worker sends a few messages however many others there are. It reads what the others
 have posted, all with one message, only when it has waited for a while.
@@ -84,7 +85,8 @@ class RollCall:
 
     def _wait(self, what: str, key: str) -> None:
         began = time.monotonic()
-        next_look_s = max(0.005, 5e-5 * self.world_size)  # most wait for less, and never read what all have posted
+        # Most wait for less and never look: if all do, the store sends what all have posted to all.
+        first_look_s = next_look_s = max(0.005, 5e-6 * self.world_size**2)
         while not self.store.check([key + _ALL]):
             waited_s = time.monotonic() - began
             if waited_s > next_look_s:
@@ -97,7 +99,7 @@ class RollCall:
                         f"it within {self.timeout_s:g} s. They were last at: {_first(sorted(set(missing.values())))}. "
                         f"{_REMEDY}"
                     )
-                next_look_s = min(2 * next_look_s, waited_s + 1, self.timeout_s)
+                next_look_s = min(2 * next_look_s, waited_s + max(1, first_look_s), self.timeout_s)
             # All ask one store, and a file is locked for who writes: whoever has waited for long asks less often.
             time.sleep(min(waited_s / 10, max(0.01, 1e-3 * self.world_size)))
 
