@@ -19,7 +19,6 @@ from pathlib import Path
 CONFIGS = {
     "neuron": dict(level="neuron"),
     "neuron, sharding none": dict(level="neuron", sharding="none"),
-    "block, 8 subnetworks": dict(level="block", num_subnetworks=8),
     "neuron, 8 subnetworks": dict(level="neuron", num_subnetworks=8),
     "neuron, 8 subnetworks, sharding none": dict(level="neuron", num_subnetworks=8, sharding="none"),
 }
