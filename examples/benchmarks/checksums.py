@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python examples/benchmarks/checksums.py --output examples/benchmarks/checksums.json
 
-A Llama of 101 MB of weights (fp32) with AdamW's state, 304 MB in all, 2 workers on one disk. Without: the marker is
+A Llama of 98 MB of weights (fp32) with AdamW's state, 294 MB in all, 2 workers on one disk. Without: the marker is
 written with sizes only, and nothing is compared. Seconds of the slowest worker, median over the rounds; the first round
 is left out.
 """

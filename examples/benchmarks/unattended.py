@@ -72,10 +72,7 @@ def start(folder: Path, num_steps: int, max_restarts: int) -> subprocess.Popen:
 
 
 def kill_one(folder: Path, run: subprocess.Popen, chance: random.Random, killed: set[int]) -> dict | None:
-    """Kill a worker of the next life, some steps after its first.
-
-    Returns: what was hit; None when the run has ended.
-    """
+    """Kill a worker of the next life, some steps after its first. Returns: what was hit; None when the run is over."""
     alive, num_steps, first = folder / f"alive-{chance.randrange(NUM_WORKERS)}", chance.randint(1, 3 * SAVE_STEPS), None
     while run.poll() is None:
         text = alive.read_text().split() if alive.is_file() else []

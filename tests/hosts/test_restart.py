@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import hf_sdp
 from hf_sdp import SDPConfigError, SDPStateError
+from hf_sdp.checkpoint import marker
 from hf_sdp.checkpoint.marker import check
 from hf_sdp.hosts.preemption import AgreedJITCheckpoint
 from tests.support.resume import NEURON, RUN
@@ -26,6 +27,21 @@ def live(folder, max_steps: int) -> int:
     """A life of the documented kind. Returns: the step at its end."""
     trainer = make_trainer(folder, NEURON, {**RUN, "max_steps": max_steps})
     return trainer.train(resume_from_checkpoint=hf_sdp.last_checkpoint(trainer.args.output_dir)).global_step
+
+
+def count_compared(folder, resume) -> list[str]:
+    """The files whose checksums this worker compares while a run is resumed."""
+    compared, check_contents = [], marker._check_contents
+
+    def count(folder, files):
+        compared.extend(files)
+        check_contents(folder, files)
+
+    trainer = make_trainer(folder, NEURON, {**RUN, "save_strategy": "no", "max_steps": 7})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(marker, "_check_contents", count)
+        trainer.train(resume_from_checkpoint=resume or hf_sdp.last_checkpoint(folder))
+    return compared
 
 
 def start_anew(folder) -> str:
@@ -55,6 +71,9 @@ def test_one_line_begins_goes_on_and_knows_the_end(tmp_path):
     before = (tmp_path / "checkpoint-6" / "sdp_checkpoint.json").stat().st_mtime_ns
     assert run_workers(live, tmp_path, 6, world_size=2) == [6, 6]  # killed after its last checkpoint
     assert (tmp_path / "checkpoint-6" / "sdp_checkpoint.json").stat().st_mtime_ns == before
+    for resume in (None, True, str(tmp_path / "checkpoint-6")):  # every file once, by one worker
+        shares = run_workers(count_compared, tmp_path, resume, world_size=2)
+        assert sorted(shares[0] + shares[1]) == sorted(check(tmp_path / "checkpoint-6")["files"])
     for error in run_workers(start_anew, tmp_path, world_size=2):
         assert "has checkpoint-3, checkpoint-6 of an earlier run" in error and "hf_sdp.last_checkpoint" in error
     run_workers(ask_without_a_world, tmp_path, world_size=2)
