@@ -20,9 +20,10 @@ from ..engine.sharded import find_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, get_state
 from ..patch import patch_model
-from .accelerator import SDPAccelerator, refuse_other_engines
+from .accelerator import SDPAccelerator
 from .optimizer import VotingOptimizer
 from .preemption import AgreedJITCheckpoint
+from .refusals import refuse_other_engines
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
 from .trainer_together import TOGETHER
 

@@ -96,8 +96,8 @@ def no_bias(model):
     model.model.layers[0].self_attn.q_proj.bias = None
 
 
-def half_of_it(model):
-    model.model.layers[0].half()
+def half_a_norm(model):
+    model.model.layers[0].post_attention_layernorm.half()
 
 
 def integers(model):
@@ -211,7 +211,7 @@ REFUSED = {
     "config: layers": (changed(config(num_hidden_layers=3)), "layers.3"),
     "config: nonsense": (changed(config(hidden_act="magic")), "cannot be made of its config alone"),
     "config: None": (changed(lambda m: setattr(m, "config", None)), "config"),
-    "a dtype of its own": (changed(half_of_it), "need one dtype.*float16"),
+    "a dtype of its own": (changed(half_a_norm), "need one dtype.*float16"),
     "integers": (changed(integers), "int8"),
     "no dims": (lambda: Scaled(tiny_config()), r"scale has no dimension.*\(1,\)"),
     "another constructor": (lambda: NeedsMore(tiny_config(), 4), "NeedsMore cannot be made of its config alone"),
