@@ -1,6 +1,7 @@
 """What a model must be to become a subnetwork. What is refused here would fail later, or train something else."""
 
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,14 +78,25 @@ def refuse_what_fsdp_refuses(model: nn.Module) -> None:
 def refuse_mixed_groups(model: nn.Module, held: Held) -> None:
     """FSDP2 reduces the gradients of a group as one tensor, and says only in the first forward that it cannot.
 
-    ``model``: not cut yet. Raises SDPConfigError.
+    ``model``: not cut yet. Raises SDPConfigError, the same on every worker.
     """
-    for group in held.groups:
-        parameters = {region.name: model.get_parameter(region.name) for region in group.tensors.values()}
-        examples = {p.dtype: name for name, p in parameters.items() if p.requires_grad}
+    parameters = dict(model.named_parameters())
+    for names in _sharded_together(held):
+        examples = {p.dtype: n for n in names if (p := parameters.get(n)) is not None and p.requires_grad}
         if len(examples) > 1:
             found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in examples.items())
             raise SDPConfigError(
                 f"Parameters that are sharded together need one dtype: {found}. Load the model in one dtype, or use "
                 "level='neuron' for float32 norms."
             )
+
+
+def _sharded_together(held: Held) -> Iterator[list[str]]:
+    """Full parameter names, also of what only other workers hold."""
+    for group in held.groups:
+        yield [region.name for region in group.tensors.values()]
+    if held.is_cut:
+        by_layer: dict[tuple[int, int], list[str]] = {}
+        for part in held.plan.parts:
+            by_layer.setdefault((part.module.layer, part.holder_set), []).extend(part.regions)
+        yield from by_layer.values()
