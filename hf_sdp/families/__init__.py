@@ -1,13 +1,13 @@
-"""Where a model family keeps its residual blocks, and how their kinds are cut. One file for each family.
+"""Where a model family keeps its residual blocks, and how their kinds are cut. One file for families of one structure.
 
 Everything else is derived from the model's tensor-parallel plan (``config.base_model_tp_plan``).
 """
 
 from ..errors import SDPConfigError
 from .base import Block, Family, Stack
-from .llama import LLAMA
+from .pre_norm import MODEL_TYPES, PRE_NORM
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA}
+FAMILIES: dict[str, Family] = dict.fromkeys(MODEL_TYPES, PRE_NORM)
 
 
 def family_of(model_config) -> Family:

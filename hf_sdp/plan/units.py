@@ -63,6 +63,10 @@ class MaskableModule:
         return sum(math.prod(shapes[name]) for name in self.dims if len(shapes[name]) == 2)
 
 
+_SHARED = ("replicated_with_grad_allreduce",)
+"""Styles of modules that every head needs whole (norms of the size of a head): all workers hold them."""
+
+
 def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, chunks: int) -> list[MaskableModule]:
     """Everything that can be held or not held, in forward order.
 
@@ -109,7 +113,7 @@ def _inner_dims(config, stack: Stack, index: int, layer_name: str, layer: nn.Mod
         widths: dict[str, int] = {}
         for child, linear in module.named_children():
             style = _tp_style(tp_plan, f"{stack.layers}.{index}.{block.module}.{child}")
-            if not style:
+            if not style or style in _SHARED:
                 continue
             # Exactly nn.Linear: what a subclass does beyond it would not be cut with it.
             if style not in ("colwise", "rowwise") or type(linear) is not nn.Linear:
