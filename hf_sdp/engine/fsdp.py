@@ -23,14 +23,17 @@ def fully_shard_groups(
     reshard_after_forward: bool,
     mp_policy: MixedPrecisionPolicy,
 ) -> None:
-    """``fully_shard`` the modules of each group over the mesh of its holders, in place."""
+    """``fully_shard`` the modules of each group over the mesh of its holders, in place. Parameters in them that are
+    another group's are left to it."""
     for group in groups:
         modules = [model.get_submodule(name) for name in group.modules]
+        own = {model.get_parameter(name) for name in group.tensors}
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=meshes[group.holders],
             reshard_after_forward=reshard_after_forward,
             mp_policy=mp_policy,
+            ignored_params={p for module in modules for p in module.parameters()} - own,
         )
 
 
@@ -39,7 +42,8 @@ def fully_shard_plainly(
 ) -> None:
     """Plain FSDP2 of a full model over the world, in place. Collective (it makes a mesh)."""
     num_workers = dist.get_world_size()
-    groups = data_parallel_groups(structure_of(model), {}, num_workers)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    groups = data_parallel_groups(structure_of(model), shapes, num_workers)
     fully_shard_groups(
         model,
         groups,

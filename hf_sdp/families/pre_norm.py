@@ -19,7 +19,7 @@ PRE_NORM = Family(
     ),
 )
 MODEL_TYPES = (
-    "arcee", "cwm", "ernie4_5", "gemma", "granite", "helium", "jais2", "llama", "ministral3", "mistral", "olmo",
-    "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+    "arcee", "cwm", "ernie4_5", "gemma", "granite", "helium", "internlm3", "jais2", "llama", "ministral3", "mistral",
+    "nanochat", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 """``model_type`` of their configs."""

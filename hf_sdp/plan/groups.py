@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..families.structure import Structure
 from .holders import Holders
 from .region import Region, Shape
-from .subnetwork import Subnetwork
+from .subnetwork import LocalTensor, Subnetwork
 
 ROOT = ""
 """Name of the model itself."""
@@ -22,7 +22,7 @@ class Group:
     Attributes:
         modules: local names, in forward order.
         holders: among whose workers they are sharded.
-        tensors: local parameter name -> what is gathered: all parameters of the modules that no group before has.
+        tensors: local parameter name -> what is gathered.
     """
 
     modules: tuple[str, ...]
@@ -34,7 +34,8 @@ def sharding_groups(subnetwork: Subnetwork, structure: Structure) -> list[Group]
     """The groups of a worker, bottom-up; the root, with all that is left (norms at neuron level), is the last.
 
     The parts of one layer with the same holder set share their collectives, and so do the embeddings with a tied head.
-    A shared bias is a group of its own: all workers gather it, between parts that only some of them gather.
+    A shared bias is a group of its own: all workers gather it, between parts that only some of them gather. Parameters
+    within a part that all workers hold (norms of a head) belong to the root, which is gathered before all parts.
     """
     plan, everyone = subnetwork.plan, subnetwork.plan.everyone
     groups: list[tuple[tuple[str, ...], Holders]] = [
@@ -49,7 +50,7 @@ def sharding_groups(subnetwork: Subnetwork, structure: Structure) -> list[Group]
         groups += [((layer,), everyone) for layer in structure.layers]
     groups += [(modules, everyone) for modules in structure.outer]
     groups.append(((ROOT,), everyone))
-    return _with_tensors(groups, {name: tensor.region for name, tensor in subnetwork.tensors.items()})
+    return _with_tensors(groups, subnetwork.tensors)
 
 
 def shardable_modules(subnetwork: Subnetwork, structure: Structure) -> list[str]:
@@ -64,16 +65,18 @@ def data_parallel_groups(structure: Structure, shapes: Mapping[str, Shape], num_
     """Plain FSDP2 of a full model, as Accelerate and torchtitan wrap it: each layer, and the root with all else."""
     world = tuple(range(num_workers))
     groups = [((layer,), world) for layer in structure.layers]
-    return _with_tensors([*groups, ((ROOT,), world)], {name: Region.whole(name, s) for name, s in shapes.items()})
+    tensors = {name: LocalTensor(Region.whole(name, shape), world) for name, shape in shapes.items()}
+    return _with_tensors([*groups, ((ROOT,), world)], tensors)
 
 
-def _with_tensors(groups: Iterable[tuple[tuple[str, ...], Holders]], tensors: Mapping[str, Region]) -> list[Group]:
-    """Each parameter belongs to the group of the innermost module around it."""
+def _with_tensors(groups: Iterable[tuple[tuple[str, ...], Holders]], tensors: Mapping[str, LocalTensor]) -> list[Group]:
+    """Each parameter belongs to the group of the innermost module around it that has its holders."""
     made = [Group(modules, holders, {}) for modules, holders in groups]
     group_of = {module: group for group in made for module in group.modules}
-    for name, region in tensors.items():
+    for name, tensor in tensors.items():
         owner = name.rpartition(".")[0]
-        while owner not in group_of:
+        while owner not in group_of or group_of[owner].holders != tensor.holders:
+            assert owner, f"no group has the holders of {name}"
             owner = owner.rpartition(".")[0]
-        group_of[owner].tensors[name] = region
+        group_of[owner].tensors[name] = tensor.region
     return made

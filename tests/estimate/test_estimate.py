@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
@@ -55,8 +55,22 @@ def predicted(config, engine, workload, world_size, rank) -> Step:
         (SDPConfig(level="neuron", sharding="none"), "float32", False, 0, 4, dict(tie_word_embeddings=True)),
         (SDPConfig(level="neuron", num_subnetworks=2, param_dtype="bfloat16"), "bfloat16", False, 3, 4, {}),
         (SDPConfig(level="block", masking="backward", reshard_after_forward=True), "float32", False, 0, 4, {}),
+        (SDPConfig(level="neuron", coverage=0.75), "float32", False, 2, 4, dict(model_type="qwen3")),
+        (SDPConfig(level="block"), "float32", False, 1, 4, dict(model_type="starcoder2")),
     ],
-    ids=["ddp", "fsdp2", "bf16", "block", "recompute", "3 parts", "replicated", "replicas", "backward"],
+    ids=[
+        "ddp",
+        "fsdp2",
+        "bf16",
+        "block",
+        "recompute",
+        "3 parts",
+        "replicated",
+        "replicas",
+        "backward",
+        "qwen3",
+        "starcoder2",
+    ],  # fmt: skip
 )
 def test_predicted_equals_measured(engine, dtype, checkpointing, rank, world_size, changes):
     """State and traffic to the byte, the peak within 1%."""
@@ -65,7 +79,7 @@ def test_predicted_equals_measured(engine, dtype, checkpointing, rank, world_siz
         batch=BATCH[0], sequence=BATCH[1], dtype=dtype, gradient_checkpointing=checkpointing, optimizer="adamw"
     )
     step = predicted(config, engine, workload, world_size, rank)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with fake_world(world_size, rank):

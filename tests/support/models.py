@@ -1,7 +1,7 @@
 """Tiny models and data, the same in every process."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sdp.bench.small_llama import small_llama
 
@@ -10,13 +10,27 @@ SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_attenti
 """Sizes for ``tiny_config`` whose memory is more than what an allocator rounds up."""
 
 
-def tiny_config(**overrides) -> LlamaConfig:
-    return small_llama(**{**dict(num_key_value_heads=4, max_position_embeddings=64, use_cache=True), **overrides})
+WITHOUT_DROPOUT = dict(attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0, mlp_dropout=0.0)
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 
 
-def tiny_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
+def tiny_config(model_type: str = "llama", **overrides) -> PreTrainedConfig:
+    """Of any model type whose config has the usual names; overrides that it has not are left out."""
+    llama = small_llama(**{**dict(num_key_value_heads=4, max_position_embeddings=64, use_cache=True), **overrides})
+    if model_type == "llama":
+        return llama
+    sizes = {name: getattr(llama, name) for name in SIZES} | WITHOUT_DROPOUT | overrides
+    known = CONFIG_MAPPING[model_type]()
+    return CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if hasattr(known, name)})
+
+
+def tiny_model(seed: int = 0, **overrides) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(**overrides))
+    model = AutoModelForCausalLM.from_config(tiny_config(**overrides)).train()
     with torch.no_grad():  # norms and biases that are not all alike, so that a mix-up shows
         for p in model.parameters():
             if p.dim() == 1:
