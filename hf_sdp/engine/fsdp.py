@@ -1,6 +1,7 @@
 """FSDP2 on groups of modules: what is said of all models that are sharded, by a plan or plainly."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,13 +29,44 @@ def fully_shard_groups(
     for group in groups:
         modules = [model.get_submodule(name) for name in group.modules]
         own = {model.get_parameter(name) for name in group.tensors}
-        fully_shard(
-            modules if len(modules) > 1 else modules[0],
-            mesh=meshes[group.holders],
-            reshard_after_forward=reshard_after_forward,
-            mp_policy=mp_policy,
-            ignored_params={p for module in modules for p in module.parameters()} - own,
-        )
+        with _within_reach(modules[0], _in_sharded_modules(model, group)):
+            fully_shard(
+                modules if len(modules) > 1 else modules[0],
+                mesh=meshes[group.holders],
+                reshard_after_forward=reshard_after_forward,
+                mp_policy=mp_policy,
+                ignored_params={p for module in modules for p in module.parameters()} - own,
+            )
+
+
+def _in_sharded_modules(model: nn.Module, group: Group) -> list[nn.Module]:
+    """Modules with parameters of the group that are in modules of groups before it (norms of a head, in a part)."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in group.tensors)
+    return [model.get_submodule(owner) for owner in owners if any(map(_is_sharded, _path(model, owner)))]
+
+
+def _path(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    for child in filter(None, name.split(".")):
+        model = model.get_submodule(child)
+        yield model
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+@contextlib.contextmanager
+def _within_reach(module: nn.Module, others: list[nn.Module]) -> Iterator[None]:
+    """FSDP2 does not look for parameters in modules that it has sharded before: ``others`` are children meanwhile."""
+    if others:
+        module.add_module(_MEANWHILE, nn.ModuleList(others))
+    try:
+        yield
+    finally:
+        module._modules.pop(_MEANWHILE, None)
+
+
+_MEANWHILE = "hf_sdp_meanwhile"
 
 
 def fully_shard_plainly(
