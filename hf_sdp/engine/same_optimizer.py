@@ -1,5 +1,6 @@
 """Optimizers are made on each worker; all of them have to be the same one."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,20 @@ _HOW_TO_STEP = ("params", "foreach", "fused", "capturable", "differentiable")
 
 
 def agree_on_options(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raises SDPConfigError on every worker unless all have optimizers of the same classes, with the same number of
-    groups and the same options in each (learning rate, weight decay, ...). Collective."""
+    """Raises SDPConfigError on every worker unless all have optimizers of the same classes, with the same options in
+    the same order (learning rate, weight decay, ...). Neighbouring groups of equal options count as one: the Trainer
+    makes a group for each mesh, and workers have other meshes. Collective."""
     things: dict[str, dict[str, object]] = {"the optimizers": {"number": len(optimizers)}}
     for index, optimizer in enumerate(optimizers):
         what = f"optimizer {index}"
-        things[what] = {"class": type(optimizer).__qualname__, "number of groups": len(optimizer.param_groups)}
-        for number, group in enumerate(optimizer.param_groups):
-            options = {key: _plain(value) for key, value in group.items() if key not in _HOW_TO_STEP}
-            things[f"group {number} of {what}"] = options
+        distinct = [options for options, _ in itertools.groupby(map(_options, optimizer.param_groups))]
+        things[what] = {"class": type(optimizer).__qualname__, "number of groups": len(distinct)}
+        things |= {f"group {number} of {what}": options for number, options in enumerate(distinct)}
     agree(things, "Make the same optimizer on every worker.")
+
+
+def _options(group: dict) -> dict[str, object]:
+    return {key: _plain(value) for key, value in group.items() if key not in _HOW_TO_STEP}
 
 
 def _plain(value: object) -> object:
@@ -32,17 +37,25 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float, str, tuple, list, type(None))) else type(value).__name__
 
 
-def agree_on_groups(groups: Sequence[Sequence[nn.Parameter]], sharded: Sharded) -> None:
-    """The same for the parameters of each group: what several workers hold must be in one group on all of them.
+def agree_on_groups(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Parameter]], sharded: Sharded
+) -> None:
+    """The same for the parameters of each group: what several workers hold must have one group's options on all.
 
     No worker has all parameters: the highest and the lowest number that anybody gives to each are compared. Collective
     on the control group.
+
+    Args:
+        groups: the parameters that each group of the optimizer is going to train.
     """
     if sharded.control_group is None:
         return
     tensors = sharded.held.subnetwork.tensors
     full_name = {p: tensors[name].region.name for name, p in sharded.parameters.items()}
-    number_of = {full_name[p]: number for number, group in enumerate(groups) for p in group}
+    together = itertools.groupby(zip(optimizer.param_groups, groups, strict=True), lambda pair: _options(pair[0]))
+    number_of = {
+        full_name[p]: number for number, (_, pairs) in enumerate(together) for _, group in pairs for p in group
+    }
     held, not_held, in_none = set(full_name.values()), [torch.iinfo(torch.int64).min] * 2, -1
     mine = torch.tensor(
         [

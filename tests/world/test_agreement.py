@@ -109,7 +109,7 @@ def optimizers_disagree():
     def groups(model, moved: str):
         first = [p for n, p in model.named_parameters() if n != moved]
         rest = [p for n, p in model.named_parameters() if n == moved]
-        return [torch.optim.AdamW([{"params": first}, {"params": rest}], lr=1e-3)]
+        return [torch.optim.AdamW([{"params": first}, {"params": rest, "weight_decay": 0.0}], lr=1e-3)]
 
     refuse(lambda model: [torch.optim.AdamW(model.parameters(), lr=1e-2 if is_odd else 1e-3)])
     refuse(lambda model: [(torch.optim.SGD if is_odd else torch.optim.AdamW)(model.parameters(), lr=1e-3)])

@@ -28,6 +28,7 @@ from ...engine.traffic import Traffic
 from ...estimate.figures import plan_figures
 from ...families.meta_model import meta_model
 from ...hosts.accelerator import SDPAccelerator
+from ...hosts.optimizer import VotingOptimizer
 from ...patch import patch_model
 from ...planner import make_plan
 
@@ -172,6 +173,8 @@ class Contender:
                     replace(group, "_all_gather_comm", _LocalGather(group._all_gather_comm))
                     replace(group, "_reduce_scatter_comm", _LocalScatter(group._reduce_scatter_comm))
                     replace(group, "_all_reduce_hook", None)  # counts
+            if isinstance(self.optimizer, VotingOptimizer):  # workers vote on the number of their step
+                replace(self.optimizer, "num_steps", self.optimizer.num_steps)
             replace(dist, "all_reduce", lambda tensor, *args, **kwargs: None)
             # The norm of FSDP2's gradients, a DTensor, goes this way.
             replace(functional_collectives, "all_reduce", lambda tensor, *args, **kwargs: tensor)
