@@ -13,17 +13,21 @@ from tests.support.trainer import losses_of, make_trainer
 from tests.support.workers import run_workers
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd"])
-@pytest.mark.parametrize(
-    "sdp",
-    [
-        *(dict(level=level, masking=masking) for level in ("neuron", "block") for masking in ("forward", "backward")),
-        dict(
-            coverage=[0.75, 0.5, 0.5, 0.25], sharding="none"
-        ),  # several parts of one parameter, other ones on each worker
-    ],
-    ids=str,
-)
+def _runs():
+    """Each config with both optimizers; one of the two is long."""
+    configs = [
+        dict(level=level, masking=masking) for level in ("neuron", "block") for masking in ("forward", "backward")
+    ]
+    configs.append(
+        dict(coverage=[0.75, 0.5, 0.5, 0.25], sharding="none")
+    )  # several parts of one parameter, other ones on each worker
+    for index, config in enumerate(configs):
+        for number, optimizer in enumerate(("adamw_torch_fused", "sgd")):
+            marks = () if number == index % 2 else pytest.mark.long
+            yield pytest.param(config, optimizer, id=f"{config}-{optimizer}", marks=marks)
+
+
+@pytest.mark.parametrize(("sdp", "optimizer"), list(_runs()))
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, sdp, optimizer):
     options = {"optim": optimizer, **({"optim_args": "momentum=0.9"} if optimizer == "sgd" else {})}
     whole = run_workers(train, tmp_path / "whole", sdp, options)

@@ -42,7 +42,9 @@ SUBNETWORKS = {
 @pytest.mark.parametrize(
     ("variant", "subnetwork"),
     [
-        *(("gradient_checkpointing", s) for s in SUBNETWORKS),
+        ("gradient_checkpointing", "parts"),
+        ("gradient_checkpointing", "backward"),
+        *(pytest.param("gradient_checkpointing", s, marks=pytest.mark.long) for s in ("neuron", "block")),
         ("bf16", "parts"),
         ("bf16", "backward"),
         ("torch_compile", "neuron"),  # a minute: one is enough

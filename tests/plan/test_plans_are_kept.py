@@ -93,7 +93,10 @@ PLANS = [  # changes of the model, options of SDPConfig, subnetworks, SHA-256 of
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "options", "num_subnetworks", "expected"), PLANS)
+@pytest.mark.parametrize(
+    ("model", "options", "num_subnetworks", "expected"),
+    [pytest.param(*plan, marks=pytest.mark.long if "memory_gib" in plan[1] else ()) for plan in PLANS],
+)
 def test_the_hash_of_a_plan_is_the_same_in_every_version(model, options, num_subnetworks, expected):
     plan = make_plan(tiny_config(**{**LLAMA, **model}), SDPConfig(**options), num_subnetworks)
     assert plan.hash == expected
