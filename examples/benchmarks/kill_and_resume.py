@@ -41,7 +41,7 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     log = open(f"{folder}.{rank}.log", "a")  # noqa: SIM115, for the life of the process
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    join_world(rank, NUM_WORKERS, rendezvous)
+    join_world(rank, NUM_WORKERS, rendezvous, store_in_file=True)
     args = TrainingArguments(
         output_dir=folder, max_steps=NUM_STEPS, save_steps=SAVE_STEPS, save_total_limit=1, use_cpu=True, seed=0,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, lr_scheduler_type="cosine",

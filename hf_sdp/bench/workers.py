@@ -70,14 +70,14 @@ def join_world(
     *,
     device: str = "cpu",
     timeout_s: float = 120,
-    shares_network: bool = True,
+    store_in_file: bool = False,
 ) -> None:
     """Make this process worker ``rank``: over gloo with one thread, or ("cuda") over NCCL with GPU ``rank``.
 
     Args:
         rendezvous: a file that is not there yet, in which rank 0 tells the others its port.
         timeout_s: of a collective.
-        shares_network: whether workers find each other at 127.0.0.1; else ``rendezvous`` itself is their store.
+        store_in_file: ``rendezvous`` itself is the store: for workers that do not share a network, or may be killed.
     """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
@@ -89,7 +89,7 @@ def join_world(
 
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
-    meet = _meet if shares_network else _meet_in_file
+    meet = _meet_in_file if store_in_file else _meet
     store = meet(rank, world_size, Path(rendezvous), timeout)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device == "cuda":
@@ -263,5 +263,5 @@ def _join_and_call(function: Callable, args: tuple, joining: tuple, namespace: s
     if namespace is not None:
         enter(namespace)
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
-    join_world(rank, world_size, rendezvous, device=device, timeout_s=timeout_s, shares_network=namespace is None)
+    join_world(rank, world_size, rendezvous, device=device, timeout_s=timeout_s, store_in_file=namespace is not None)
     return function(*args)
