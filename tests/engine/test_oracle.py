@@ -15,13 +15,15 @@ def _cases():
         indices = (level, masking, sharding, accumulation, optimizer)
         chosen = [values[index] for values, index in zip(CHOICES, indices, strict=True)]
         is_short = accumulation == level ^ masking and optimizer == level ^ sharding
-        yield pytest.param(*chosen, marks=() if is_short else pytest.mark.long)
+        yield pytest.param(*chosen, 10, marks=() if is_short else pytest.mark.long)
+    yield pytest.param("neuron", "forward", "full", 3, "adamw", 40, marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize(("level", "masking", "sharding", "accumulation", "optimizer"), list(_cases()))
-def test_workers_equal_the_oracle(level, masking, sharding, accumulation, optimizer):
+@pytest.mark.parametrize(("level", "masking", "sharding", "accumulation", "optimizer", "steps"), list(_cases()))
+def test_workers_equal_the_oracle(level, masking, sharding, accumulation, optimizer, steps):
     compare(
         dict(level=level, masking=masking, sharding=sharding, coverage=0.5),
         optimizer=optimizer,
         accumulation=accumulation,
+        steps=steps,
     )
