@@ -6,7 +6,7 @@ from tests.support.oracle import compare
 from tests.support.training import EVERYTHING
 
 
-@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("masking", ["forward", pytest.param("backward", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "config",
     [

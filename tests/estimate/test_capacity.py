@@ -36,7 +36,11 @@ def fitted(memory, **options):
     return plan, [round(plan.coverage_of(w) * STEPS) / STEPS for w in range(len(memory))]
 
 
-@pytest.mark.parametrize("options", [dict(level="neuron"), dict(level="block", sharding="none")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(dict(level="neuron"), marks=pytest.mark.long), dict(level="block", sharding="none")],
+    ids=str,
+)
 def test_each_worker_gets_what_fits_and_no_step_more(options):
     asked = [1.0, 0.5, 0.5, 0.25]
     memory = needs(asked, **options) * 1.001

@@ -46,7 +46,7 @@ SUBNETWORKS = {
         ("gradient_checkpointing", "backward"),
         *(pytest.param("gradient_checkpointing", s, marks=pytest.mark.long) for s in ("neuron", "block")),
         ("bf16", "parts"),
-        ("bf16", "backward"),
+        pytest.param("bf16", "backward", marks=pytest.mark.long),
         ("torch_compile", "neuron"),  # a minute: one is enough
     ],
 )

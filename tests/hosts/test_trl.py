@@ -69,7 +69,7 @@ def train(kind: str, folder, sdp: dict | None):
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("sharding", ["full", "none"])
+@pytest.mark.parametrize("sharding", ["full", pytest.param("none", marks=pytest.mark.long)])
 def test_training_with_everything_held_equals_ddp(tmp_path, kind, sharding):
     ddp_losses, ddp_loss = run_workers(train, kind, tmp_path / "ddp", None)[0]
     losses, loss = run_workers(train, kind, tmp_path / "sdp", dict(coverage=1.0, sharding=sharding))[0]
