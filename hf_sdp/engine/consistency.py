@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import SDPStateError
 from ..model.state import local_tensor
+from ..world.agreement import of_everyone
 from .presence import come_to
 from .sharded import Sharded, get_sharded
 
@@ -28,17 +29,14 @@ def verify(model: nn.Module) -> None:
 
 def _raise_first(problems: list[str | None]) -> None:
     mine = next((p for p in problems if p), None)
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, problem in enumerate(everyone):
+    for rank, problem in enumerate(of_everyone(mine)):
         if problem:
             raise SDPStateError(f"rank {rank}: {problem}")
 
 
 def _same_plan(sharded: Sharded) -> str | None:
     held = sharded.held
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (held.plan.hash, str(held.config), sharded.run.version))
+    everyone = of_everyone((held.plan.hash, str(held.config), sharded.run.version))
     for rank, other in enumerate(everyone):
         for what, a, b in zip(("plan", "config", "number of weight updates"), everyone[0], other, strict=True):
             if a != b:

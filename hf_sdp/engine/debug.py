@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..errors import SDPStateError
 from ..plan.groups import Group
+from ..world.agreement import of_everyone
 from .sharded import Sharded
 
 VARIABLE = "HF_SDP_DEBUG"
@@ -64,17 +65,13 @@ class CollectiveWatch:
         assert self.sharded.roll_call is not None  # with a control group there is one
         self.sharded.roll_call.wait(f"the comparison of collectives ({VARIABLE})")
         seen, self.seen = self.seen, {}
-        hashes = self._gather({ranks: _hash(collectives) for ranks, collectives in seen.items()})
+        group = self.sharded.control_group
+        hashes = of_everyone({ranks: _hash(collectives) for ranks, collectives in seen.items()}, group)
         for ranks in sorted(set().union(*hashes)):
             different = next((rank for rank in ranks if hashes[rank].get(ranks) != hashes[ranks[0]].get(ranks)), None)
             if different is not None:
-                lists = self._gather(seen.get(ranks, []))
+                lists = of_everyone(seen.get(ranks, []), group)
                 raise SDPStateError(_difference(ranks, {rank: lists[rank] for rank in (ranks[0], different)}))
-
-    def _gather(self, mine) -> list:
-        everyone: list = [None] * self.sharded.held.world_size
-        dist.all_gather_object(everyone, mine, group=self.sharded.control_group)
-        return everyone
 
 
 def _name(group: Group) -> str:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..model.state import local_tensor
+from ..world.agreement import of_everyone
 from .sharded import find_sharded
 from .traffic import BytesSent
 
@@ -131,10 +131,7 @@ class StepMeter:
             values.update({f"state_bytes_{kind}": self.state[kind] for kind in STATE_KINDS})
             self._reported_state = True
         self.bytes_sent, self.step_times_s = [], []
-        everyone: list = [values]
-        if world:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, values)
+        everyone = of_everyone(values) if world else [values]
         report = {}
         for name in values:
             if name.startswith("state_bytes"):

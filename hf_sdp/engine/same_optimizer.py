@@ -52,10 +52,8 @@ def agree_on_groups(
         return
     tensors = sharded.held.subnetwork.tensors
     full_name = {p: tensors[name].region.name for name, p in sharded.parameters.items()}
-    together = itertools.groupby(zip(optimizer.param_groups, groups, strict=True), lambda pair: _options(pair[0]))
-    number_of = {
-        full_name[p]: number for number, (_, pairs) in enumerate(together) for _, group in pairs for p in group
-    }
+    alike = itertools.groupby(zip(optimizer.param_groups, groups, strict=True), lambda pair: _options(pair[0]))
+    number_of = {full_name[p]: number for number, (_, pairs) in enumerate(alike) for _, group in pairs for p in group}
     held, not_held, in_none = set(full_name.values()), [torch.iinfo(torch.int64).min] * 2, -1
     mine = torch.tensor(
         [

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..errors import SDPStateError
 from ..model.state import Held, difference, get_state, unwrap
-from ..world.agreement import together
+from ..world.agreement import of_everyone, together
 from ..world.groups import control_group
 from .debug import watch_collectives
 from .evaluation import Shadow, guard_forward
@@ -97,9 +97,7 @@ def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.Process
     mine = {held.subnetwork.tensors[name].region.name: p.dtype for name, p in parameters.items()}
     if group is None:
         return dict.fromkeys(held.plan.shapes, next(iter(mine.values()))) | mine
-    everyone: list = [None] * held.world_size
-    dist.all_gather_object(everyone, mine, group=group)
-    return {name: dtype for theirs in everyone for name, dtype in theirs.items()}
+    return {name: dtype for theirs in of_everyone(mine, group) for name, dtype in theirs.items()}
 
 
 @contextlib.contextmanager

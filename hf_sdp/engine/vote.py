@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import SDPStateError
 from ..model.state import local_tensor
-from ..world.agreement import raised_by_all
+from ..world.agreement import of_everyone, raised_by_all
 from .sharded import Sharded, get_sharded
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def _seen(optimizer: torch.optim.Optimizer, watch: Watch) -> tuple[float, float]
 
 def _problem(sharded: Sharded, step: int, loss: float, gradient: float) -> str:
     """What is wrong, and where; the same on every worker. Collective."""
-    everyone: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * sharded.held.world_size
-    dist.all_gather_object(everyone, (step, loss, gradient), group=sharded.control_group)
+    everyone = of_everyone((step, loss, gradient), sharded.control_group)
     for rank, (theirs, _, _) in enumerate(everyone):
         if theirs != everyone[0][0]:
             return f"Workers are at different steps: rank 0 at {everyone[0][0]}, rank {rank} at {theirs}."

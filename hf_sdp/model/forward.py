@@ -31,7 +31,7 @@ class PatchedModel(nn.Module):
             if self.training and torch.is_grad_enabled():
                 run.cursor.begin_forward(held.plan.num_subnetworks)
             return super().__call__(*args, **kwargs)
-        is_full = run.evaluates_full and not self.training
+        is_full = held.evaluates_full and not self.training
         if not is_full:
             around: Callable[[], AbstractContextManager] = contextlib.nullcontext
         elif run.full_model is not None:

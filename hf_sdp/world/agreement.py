@@ -39,9 +39,8 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
         if error is not None:
             raise error
         return
-    everyone: list = [None] * dist.get_world_size()
     mine = None if error is None else (isinstance(error, SDPConfigError), f"{type(error).__name__}: {error}")
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = of_everyone(mine, group)
     if error is not None:
         raise raised_by_all(error)
     for rank, theirs in enumerate(everyone):
@@ -111,14 +110,12 @@ def agree(things: Mapping[str, Mapping[str, object]], remedy: str, group: dist.P
     if not process_group_is_up():
         return
     mine = {what: {key: str(value) for key, value in values.items()} for what, values in things.items()}
-    digests: list = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest(), group=group)
+    digests = of_everyone(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest(), group)
     if len(set(digests)) == 1:
         return
     of_rank_0 = [mine]
     dist.broadcast_object_list(of_rank_0, src=0, group=group)
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, _first_difference(of_rank_0[0], mine), group=group)
+    everyone = of_everyone(_first_difference(of_rank_0[0], mine), group)
     rank, said = next((rank, said) for rank, said in enumerate(everyone) if said)
     what, key, first, other = said
     raise raised_by_all(

@@ -58,7 +58,7 @@ def only_values_differ():
     """What is sent from rank 0, and what says nothing about the model."""
     model = tiny_model(seed=dist.get_rank())
     model.model.register_buffer("seen", torch.full((3,), float(dist.get_rank())))
-    model.config._name_or_path = f"/tmp/{dist.get_rank()}"
+    model.config._name_or_path = f"copy-{dist.get_rank()}"
     return patch_model(model, SDPConfig()).model.seen.tolist()
 
 

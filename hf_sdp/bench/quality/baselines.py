@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from ...config import SDPConfig
 from ...errors import SDPConfigError
 from ...families.meta_model import meta_model
+from ...model.mixin import mix_in
 from ...plan.units import maskable_modules
 from ...planner import make_plan
 
@@ -65,7 +66,7 @@ def skip_at_random(model: nn.Module, survival: float, *, linear: bool, seed: int
     generator = torch.Generator().manual_seed(seed)
     for block, probability in zip(blocks, probabilities, strict=True):
         module = model.get_submodule(block.name)
-        module.__class__ = type(type(module).__name__, (RandomlySkipped, type(module)), {})
+        mix_in(module, RandomlySkipped)
         assert isinstance(module, RandomlySkipped)
         object.__setattr__(module, "skipped", block.of_kind.absent())  # not a child: names stay
         module.survival, module.generator = probability, generator
