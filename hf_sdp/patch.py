@@ -10,8 +10,8 @@ from .checkpoint.save import SavesFullModel
 from .config import MAX_WORLD, SDPConfig
 from .engine.presence import open_roll_call
 from .errors import SDPConfigError
+from .families import structure_of
 from .families.model_config import architecture
-from .families.structure import structure_of
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
 from .model.fitness import (
@@ -87,11 +87,11 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         refuse_mixed_groups(model, held)
     run = Run(Cursor(index), held.evaluates_full)
     if config.simulate:
-        simulate(model, plan, run.cursor)
+        simulate(model, plan, held.structure, run.cursor)
     elif config.masking == "backward":
         mask_weight_gradients(model, plan, run.cursor, [index])
     else:
-        cut(model, held.subnetwork, run)
+        cut(model, held.subnetwork, held.structure, run)
     problem = difference(model, held)
     if problem:
         raise AssertionError(problem)

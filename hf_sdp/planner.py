@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 
 from .config import MAX_WORLD, SDPConfig
 from .errors import SDPConfigError
-from .families import family_of
 from .families.meta_model import meta_model
 from .model.fitness import refuse_what_is_no_model
 from .model.state import find_state
@@ -36,15 +35,14 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     Args:
         model_or_config: a transformers model that is not patched yet, or its config (built on the meta device).
         num_subnetworks: N.
-    Raises: SDPConfigError when the family is unknown, nothing matches, or what is asked cannot be met; the message
-        names the nearest coverage that can, or by how much the workers miss.
+    Raises: SDPConfigError when the structure of the model cannot be found, nothing matches, or what is asked cannot be
+        met; the message names the nearest coverage that can, or by how much the workers miss.
     """
     if not isinstance(config, SDPConfig):
         raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
     if not is_positive(num_subnetworks, int, MAX_WORLD):
         raise SDPConfigError(f"num_subnetworks must be an integer from 1 to {MAX_WORLD}, got {num_subnetworks!r}.")
     if isinstance(model_or_config, PreTrainedConfig):
-        family_of(model_or_config)
         model_or_config = meta_model(model_or_config)
     refuse_what_is_no_model(model_or_config)
     if find_state(model_or_config) is not None:

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from ..errors import SDPConfigError
-from ..families import family_of
 from ..families.meta_model import meta_model
 from .errors import CommandError
 
@@ -74,12 +73,10 @@ def load_config(model: str) -> PretrainedConfig:
 def load_meta_model(model: str) -> nn.Module:
     """The full model of MODEL on the meta device: shapes, no memory.
 
-    Raises: as :func:`load_config`; SDPConfigError for a family that is not supported; CommandError when transformers
+    Raises: as :func:`load_config`; CommandError when transformers
         can make no model of the config.
     """
-    config = load_config(model)
-    family_of(config)
-    return make_meta_model(config, model)
+    return make_meta_model(load_config(model), model)
 
 
 def make_meta_model(config: PretrainedConfig, said: str) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from ..families.structure import structure_of
+from ..families import structure_of
 from ..model.state import unwrap
 from ..plan.groups import Group, data_parallel_groups
 from ..plan.holders import Holders

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ..families.structure import Structure
+from ..families import Structure
 from ..plan.groups import data_parallel_groups, sharding_groups
 from ..plan.placement import Placement
 from ..plan.plan import Plan

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from ..families import Structure, structure_of
 from ..families.meta_model import meta_model
-from ..families.structure import Structure, structure_of
 from ..plan.region import Shape
 
 

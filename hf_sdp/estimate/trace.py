@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import checkpoint_activations, is_within_backward
+from ..families import Structure, structure_of
 from ..families.meta_model import meta_model
-from ..families.structure import Structure, structure_of
 from ..model.backward_masking import mask_weight_gradients
 from ..model.cut import cut
 from ..model.state import Cursor, Run
@@ -101,7 +101,7 @@ def trace_subnetwork(
                 mask_weight_gradients(model, few, Cursor(index), [index])
                 return shardable_modules(whole_model(few), structure)
             subnetwork = subnetwork_of(few, index)
-            cut(model, subnetwork, Run(Cursor(index), evaluates_full=False))
+            cut(model, subnetwork, structure, Run(Cursor(index), evaluates_full=False))
             return shardable_modules(subnetwork, structure)
 
         return _cached(model_config, workload, (plan.level, plan.masking, *(of_layer[i] for i in chosen)), prepare)
@@ -158,7 +158,10 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
             name = new + module.name.removeprefix(old)
             dims = {new + n.removeprefix(old): dim for n, dim in module.dims.items()}
             packed = {new + n.removeprefix(old): ranges for n, ranges in module.packed.items()}
-            modules.append(dataclasses.replace(module, name=name, layer=index, dims=dims, packed=packed))
+            members = tuple(new + n.removeprefix(old) for n in module.members)
+            modules.append(
+                dataclasses.replace(module, name=name, layer=index, dims=dims, packed=packed, members=members)
+            )
             unit_holders[name] = plan.unit_holders[module.name]
     return Plan.of_units(
         level=plan.level,

@@ -1,24 +1,9 @@
-"""Where a model family keeps its residual blocks, and how their kinds are cut. One file for families of one structure.
+"""The structure of a model: its layers, their residual blocks, and how each kind of block is cut.
 
-Everything else is derived from the model's tensor-parallel plan (``config.base_model_tp_plan``).
+It is found in a recording of the model on the meta device.
 """
 
-from ..errors import SDPConfigError
-from .base import Block, Family, Stack
-from .pre_norm import MODEL_TYPES, PRE_NORM
+from .base import Block, Structure
+from .structure import structure_of
 
-FAMILIES: dict[str, Family] = dict.fromkeys(MODEL_TYPES, PRE_NORM)
-
-
-def family_of(model_config) -> Family:
-    """The family of a transformers config. Raises SDPConfigError for an unknown ``model_type``."""
-    model_type = getattr(model_config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise SDPConfigError(
-            f"Unknown model family: model_type={model_type!r} ({type(model_config).__name__}). "
-            f"Supported: {sorted(FAMILIES)}. A family is one small file in hf_sdp/families/."
-        )
-    return FAMILIES[model_type]
-
-
-__all__ = ["FAMILIES", "Block", "Family", "Stack", "family_of"]
+__all__ = ["Block", "Structure", "structure_of"]

@@ -1,11 +1,8 @@
 """Kinds of blocks. All that one kind differs in from another is in its record, and nowhere else."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import nn
-
-from .absent import SkippedAttention, SkippedLayer, SkippedMLP
 
 
 @dataclass(frozen=True)
@@ -15,7 +12,6 @@ class Kind:
     Attributes:
         name: as it is in a plan; balance is kept for each kind.
         title: for people.
-        absent: what a worker has in the place of a block that it does not hold.
         attends: whether it has attention. Attention multiplies with the whole sequence. Its kernel saves its output,
             which is the input of the row-wise layer after it.
         num_units: ``(text config, narrowest width that is cut, number of chunks) -> units`` at neuron level.
@@ -25,7 +21,6 @@ class Kind:
 
     name: str
     title: str
-    absent: Callable[[], nn.Module]
     attends: bool
     num_units: Callable[..., int]
     unit_name: str
@@ -68,13 +63,12 @@ def _one(text_config, width: int, chunks: int) -> int:
 
 
 def _cannot_narrow(text_config, held: int, num_units: int) -> None:
-    raise AssertionError("whole layers are held or not held")
+    raise AssertionError("held as a whole or not at all")
 
 
 ATTENTION = Kind(
     name="attention",
     title="attention",
-    absent=SkippedAttention,
     attends=True,
     num_units=_key_value_heads,
     unit_name="key/value heads",
@@ -83,19 +77,27 @@ ATTENTION = Kind(
 MLP = Kind(
     name="mlp",
     title="MLP",
-    absent=SkippedMLP,
     attends=False,
     num_units=_groups_of_neurons,
     unit_name="groups of neurons",
     narrow=_narrow_mlp,
 )
+CROSS_ATTENTION = dataclasses.replace(ATTENTION, name="cross_attention", title="cross-attention")
+MIXER = Kind(
+    name="mixer",
+    title="mixer",
+    attends=False,
+    num_units=_one,
+    unit_name="mixers",
+    narrow=_cannot_narrow,
+)
+EXPERTS = dataclasses.replace(MIXER, name="experts", title="experts", unit_name="groups of experts")
 LAYER = Kind(
     name="layer",
     title="layer",
-    absent=SkippedLayer,
     attends=True,
     num_units=_one,
     unit_name="layers",
     narrow=_cannot_narrow,
 )
-KINDS = {kind.name: kind for kind in (ATTENTION, MLP, LAYER)}
+KINDS = {kind.name: kind for kind in (ATTENTION, CROSS_ATTENTION, MLP, EXPERTS, MIXER, LAYER)}

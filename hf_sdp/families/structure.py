@@ -1,48 +1,60 @@
-"""``Structure``: the names of the modules of a model that are sharded on their own."""
+"""``structure_of``: the structure of a model, found once for each class and config."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import copy
+import json
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from . import family_of
-from .base import Stack
+from ..errors import SDPConfigError
+from .base import Structure
+from .finding import Found, find_blocks
+from .recording import record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Structure:
-    """Names of modules.
-
-    Attributes:
-        layers: the layers of all stacks, in forward order; a plan counts them in this order.
-        outer: embeddings and head, each with those that share its weight.
-    """
-
-    layers: tuple[str, ...]
-    outer: tuple[tuple[str, ...], ...]
-
-
-def stack_layers(model: "PreTrainedModel") -> Iterator[tuple[Stack, str, nn.Module]]:
-    """``(stack, name, layer)`` of every layer of the model, in forward order.
-
-    Raises: SDPConfigError when the family is unknown.
-    """
-    prefix = model.base_model_prefix + "." if model.base_model is not model else ""
-    for stack in family_of(model.config).stacks:
-        for index, layer in enumerate(model.get_submodule(prefix + stack.layers)):
-            yield stack, f"{prefix}{stack.layers}.{index}", layer
+_cache: dict[tuple[type, str], Found] = {}
 
 
 def structure_of(model: "PreTrainedModel") -> Structure:
-    """The structure of a full transformers model, on any device. Raises: as :func:`stack_layers`."""
+    """The structure of a full transformers model, on any device. Nothing is allocated or changed.
+
+    Raises: SDPConfigError when the class of the model cannot run on the meta device, or no layers are found.
+    """
+    found = _found(type(model), model.config)
+    return Structure(tuple(found.layers), _outer(model), tuple(found.blocks), found.absent, found.kept)
+
+
+def _found(cls: type["PreTrainedModel"], config) -> Found:
+    key = (cls, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _cache:
+        try:
+            with torch.device("meta"):
+                model = cls(copy.deepcopy(config))
+            found = find_blocks(model, record(model))
+        except Exception as error:  # whatever the class says
+            raise SDPConfigError(
+                f"The residual blocks of {cls.__name__} (model_type={config.model_type!r}) cannot be found: "
+                f"on the meta device it raises {type(error).__name__}: {error}"
+            ) from error
+        if not found.layers:
+            raise SDPConfigError(
+                f"{cls.__name__} (model_type={config.model_type!r}) has no stack of layers: no list of modules of one "
+                "of the classes that it must not split."
+            )
+        _cache[key] = found
+    return _cache[key]
+
+
+def _outer(model: "PreTrainedModel") -> tuple[tuple[str, ...], ...]:
     names = {module: name for name, module in model.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    outer: tuple[tuple[str, ...], ...] = ((names[embeddings],),)
-    if head is not None:
-        tied = head.weight is embeddings.weight
-        outer = ((names[embeddings], names[head]),) if tied else (*outer, (names[head],))
-    return Structure(tuple(name for _, name, _ in stack_layers(model)), outer)
+    if not isinstance(embeddings, nn.Module) or getattr(embeddings, "weight", None) is None:
+        return ()
+    if not isinstance(head, nn.Module) or getattr(head, "weight", None) is None:
+        return ((names[embeddings],),)
+    if head.weight is embeddings.weight:
+        return ((names[embeddings], names[head]),)
+    return ((names[embeddings],), (names[head],))

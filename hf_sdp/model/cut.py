@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
+from ..families import Structure
+from ..families.absent import Absent
 from ..plan.subnetwork import LocalModule, Subnetwork
 from .layers import SharedBias, copy_for_part, narrow
 from .mixin import mix_in
@@ -102,10 +104,10 @@ def _bound_to(part: nn.Module, replaced) -> MethodType:
     return MethodType(replaced.__func__, part)
 
 
-def cut(model: nn.Module, subnetwork: Subnetwork, run: Run) -> None:
+def cut(model: nn.Module, subnetwork: Subnetwork, structure: Structure, run: Run) -> None:
     """Cut every maskable module to what the worker holds. Parameters get the names of ``subnetwork.tensors``.
 
-    ``model``: the full model, on any device.
+    ``model``: the full model, on any device; ``structure``: its structure.
     """
     for local in subnetwork.modules:
         for name in local.module.members:
@@ -113,7 +115,7 @@ def cut(model: nn.Module, subnetwork: Subnetwork, run: Run) -> None:
             full = None if subnetwork.plan.is_shared(local.module) else _tensors_on_meta(module)
             held_sum, absent = None, None
             if not local.parts:
-                absent = local.module.of_kind.absent() if name == local.module.name else nn.Identity()
+                absent = Absent(type(module), structure.absent[name])
                 _let_go(module, name, local.module.dims)
             elif subnetwork.plan.level == "neuron":
                 held_sum = _narrow(module, local)

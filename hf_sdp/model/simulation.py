@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..families import Structure
+from ..families.absent import Absent
 from ..plan.plan import Plan
 from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
 from .mixin import mix_in
@@ -59,14 +61,14 @@ class MaybeSkipped(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def simulate(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
+def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor) -> None:
     """Turn a full model into its simulation, in place; names and Parameters stay."""
     if plan.masking == "backward":
         mask_weight_gradients(model, plan, cursor, range(plan.num_subnetworks))
     elif plan.level == "neuron":
         _virtual_linears(model, plan, cursor)
     else:
-        _skip_blocks(model, plan, cursor)
+        _skip_blocks(model, plan, structure, cursor)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(cursor.note_gradient)
@@ -103,16 +105,13 @@ def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
                 VirtualLinear.take_place(model.get_submodule(owner), dim=dim, held=held[name], cursor=cursor)
 
 
-def _skip_blocks(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
+def _skip_blocks(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor) -> None:
     for module in plan.modules:
         holders = frozenset(plan.unit_holders[module.name][0])
         for name in module.members:
-            skipped = module.of_kind.absent() if name == module.name else nn.Identity()
-            _maybe_skip(model.get_submodule(name), skipped, holders, cursor)
-
-
-def _maybe_skip(module: nn.Module, skipped: nn.Module, holders: frozenset[int], cursor: Cursor) -> None:
-    object.__setattr__(module, "skipped", skipped)  # not a child: names of the host model stay
-    mix_in(module, MaybeSkipped)
-    mixed = cast(MaybeSkipped, module)
-    mixed.holders, mixed.cursor = holders, cursor
+            own = model.get_submodule(name)
+            # Not a child: names of the host's model stay.
+            object.__setattr__(own, "skipped", Absent(type(own), structure.absent[name]))
+            mix_in(own, MaybeSkipped)
+            mixed = cast(MaybeSkipped, own)
+            mixed.holders, mixed.cursor = holders, cursor

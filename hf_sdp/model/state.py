@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
-from ..families.structure import Structure
+from ..families import Structure
 from ..plan.groups import Group, sharding_groups
 from ..plan.placement import Placement, owners
 from ..plan.plan import Plan

@@ -6,7 +6,7 @@ The engine calls ``fully_shard`` on each of them, bottom-up; the estimate counts
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..families.structure import Structure
+from ..families import Structure
 from .holders import Holders
 from .region import Region, Shape
 from .subnetwork import LocalTensor, Subnetwork

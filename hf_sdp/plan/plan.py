@@ -250,8 +250,9 @@ class Plan:
         modules = []
         for module in self.modules:
             entry = dataclasses.asdict(module)
-            if not module.packed:
-                del entry["packed"]
+            for name in ("packed", "members"):
+                if entry[name] == vars(dataclasses.replace(module, packed={}, members=()))[name]:
+                    del entry[name]  # as without it
             modules.append({**entry, "holder_set_of_unit": list(self.set_of_unit[module.name])})
         data = {
             "level": self.level,
@@ -270,6 +271,7 @@ class Plan:
         set_of_unit = {m["name"]: tuple(m.pop("holder_set_of_unit")) for m in data["modules"]}
         for module in data["modules"]:
             packed = module.get("packed", {})
+            module["members"] = tuple(module.get("members", ()))
             module["packed"] = {name: tuple(map(tuple, ranges)) for name, ranges in packed.items()}
         return cls(
             level=data["level"],

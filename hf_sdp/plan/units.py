@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import SDPConfigError
-from ..families import Stack
+from ..families import Block, Structure, structure_of
 from ..families.kinds import KINDS, LAYER, Kind
-from ..families.structure import stack_layers
 from .region import Ranges, Region, Shape
 
 
@@ -25,6 +24,7 @@ class MaskableModule:
             any module below it, and to the norm before it.
         packed: full name -> ranges along that dim, each of which is cut into ``num_units`` equal parts (fused
             projections). The whole dim is one range where a tensor is not named here.
+        members: names of the modules that have its tensors, in forward order.
     """
 
     name: str
@@ -33,14 +33,18 @@ class MaskableModule:
     num_units: int
     dims: dict[str, int]
     packed: dict[str, Ranges] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.members:
+            object.__setattr__(self, "members", self._owners())
 
     @property
     def of_kind(self) -> Kind:
         return KINDS[self.kind]
 
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Names of the modules that have its tensors: norms outside of it, and itself; in forward order."""
+    def _owners(self) -> tuple[str, ...]:
+        """Itself, and those outside of it that a tensor is a parameter of."""
         own = self.name + "."
         return tuple(dict.fromkeys(self.name if n.startswith(own) else n.rpartition(".")[0] for n in self.dims))
 
@@ -73,66 +77,86 @@ def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, ch
     Args:
         model: a transformers model, on any device (meta included).
         chunks: into how many chunks (k of coverage m/k) a module is to be cut. It decides the size of an MLP unit.
-    Raises: SDPConfigError when the family is unknown or nothing matches.
+    Raises: SDPConfigError when the structure of the model cannot be found, or nothing matches.
     """
-    found: list[MaskableModule] = []
-    for index, (stack, name, layer) in enumerate(stack_layers(model)):
-        if level == "neuron":
-            found += _inner_dims(model.config, stack, index, name, layer, chunks)
-        elif block_granularity == "layer":
-            dims = {f"{name}.{p}": 0 for p, _ in layer.named_parameters()}
-            found.append(MaskableModule(name, LAYER.name, index, 1, dims))
-        else:
-            found += _blocks(stack, index, name, layer)
+    structure = structure_of(model)
+    if level == "neuron":
+        found = _inner_dims(model, structure, chunks)
+    elif block_granularity == "layer":
+        found = _layers(model, structure)
+    else:
+        found = _blocks(model, structure)
     if not found:
+        reasons = "; ".join(structure.kept.values()) or "its tensor-parallel plan cuts no module"
         raise SDPConfigError(
-            f"Nothing in {type(model).__name__} can be held in part at level={level!r}: no layer has a module that its "
-            f"tensor-parallel plan ({getattr(model.config, 'base_model_tp_plan', None)!r}) cuts."
+            f"Nothing in {type(model).__name__} can be held in part at level={level!r}"
+            f"{f', block_granularity={block_granularity!r}' if level == 'block' else ''}: {reasons[:300]}."
+            f"{_what_works(structure)}"
         )
     return found
 
 
-def _blocks(stack: Stack, index: int, name: str, layer: nn.Module) -> list[MaskableModule]:
+def _what_works(structure: Structure) -> str:
+    if structure.blocks:
+        return " Use level='block'."
+    if any(layer in structure.absent for layer in structure.layers):
+        return " Use level='block', block_granularity='layer'."
+    return ""
+
+
+def _layers(model: nn.Module, structure: Structure) -> list[MaskableModule]:
+    names = {name for name, _ in model.named_parameters()}
     found = []
-    for block in stack.blocks:
-        dims = {
-            f"{name}.{child}.{p}": 0
-            for child in (block.norm, block.module)
-            for p, _ in layer.get_submodule(child).named_parameters()
-        }
-        found.append(MaskableModule(f"{name}.{block.module}", block.kind.name, index, 1, dims))
+    for index, layer in enumerate(structure.layers):
+        if layer in structure.absent:
+            own = (f"{layer}.{p}" for p, _ in model.get_submodule(layer).named_parameters())
+            found.append(MaskableModule(layer, LAYER.name, index, 1, {name: 0 for name in own if name in names}))
     return found
 
 
-def _inner_dims(config, stack: Stack, index: int, layer_name: str, layer: nn.Module, chunks: int):
-    tp_plan = getattr(config, "base_model_tp_plan", None) or {}
+def _blocks(model: nn.Module, structure: Structure) -> list[MaskableModule]:
     found = []
-    for block in stack.blocks:
-        module, name = layer.get_submodule(block.module), f"{layer_name}.{block.module}"
-        dims: dict[str, int] = {}
-        widths: dict[str, int] = {}
-        for child, linear in module.named_children():
-            style = _tp_style(tp_plan, f"{stack.layers}.{index}.{block.module}.{child}")
-            if not style or style in _SHARED:
-                continue
-            # Exactly nn.Linear: what a subclass does beyond it would not be cut with it.
-            if style not in ("colwise", "rowwise") or type(linear) is not nn.Linear:
-                raise SDPConfigError(
-                    f"{name}.{child} ({type(linear).__name__}) has tensor-parallel style {style!r}; the neuron level "
-                    "can cut nn.Linear layers of style 'colwise' and 'rowwise', and no subclass. Use level='block'."
-                )
-            columns = style == "colwise"
-            dims[f"{name}.{child}.weight"] = 0 if columns else 1
-            widths[child] = linear.out_features if columns else linear.in_features
-            if columns and linear.bias is not None:
-                dims[f"{name}.{child}.bias"] = 0
-        if not dims:
+    for block in structure.blocks:
+        dims = {f"{m}.{p}": 0 for m in block.modules for p, _ in model.get_submodule(m).named_parameters()}
+        found.append(MaskableModule(block.main, block.kind, block.layer, 1, dims, members=block.modules))
+    return found
+
+
+def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[MaskableModule]:
+    found = []
+    for block in structure.blocks:
+        cut = _cut(model, block, chunks)
+        if cut is not None:
+            found.append(cut)
+    return found
+
+
+def _cut(model: nn.Module, block: Block, chunks: int) -> MaskableModule | None:
+    tp_plan = getattr(model, "_tp_plan", None) or {}
+    name, kind, config = block.main, KINDS[block.kind], model.config
+    dims: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    for child, linear in model.get_submodule(name).named_children():
+        style = _tp_style(tp_plan, f"{name}.{child}")
+        if not style or style in _SHARED:
             continue
-        num_units = block.kind.num_units(config, min(widths.values()), chunks)
-        if any(width % num_units for width in widths.values()):
-            raise SDPConfigError(f"{name}: widths {widths} cannot all be cut into {num_units} units.")
-        found.append(MaskableModule(name, block.kind.name, index, num_units, dims))
-    return found
+        # Exactly nn.Linear: what a subclass does beyond it would not be cut with it.
+        if style not in ("colwise", "rowwise") or type(linear) is not nn.Linear:
+            raise SDPConfigError(
+                f"{name}.{child} ({type(linear).__name__}) has tensor-parallel style {style!r}; the neuron level "
+                "can cut nn.Linear layers of style 'colwise' and 'rowwise', and no subclass. Use level='block'."
+            )
+        columns = style == "colwise"
+        dims[f"{name}.{child}.weight"] = 0 if columns else 1
+        widths[child] = linear.out_features if columns else linear.in_features
+        if columns and linear.bias is not None:
+            dims[f"{name}.{child}.bias"] = 0
+    if not dims:
+        return None
+    num_units = kind.num_units(config, min(widths.values()), chunks)
+    if any(width % num_units for width in widths.values()):
+        raise SDPConfigError(f"{name}: widths {widths} cannot all be cut into {num_units} units.")
+    return MaskableModule(name, block.kind, block.layer, num_units, dims)
 
 
 def _tp_style(tp_plan: dict[str, str], name: str) -> str | None:

@@ -1,44 +1,25 @@
-"""Every supported model type: its layers are of the structure that its family says, and its gradients are right."""
-
-import inspect
-import re
+"""Models of other families: their blocks are found, and the gradients of a subnetwork are right."""
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import CONFIG_MAPPING
 
 from hf_sdp import SDPConfig, make_plan, patch_model
-from hf_sdp.families import pre_norm
 from hf_sdp.model.state import get_state
 from tests.support.models import batch, tiny_config, tiny_model
 
-MODEL_TYPES = [name for name in pre_norm.MODEL_TYPES if name in CONFIG_MAPPING]  # older versions have fewer
+LIKE_LLAMA = (
+    "arcee", "cwm", "ernie4_5", "gemma", "granite", "helium", "internlm3", "jais2", "llama", "ministral3", "mistral",
+    "nanochat", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+MODEL_TYPES = [name for name in LIKE_LLAMA if name in CONFIG_MAPPING]  # older versions have fewer
 SIZES = dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
-MULTIPLIED = {"granite": " * self.residual_multiplier"}
-"""What the branches are multiplied by."""
 LEVELS = {
     "neuron": dict(level="neuron"),
     "several parts": dict(level="neuron", coverage=0.75),
     "block": dict(level="block"),
     "layer": dict(level="block", block_granularity="layer"),
 }
-
-
-def computation(layer_class: type) -> str:
-    """What a decoder layer does, from the first residual on, without comments."""
-    forward = inspect.unwrap(layer_class.__dict__["forward"])
-    forward = inspect.getclosurevars(forward).nonlocals.get("forward", forward)
-    source = re.sub(r"\s+", " ", re.sub(r"#.*", "", inspect.getsource(forward)))
-    return source[source.index("residual = hidden_states") :]
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_layers_compute_what_the_family_says(model_type):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type))
-    found = computation(type(model.model.layers[0]))
-    assert found.replace(MULTIPLIED.get(model_type, "\0"), "") == computation(LlamaDecoderLayer)
 
 
 @pytest.mark.parametrize("level", LEVELS)

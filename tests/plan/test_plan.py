@@ -201,11 +201,12 @@ def test_what_cannot_be_met_is_an_error_with_the_nearest_that_can(options, num_s
         make_plan(tiny_config(), SDPConfig(**options), num_subnetworks)
 
 
-def test_unknown_family_and_nothing_matched():
+def test_nothing_matched_names_what_works():
     from transformers import GPT2Config
 
-    with pytest.raises(SDPConfigError, match="gpt2.*Supported.*llama"):
-        make_plan(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8), SDPConfig(), 2)
+    gpt2 = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(SDPConfigError, match=r"Nothing in GPT2LMHeadModel .*level='neuron'.* Use level='block'\."):
+        make_plan(gpt2, SDPConfig(), 2)
     config = tiny_config()
     config.base_model_tp_plan = None
     with pytest.raises(SDPConfigError, match="Nothing in LlamaForCausalLM"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_sdp import Plan, SDPConfig, make_plan
-from hf_sdp.families.structure import Structure
+from hf_sdp.families import Structure
 from hf_sdp.model.cut import cut
 from hf_sdp.model.state import Cursor, Run
 from hf_sdp.plan.groups import data_parallel_groups, sharding_groups
@@ -83,7 +83,7 @@ def test_a_cut_model_is_the_full_one_with_the_other_neurons_zeroed(holders):
                 if index not in s.holders:
                     dense.layers[0]["mlp"].scale[s.start : s.stop] = 0
         subnetwork = subnetwork_of(plan, index)
-        cut(model, subnetwork, Run(Cursor(index), evaluates_full=False))
+        cut(model, subnetwork, STRUCTURE, Run(Cursor(index), evaluates_full=False))
         found = dict(model.named_parameters()) | dict(model.named_buffers())
         assert {n: tuple(t.shape) for n, t in found.items()} == {
             n: tensor.region.shape for n, tensor in subnetwork.tensors.items()
@@ -188,6 +188,6 @@ def test_data_parallel_groups_are_layers_and_the_rest():
 
 def test_a_module_that_is_not_packed_is_written_as_before():
     plan = make_plan(tiny_config(), SDPConfig(), N)
-    assert "packed" not in plan.to_json()
+    assert "packed" not in plan.to_json() and "members" not in plan.to_json()
     fields = [f.name for f in dataclasses.fields(MaskableModule)]
-    assert fields == ["name", "kind", "layer", "num_units", "dims", "packed"]
+    assert fields == ["name", "kind", "layer", "num_units", "dims", "packed", "members"]

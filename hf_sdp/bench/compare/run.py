@@ -11,7 +11,8 @@ import torch
 
 from ...config import SDPConfig
 from ...errors import SDPConfigError
-from ...families import family_of
+from ...families import structure_of
+from ...families.meta_model import meta_model
 from ...planner import make_plan
 from ...quantities import bits_per_second
 from ..network import limited_network
@@ -26,7 +27,7 @@ UNLIMITED = "none"
 
 def check(engines: dict[str, SDPConfig | None], workplace: Workplace, bandwidths: list[str]) -> None:
     """Everything that can be refused before a process is started. Raises: SDPConfigError."""
-    family_of(workplace.model)
+    structure_of(meta_model(workplace.model))
     for sdp in engines.values():
         if sdp is None:
             continue

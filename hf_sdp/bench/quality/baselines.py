@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 
 from ...config import SDPConfig
 from ...errors import SDPConfigError
+from ...families import structure_of
+from ...families.absent import Absent
 from ...families.meta_model import meta_model
 from ...model.mixin import mix_in
 from ...plan.units import maskable_modules
@@ -62,13 +64,15 @@ def skip_at_random(model: nn.Module, survival: float, *, linear: bool, seed: int
     Raises: SDPConfigError when the last block's probability would be negative.
     """
     blocks = maskable_modules(model, level="block", block_granularity="sub-block", chunks=1)
+    absent = structure_of(model).absent
     probabilities = survival_probabilities(survival, len(blocks), linear=linear)
     generator = torch.Generator().manual_seed(seed)
     for block, probability in zip(blocks, probabilities, strict=True):
         module = model.get_submodule(block.name)
+        skipped = Absent(type(module), absent[block.name])
         mix_in(module, RandomlySkipped)
         assert isinstance(module, RandomlySkipped)
-        object.__setattr__(module, "skipped", block.of_kind.absent())  # not a child: names stay
+        object.__setattr__(module, "skipped", skipped)  # not a child: names stay
         module.survival, module.generator = probability, generator
 
 

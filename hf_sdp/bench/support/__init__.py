@@ -1,0 +1,1 @@
+"""Which model types work: each is tried at a tiny size."""

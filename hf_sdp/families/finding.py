@@ -1,0 +1,238 @@
+"""The blocks of a model, found in a recording of it, and what is left when they are left out.
+
+What is found is tried: each layer is called once more, on the meta device, with a block left out.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .absent import ZERO, ZEROS, Absent, Outputs
+from .base import Block
+from .branches import Branch, NotASum, branches, stream_of
+from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, MIXER, MLP, Kind
+from .recording import Call, Recording, call_again
+
+_KINDS: tuple[tuple[str, Kind], ...] = (
+    (r"(enc|cross).*att|cross_?attention", CROSS_ATTENTION),
+    (r"lin(ear)?_?att|mamba|mixer|conv|ssm|recurrent|rglru|temporal_block|lstm|delta", MIXER),
+    (r"att", ATTENTION),
+    (r"moe|expert|sparse", EXPERTS),
+)
+"""Pattern of the name of a module within its layer, or of its class -> kind. All else is an MLP."""
+
+
+@dataclass
+class Found:
+    """As the fields of ``Structure``."""
+
+    layers: list[str] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    absent: dict[str, Outputs] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+def find_blocks(model: nn.Module, recording: Recording) -> Found:
+    """``model``: the one that was recorded; on the meta device."""
+    return _Finder(model, recording).find()
+
+
+class _Finder:
+    def __init__(self, model: nn.Module, recording: Recording):
+        self.model, self.recording = model, recording
+        self.modules = dict(model.named_modules())
+        self.found = Found()
+        self.readers: dict[int, list[int]] = {}  # operation -> those that read its result
+        for number, operation in enumerate(recording.operations):
+            for made in operation.inputs:
+                self.readers.setdefault(made, []).append(number)
+        self.calls_of: dict[str, list[Call]] = {}
+        for call in recording.calls:
+            self.calls_of.setdefault(call.module, []).append(call)
+        names = model.named_parameters(remove_duplicate=False)
+        self.names_of: dict[int, list[str]] = {}
+        for name, p in names:
+            self.names_of.setdefault(id(p), []).append(name)
+        self.tried: dict[tuple, str | None] = {}
+
+    def find(self) -> Found:
+        for number, name in self._layers():
+            index = len(self.found.layers)
+            self.found.layers.append(name)
+            call = self.recording.calls[number]
+            try:
+                found = branches(self.recording, number)
+            except NotASum as error:
+                self.found.kept[name] = str(error)
+                continue
+            self._leave_out_layer(name, call)
+            for branch in found:
+                self._leave_out_branch(index, name, call, branch)
+        return self.found
+
+    def _layers(self) -> Iterator[tuple[int, str]]:
+        """The calls of the layers of all stacks: neighbours in a list of modules that is called one by one."""
+        lists = {
+            f"{name}.{child}"
+            for name, module in self.modules.items()
+            if isinstance(module, nn.ModuleList) and (self._is_stack(module) or self._is_chain(name, module))
+            for child, _ in module.named_children()
+        }
+        seen: set[str] = set()
+        for number, call in enumerate(self.recording.calls):
+            within = {self.recording.calls[outer].module for outer in self.recording.within(call.outer)}
+            if call.module in lists and call.module not in seen and not within & lists:
+                seen.add(call.module)
+                yield number, call.module
+
+    def _is_stack(self, module: nn.ModuleList) -> bool:
+        no_split = {name for m in self.modules.values() for name in (getattr(m, "_no_split_modules", None) or ())}
+        return len(module) > 0 and all(
+            isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in no_split for layer in module
+        )
+
+    def _is_chain(self, name: str, module: nn.ModuleList) -> bool:
+        """Whether each is called once, with what the one before it returned."""
+        calls = [self.calls_of.get(f"{name}.{child}", []) for child in module._modules]
+        if len(calls) < 2 or any(len(of_one) != 1 for of_one in calls) or len({type(m) for m in module}) > 1:
+            return False
+        flat = [of_one[0] for of_one in calls]
+        made = [call.outputs[0].operation if call.outputs else None for call in flat]
+        return None not in made and all(
+            before in after.arguments.values() for before, after in zip(made, flat[1:], strict=False)
+        )
+
+    def _leave_out_layer(self, name: str, call: Call) -> None:
+        """A layer that is left out passes the stream on."""
+        stream = stream_of(call)
+        outputs = self._outputs(call, stream)
+        problem = self._of_all(name) or (outputs if isinstance(outputs, str) else None)
+        if problem:
+            self.found.kept[name] = problem
+        else:
+            assert isinstance(outputs, Outputs)
+            self.found.absent[name] = outputs
+
+    def _leave_out_branch(self, index: int, layer: str, layer_call: Call, branch: Branch) -> None:
+        problems: dict[str, str] = {}
+        for chosen in self._candidates(branch):
+            names = tuple(call.module for call, _ in chosen)
+            main = next((name for name in names if self._has_matrix(name)), None)
+            if main is None:
+                continue  # nothing is computed with weights
+            absent: dict[str, Outputs] = {}
+            problem = None
+            for call, item in chosen:
+                outputs = self._outputs(call, item)
+                if isinstance(outputs, str):
+                    problem = outputs
+                    break
+                absent[call.module] = outputs
+            problem = problem or self._try(layer, layer_call, absent)
+            if problem is None:
+                self.found.absent |= absent
+                self.found.blocks.append(Block(self._kind(layer, main).name, index, names, main))
+                return
+            problems.setdefault(main, problem)
+        self.found.kept |= problems
+
+    def _candidates(self, branch: Branch) -> Iterator[list[tuple[Call, str]]]:
+        """Calls to leave out, and what each then returns: only what the branch has itself; or a module with the sum in
+        it, which then passes the stream on."""
+        own = [self.recording.calls[n] for n in branch.calls if self._has_parameters(n)]
+        own = [call for call in own if not self._is_shared(call.module)]
+        for zero in (ZERO, ZEROS):
+            yield [(call, zero if self._has_matrix(call.module) else stream_of(call)) for call in own]
+        for number in branch.around:
+            around = self.recording.calls[number]
+            passed = next((name for name, made in around.arguments.items() if made == branch.stream), None)
+            if passed is not None and not self._is_shared(around.module):
+                before = [call for call in own if call.last <= around.first and not self._has_matrix(call.module)]
+                yield [*((call, stream_of(call)) for call in before), (around, passed)]
+
+    def _has_parameters(self, number: int) -> bool:
+        return any(True for _ in self.modules[self.recording.calls[number].module].parameters())
+
+    def _has_matrix(self, name: str) -> bool:
+        return any(p.dim() > 1 for p in self.modules[name].parameters())
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether several layers use it."""
+        return len(self.calls_of[name]) > 1 or bool(self._of_all(name))
+
+    def _of_all(self, name: str) -> str | None:
+        for own, parameter in self.modules[name].named_parameters():
+            others = [n for n in self.names_of[id(parameter)] if not n.startswith(name + ".")]
+            if others:
+                return f"{name}.{own} is also {others[0]}"
+        return None
+
+    def _kind(self, layer: str, name: str) -> Kind:
+        module = self.modules[name]
+        within = name.removeprefix(layer + ".")
+        has_experts = any("expert" in n for n, _ in module.named_modules())
+        for text in (within, type(module).__name__):
+            for pattern, kind in _KINDS:
+                if re.search(pattern, text, re.IGNORECASE):
+                    return EXPERTS if kind is MIXER and has_experts else kind
+        return EXPERTS if has_experts else MLP
+
+    def _outputs(self, call: Call, first: str) -> Outputs | str:
+        """What is returned in its place, with this as its first item; or why nothing can be."""
+        items: list[str | None] = []
+        for place, output in enumerate(call.outputs):
+            if output.argument is not None and place:
+                items.append(output.argument)
+            elif place == 0:
+                items.append(first)
+            elif output.operation is not None and self._is_read_after(output.operation, call):
+                return f"{call.module} returns more than is added to the stream, and it is used"
+            else:
+                items.append(None)
+        if not items:
+            return f"{call.module} returns nothing"
+        return Outputs(tuple(items), call.returns_tuple)
+
+    def _is_read_after(self, operation: int, call: Call) -> bool:
+        return any(reader >= call.last for reader in self.readers.get(operation, ()))
+
+    def _try(self, layer: str, call: Call, absent: dict[str, Outputs]) -> str | None:
+        """What happens when a layer is called without them; None when it returns what it did."""
+        module = self.modules[layer]
+        what = tuple((name.removeprefix(layer), outputs) for name, outputs in absent.items())
+        key = (type(module), tuple(module._modules), what)
+        if key not in self.tried:
+            self.tried[key] = self._call_without(module, call, absent)
+        return self.tried[key]
+
+    def _call_without(self, module: nn.Module, call: Call, absent: dict[str, Outputs]) -> str | None:
+        args, kwargs = tree_map(lambda x: x, call.given)
+        given = [t for t in tree_leaves(call.given) if hasattr(t, "shape")]
+        expected = [t.shape for t in given[:1]]
+        with contextlib.ExitStack() as stack:
+            for name, outputs in absent.items():
+                stack.enter_context(_in_place_of(self.modules[name], Absent(type(self.modules[name]), outputs)))
+            try:
+                result = call_again(module, args, kwargs)
+            except Exception as error:  # whatever the host's code says to it
+                return f"without {', '.join(absent)} {call.module} raises {type(error).__name__}: {error}"
+        first = result[0] if isinstance(result, tuple) else result
+        if first.shape != expected[0]:
+            return f"without {', '.join(absent)} {call.module} returns {tuple(first.shape)}, not {tuple(expected[0])}"
+        return None
+
+
+@contextlib.contextmanager
+def _in_place_of(module: nn.Module, absent: Absent) -> Iterator[None]:
+    """Hooks of the recording do not run, either."""
+    own = vars(module)
+    own["forward"] = absent.forward
+    try:
+        yield
+    finally:
+        del own["forward"]
