@@ -86,11 +86,10 @@ def test_names_stay_and_features_are_true():
 
 def test_a_module_in_several_parts_has_parts_and_the_bias_once():
     model = patch_model(tiny_model(mlp_bias=True), SDPConfig(coverage=0.75), rank=0, world_size=4)
-    parts = model.model.layers[0].mlp.parts
-    assert len(parts) == 3
-    assert [n for n, _ in model.model.layers[0].mlp.named_parameters() if "down_proj" in n and "bias" in n] == [
-        "shared_biases.down_proj.bias"
-    ]
+    mlp = model.model.layers[0].mlp
+    assert len(mlp.up_proj.parts) == len(mlp.down_proj.parts) == 3
+    assert (mlp.up_proj.out_features, mlp.down_proj.in_features) == (48, 48)
+    assert [n for n, _ in mlp.named_parameters() if "down_proj" in n and "bias" in n] == ["down_proj.shared_bias.bias"]
 
 
 def test_a_cache_is_refused_and_off_by_default():
@@ -138,7 +137,7 @@ def _gpt2():
         (tiny_model, SDPConfig(coverage=0.3), dict(rank=0, world_size=4), "Nearest coverage"),
         (tiny_model, SDPConfig(simulate=4), dict(rank=0, world_size=4), "simulate=4"),
         (tiny_model, {"level": "neuron"}, dict(rank=0, world_size=4), "must be an SDPConfig"),
-        (_gpt2, SDPConfig(), dict(rank=0, world_size=4), "Unknown model family"),
+        (_gpt2, SDPConfig(), dict(rank=0, world_size=4), "Nothing in GPT2LMHeadModel"),
         (_meta_model, SDPConfig(), dict(rank=0, world_size=4), "meta device"),
         (lambda: torch.nn.Linear(2, 2), SDPConfig(), dict(rank=0, world_size=4), "transformers model"),
     ],
@@ -213,10 +212,13 @@ def test_hooks_of_parameters_are_refused():
             patch_model(model, SDPConfig(), rank=0, world_size=4)
 
 
-def test_parts_of_a_module_have_hooks_of_their_own():
+def test_hooks_of_layers_in_several_parts_see_all_that_is_held():
+    """Also those that are registered after patching."""
     model = patch_model(tiny_model(), SDPConfig(coverage=0.75), rank=0, world_size=4)
-    parts, calls = model.model.layers[0].mlp.parts, []
-    parts[0].register_forward_hook(lambda *args: calls.append(0))
-    parts[1].register_forward_hook(lambda *args: calls.append(1))
+    mlp, seen = model.model.layers[0].mlp, {}
+    for name in ("up_proj", "down_proj"):
+        mlp.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.update({name: (args[0].shape[-1], output.shape[-1])})
+        )
     model(**batch(0))
-    assert calls == [0, 1]
+    assert seen == {"up_proj": (32, 48), "down_proj": (48, 32)}

@@ -75,8 +75,8 @@ class Shadow:
         for name, full in module.sdp_full.named_modules():
             own = vars(module.get_submodule(name))
             full_own = {"_parameters": full._parameters, **full.sdp_sizes}
-            if not name:  # the held part is not gathered
-                full_own |= {kind: _without_fsdp(own[kind]) for kind in ("_forward_pre_hooks", "_forward_hooks")}
+            # What is held is not gathered.
+            full_own |= {kind: _without_fsdp(own[kind]) for kind in ("_forward_pre_hooks", "_forward_hooks")}
             before.append((own, {attribute: own[attribute] for attribute in full_own}))
             own.update(full_own)
         try:

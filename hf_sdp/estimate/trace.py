@@ -123,7 +123,7 @@ def _structures(plan: Plan, index: int) -> Iterator[tuple[MaskableModule, tuple]
             yield module, tuple(last - first for first, last, _ in plan.held_runs(module, index))
     else:
         for local in subnetwork_of(plan, index).modules:
-            yield local.module, (*(part.part.numel for part in local.parts), local.is_sum)
+            yield local.module, tuple(part.part.numel for part in local.parts)
 
 
 def _cached(model_config: PreTrainedConfig, workload: Workload, structure: tuple, prepare) -> Trace:

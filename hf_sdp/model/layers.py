@@ -1,14 +1,33 @@
-"""Narrow modules: what a worker holds in part computes as the full module does, on smaller tensors."""
+"""Narrow modules: what a worker holds in part computes as the full module does, on smaller tensors.
 
-import copy
+A linear layer that is held in several parts is one layer for the module around it: a column-wise one puts the outputs
+of its parts side by side, a row-wise one adds them up. The module around it computes once, with all that is held.
+"""
+
+import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..plan.plan import Part
 from ..plan.region import Region
 from .mixin import mix_in
+
+LINEAR = (nn.Linear, Conv1D)
+"""Classes of layers that multiply with a matrix. That of ``Conv1D`` (GPT-2) is transposed."""
+WIDTHS = ("in_features", "out_features", "nx", "nf")
+"""Attributes of theirs."""
+
+
+def linear_dim(module: nn.Module, dim: int) -> int:
+    """0 for column-wise layers, 1 for row-wise ones, of the dim along which a layer's weight is cut."""
+    return 1 - dim if isinstance(module, Conv1D) else dim
+
+
+def _multiply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
 
 
 class SharedBias(nn.Module):
@@ -22,76 +41,143 @@ class SharedBias(nn.Module):
         return x + self.bias
 
 
-class RowwiseLinear(nn.Linear):
-    """Mixed into the class of a row-wise linear layer whose slice is held: it also adds the shared bias."""
+class TensorsOfPart(nn.Module):
+    """What a part has of the tensors of one module. Called for the parameter or buffer of that name, or to multiply."""
 
-    shared_bias: SharedBias
+    def __init__(self, tensors: dict[str, nn.Parameter | torch.Tensor], is_transposed: bool):
+        super().__init__()
+        self.is_transposed = is_transposed
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, asked: torch.Tensor | str) -> torch.Tensor:
+        if isinstance(asked, str):
+            return getattr(self, asked)
+        weight = self.get_parameter("weight")
+        return F.linear(asked, weight.t() if self.is_transposed else weight, getattr(self, "bias", None))
+
+
+class HeldColumns(nn.Module):
+    """Mixed into the class of a column-wise linear layer that is held in several parts.
+
+    Attributes:
+        parts: ``TensorsOfPart`` each.
+        sdp_sizes_of_ranges: how many outputs of each part belong to each range of a fused projection.
+    """
+
+    parts: nn.ModuleList
+    sdp_sizes_of_ranges: list[list[int]]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = F.linear(x, self.weight, self.bias)
-        return self.shared_bias(output) if self.bias is None else output  # the full layer has its own
+        if self._parameters["weight"] is not None:  # the full layer
+            return super().forward(x)
+        outputs = [part(x) for part in self.parts]
+        sizes = self.sdp_sizes_of_ranges
+        if len(sizes[0]) > 1:
+            by_part = [output.split(of_part, -1) for output, of_part in zip(outputs, sizes, strict=True)]
+            outputs = [pieces[number] for number in range(len(sizes[0])) for pieces in by_part]
+        return torch.cat(outputs, -1)
 
 
-def copy_for_part(module: nn.Module, part: Part) -> nn.Module:
-    """A copy of ``module`` that shares with it all but the modules whose tensors are cut."""
-    copied = _shallow_copy(module)
-    for owner in _by_owner(part):
-        parent = copied
-        for name in filter(None, owner.split(".")):
-            parent._modules[name] = parent = _shallow_copy(parent.get_submodule(name))
-    vars(copied).pop("forward", None)  # one that was set on the instance is bound to it: the sum of parts sets it
-    return copied
+class HeldRows(nn.Module):
+    """Mixed into the class of a row-wise linear layer of which some is held.
+
+    Attributes:
+        parts: ``TensorsOfPart`` each, if there are several. They are added in sorted order of their holder sets.
+        shared_bias: comes after all parts, if there is one. In one of the parts it would break the global order of
+            communication: all workers gather it, and the first part of one worker is the second of another.
+    """
+
+    parts: nn.ModuleList | None
+    shared_bias: SharedBias | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if bias is not None or (weight is not None and self._modules.get("shared_bias") is None):
+            return super().forward(x)  # the full layer
+        parts = self._modules.get("parts")
+        if weight is not None:
+            output = _multiply(self, x, weight, None)
+        else:
+            assert isinstance(parts, nn.ModuleList)
+            sizes = [part.get_parameter("weight").shape[0 if part.is_transposed else 1] for part in parts]
+            pieces = x.split(sizes, -1)
+            output = functools.reduce(torch.add, (part(piece) for part, piece in zip(parts, pieces, strict=True)))
+        shared_bias = self._modules.get("shared_bias")
+        return output if shared_bias is None else shared_bias(output)
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copied = copy.copy(module)
-    for name, value in vars(module).items():
-        if isinstance(value, (dict, set)):  # children, parameters, hooks: a hook of one part is not one of the others
-            object.__setattr__(copied, name, copy.copy(value))
-    return copied
+class HeldTensors(nn.Module):
+    """Mixed into the class of any other module of which several parts are held: its tensors are put together."""
+
+    parts: nn.ModuleList
+    sdp_dims: dict[str, int]
+
+    def forward(self, *args, **kwargs):
+        if not all(self._own(name).get(name) is None for name in self.sdp_dims):  # the full module
+            return super().forward(*args, **kwargs)
+        try:
+            for name, dim in self.sdp_dims.items():
+                self._own(name)[name] = torch.cat([part(name) for part in self.parts], dim)
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in self.sdp_dims:
+                self._own(name)[name] = None
+
+    def _own(self, name: str) -> dict:
+        return self._parameters if name in self._parameters else self._buffers
 
 
-def narrow(module: nn.Module, part: Part, *, adds_bias: bool) -> None:
-    """Cut the tensors of ``module`` to the regions of ``part``, in place; its forward runs unchanged.
-
-    Linear layers get their true ``in_features`` and ``out_features``.
+def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[str, int]) -> None:
+    """Cut the tensors of a module itself, not of those within it, to what is held of them, in place.
 
     Args:
-        module: a module with its full tensors; those that are cut are its own or of modules below it.
-        adds_bias: whether this part adds the shared biases of row-wise layers; False when a sum of parts does.
+        owner: with its full tensors. Its ``in_features`` and the like become those of what is held.
+        regions: for each part that is held: name of the parameter or buffer -> what it has of it.
+        dims: name -> dim along which it is cut.
     """
-    for child, regions in _by_owner(part).items():
-        owner = module.get_submodule(child)
-        if isinstance(owner, nn.Linear):
-            _narrow_linear(owner, regions, adds_bias)
-        else:
-            for name, region in regions.items():
-                if name in owner._parameters:
-                    owner._parameters[name] = _narrow_parameter(owner.get_parameter(name), region)
-                else:
-                    owner._buffers[name] = region.of(owner.get_buffer(name))
+    is_linear = isinstance(owner, LINEAR)
+    bias = owner._parameters.get("bias") if is_linear else None
+    if len(regions) == 1:
+        held = {name: _cut(owner, name, region) for name, region in regions[0].items()}
+        for name, tensor in held.items():
+            tensors: dict = owner._parameters if name in owner._parameters else owner._buffers
+            tensors[name] = tensor
+    else:
+        parts = [{name: _cut(owner, name, region) for name, region in of_part.items()} for of_part in regions]
+        for name in dims:
+            tensors = owner._parameters if name in owner._parameters else owner._buffers
+            tensors[name] = None
+        owner.add_module("parts", nn.ModuleList(TensorsOfPart(p, isinstance(owner, Conv1D)) for p in parts))
+    if not is_linear:
+        if len(regions) > 1:
+            mix_in(owner, HeldTensors)
+            vars(owner)["sdp_dims"] = dims
+        return
+    width = sum(region["weight"].shape[dims["weight"]] for region in regions)
+    is_rows = linear_dim(owner, dims["weight"]) == 1
+    for name in ("in_features", "nx") if is_rows else ("out_features", "nf"):
+        if name in vars(owner):
+            setattr(owner, name, width)
+    if is_rows:
+        if bias is not None:
+            owner._parameters["bias"] = None
+            owner.add_module("shared_bias", SharedBias(bias))
+        if bias is not None or len(regions) > 1:
+            mix_in(owner, HeldRows)
+    elif len(regions) > 1:
+        mix_in(owner, HeldColumns)
+        dim = dims["weight"]
+        sizes = [[stop - start for start, stop in region["weight"].ranges[dim]] for region in regions]
+        vars(owner)["sdp_sizes_of_ranges"] = sizes
 
 
-def _by_owner(part: Part) -> dict[str, dict[str, Region]]:
-    """Name of each module with tensors that are cut, relative to the maskable module -> its tensors' regions."""
-    result: dict[str, dict[str, Region]] = {}
-    for full, region in part.regions.items():
-        child, _, name = full.removeprefix(part.module.name + ".").rpartition(".")
-        result.setdefault(child, {})[name] = region
-    return result
-
-
-def _narrow_parameter(parameter: torch.Tensor, region: Region) -> nn.Parameter:
-    """A new parameter with the region's values of the full one, in memory of its own."""
+def _cut(owner: nn.Module, name: str, region: Region) -> nn.Parameter | torch.Tensor:
+    """A new tensor with the region's values of the full one, in memory of its own."""
+    if name in owner._buffers:
+        return region.of(owner.get_buffer(name))
+    parameter = owner.get_parameter(name)
     return nn.Parameter(region.of(parameter.detach()), requires_grad=parameter.requires_grad)
-
-
-def _narrow_linear(linear: nn.Linear, regions: dict[str, Region], adds_bias: bool) -> None:
-    own, bias = linear._parameters, linear.bias
-    weight = _narrow_parameter(linear.weight, regions["weight"])
-    linear.out_features, linear.in_features = weight.shape
-    own["weight"] = weight
-    own["bias"] = _narrow_parameter(bias, regions["bias"]) if "bias" in regions else None
-    if bias is not None and "bias" not in regions and adds_bias:
-        mix_in(linear, RowwiseLinear)
-        linear.add_module("shared_bias", SharedBias(bias))

@@ -32,12 +32,14 @@ class Part:
     Attributes:
         module: the maskable module that it is a part of.
         holder_set: index of its holder set in ``Plan.holder_sets``; ``holders``: the set.
+        units: how many units it consists of.
         regions: full name of a parameter or buffer -> what the part is of it.
     """
 
     module: MaskableModule
     holder_set: int
     holders: Holders
+    units: int
     regions: dict[str, Region]
 
     @property
@@ -150,7 +152,7 @@ class Plan:
         for module in self.modules:
             for number, first, last in sorted(self.runs(module)):
                 regions = {name: module.region(name, self.shapes[name], first, last) for name in module.dims}
-                result.append(Part(module, number, self.holder_sets[number], regions))
+                result.append(Part(module, number, self.holder_sets[number], last - first, regions))
         return tuple(result)
 
     def runs(self, module: MaskableModule) -> list[tuple[int, int, int]]:

@@ -41,12 +41,12 @@ class SharedBias(NamedTuple):
     """The bias of a row-wise layer: held by all, while the layer's weight is cut.
 
     Attributes:
-        child: the layer, relative to its maskable module.
+        owner: the layer.
         module: local name of the module that has the bias, as its ``bias``.
         name: full name of the bias.
     """
 
-    child: str
+    owner: str
     module: str
     name: str
 
@@ -56,15 +56,19 @@ class LocalModule:
     """A maskable module as a worker has it.
 
     Attributes:
-        parts: those that it holds, in global order; none where the module is absent.
-        is_sum: whether the module becomes the sum of its parts, which are then called ``parts.0``, ``parts.1``, ...
+        parts: those that it holds, in global order; none where the module is absent. Where there are several, each
+            module that has tensors of them has modules ``parts.0``, ``parts.1``, ... for them.
         biases: the shared biases within it.
     """
 
     module: MaskableModule
     parts: tuple[LocalPart, ...]
-    is_sum: bool
     biases: tuple[SharedBias, ...]
+
+    @property
+    def units(self) -> int:
+        """How many are held."""
+        return sum(part.part.units for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -121,24 +125,29 @@ def whole_model(plan: Plan) -> Subnetwork:
 
 
 def _local(plan: Plan, module: MaskableModule, parts: list[Part]) -> LocalModule:
-    name = module.name
-    if plan.level == "block":
-        return LocalModule(module, tuple(LocalPart(p, module.members, p.regions) for p in parts), False, ())
-    biases = _bias_names(plan, module)
-    # Where others sum several parts and then add the biases, so does a worker with one part: the order is global.
-    is_sum = len(parts) > 1 or bool(parts) and bool(biases) and name in plan.split_modules
+    biases = () if plan.level == "block" else _shared_biases(plan, module)
+    if len(parts) <= 1:
+        return LocalModule(module, tuple(LocalPart(p, module.members, p.regions) for p in parts), biases)
     local = []
     for index, part in enumerate(parts):
-        local_name = f"{name}.parts.{index}" if is_sum else name
-        tensors = {local_name + full.removeprefix(name): region for full, region in part.regions.items()}
-        local.append(LocalPart(part, (local_name,), tensors))
-    place = "{}.shared_biases.{}" if is_sum else "{}.{}.shared_bias"
-    shared = tuple(SharedBias(child, place.format(name, child), bias) for child, bias in biases.items())
-    return LocalModule(module, tuple(local), is_sum, shared)
+        names = {full: owned_by(full, index) for full in part.regions}
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in names.values())
+        local.append(LocalPart(part, tuple(owners), {names[full]: region for full, region in part.regions.items()}))
+    return LocalModule(module, tuple(local), biases)
 
 
-def _bias_names(plan: Plan, module: MaskableModule) -> dict[str, str]:
-    """Child -> full name of its bias, of the children whose weight is cut and whose bias is not (row-wise layers)."""
-    children = {name.removeprefix(module.name + ".").rpartition(".")[0]: None for name in module.dims}
-    biases = {child: f"{module.name}.{child}.bias" for child in children}
-    return {child: bias for child, bias in biases.items() if bias in plan.shapes and bias not in module.dims}
+def owned_by(full: str, index: int) -> str:
+    """Local name of what the ``index``-th of several parts has of a full parameter or buffer."""
+    owner, _, last = full.rpartition(".")
+    return f"{owner}.parts.{index}.{last}"
+
+
+def _shared_biases(plan: Plan, module: MaskableModule) -> tuple[SharedBias, ...]:
+    """Of the layers whose weight is cut and whose bias is not (row-wise layers)."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in module.dims if name.endswith(".weight"))
+    biases = ((owner, f"{owner}.bias") for owner in owners)
+    return tuple(
+        SharedBias(owner, f"{owner}.shared_bias", bias)
+        for owner, bias in biases
+        if bias in plan.shapes and bias not in module.dims
+    )

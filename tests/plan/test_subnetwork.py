@@ -136,14 +136,12 @@ def test_parts_of_a_module_come_in_sorted_order_of_their_holder_sets():
     assert starts == [2, 6, 0, 4]  # of one holder set in the order of units
 
 
-def test_where_some_worker_sums_parts_all_add_the_shared_biases_after_them():
-    """All workers gather the biases: inside the only part of one worker they would come before others' second part."""
-    plan = plan_of(Model(), [(0, 1), (0, 1), (0, 2), (0, 3)])
-    for index in range(N):
-        (module,) = subnetwork_of(plan, index).modules
-        assert module.is_sum and module.biases[0].module == "layers.0.mlp.shared_biases.down"
-    plan = plan_of(Model(), HOLDERS["one part each"])
-    assert not any(subnetwork_of(plan, index).modules[0].is_sum for index in range(N))
+def test_a_shared_bias_has_one_name_whatever_is_held():
+    for holders in HOLDERS.values():
+        plan = plan_of(Model(), holders)
+        for index in range(N):
+            (module,) = subnetwork_of(plan, index).modules
+            assert [bias.module for bias in module.biases] == ["layers.0.mlp.down.shared_bias"]
 
 
 @pytest.mark.parametrize("holders", HOLDERS.values(), ids=HOLDERS)

@@ -42,7 +42,9 @@ def check_gradients(config: PreTrainedConfig, task: str, sdp: SDPConfig, *, seed
         found.loss.backward()
         _compare("the loss", found.loss, expected.loss)
         if sdp.masking == "forward" and sum(p.numel() for p in model.parameters()) != plan.numel(rank):
-            raise Differs(f"rank {rank} has {sum(p.numel() for p in model.parameters())} elements, not {plan.numel(rank)}")
+            raise Differs(
+                f"rank {rank} has {sum(p.numel() for p in model.parameters())} elements, not {plan.numel(rank)}"
+            )
         for local_name, p in model.named_parameters():
             region = get_state(model).held.subnetwork.tensors[local_name].region
             full = dense.get_parameter(region.name).grad

@@ -13,11 +13,15 @@ WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB, LENGTH = 64, 8, 8, 4, 128, 16
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "encoder_hidden_size"), WIDTH),
     **dict.fromkeys(("embedding_size", "lru_width", "projection_dim", "model_dim", "attention_hidden_size"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH
+    ),
     **dict.fromkeys(("ffn_hidden_size", "dim_ff", "dff", "hidden_dim", "ffn_intermediate_size"), 2 * WIDTH),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 2 * WIDTH),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_dim", "expert_intermediate_size"), WIDTH // 2),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"), LAYERS
+    ),
     **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
