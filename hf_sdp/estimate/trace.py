@@ -123,7 +123,7 @@ def _structures(plan: Plan, index: int) -> Iterator[tuple[MaskableModule, tuple]
             yield module, tuple(last - first for first, last, _ in plan.held_runs(module, index))
     else:
         for local in subnetwork_of(plan, index).modules:
-            yield local.module, tuple(part.part.numel for part in local.parts)
+            yield local.module, (*(part.part.numel for part in local.parts), local.has_parts)
 
 
 def _cached(model_config: PreTrainedConfig, workload: Workload, structure: tuple, prepare) -> Trace:
@@ -159,8 +159,11 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
             dims = {new + n.removeprefix(old): dim for n, dim in module.dims.items()}
             packed = {new + n.removeprefix(old): ranges for n, ranges in module.packed.items()}
             members = tuple(new + n.removeprefix(old) for n in module.members)
+            sizes = {new + n.removeprefix(old): attributes for n, attributes in module.sizes.items()}
             modules.append(
-                dataclasses.replace(module, name=name, layer=index, dims=dims, packed=packed, members=members)
+                dataclasses.replace(
+                    module, name=name, layer=index, dims=dims, packed=packed, members=members, sizes=sizes
+                )
             )
             unit_holders[name] = plan.unit_holders[module.name]
     return Plan.of_units(

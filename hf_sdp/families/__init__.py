@@ -4,6 +4,6 @@ It is found in a recording of the model on the meta device.
 """
 
 from .base import Block, Structure
-from .structure import structure_of
+from .structure import cuts_of, structure_of
 
-__all__ = ["Block", "Structure", "structure_of"]
+__all__ = ["Block", "Structure", "cuts_of", "structure_of"]

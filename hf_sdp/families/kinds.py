@@ -14,7 +14,7 @@ class Kind:
         title: for people.
         attends: whether it has attention. Attention multiplies with the whole sequence. Its kernel saves its output,
             which is the input of the row-wise layer after it.
-        num_units: ``(text config, narrowest width that is cut, number of chunks) -> units`` at neuron level.
+        num_units: ``(units at most, number of chunks) -> units`` at neuron level.
         unit_name: of several units, for people.
         narrow: ``(text config, units held, units of the full module)`` makes the config that of narrower blocks.
     """
@@ -31,8 +31,8 @@ def head_dim(text_config) -> int:
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
-def _key_value_heads(text_config, width: int, chunks: int) -> int:
-    return text_config.num_key_value_heads
+def _all(units: int, chunks: int) -> int:
+    return units
 
 
 def _narrow_attention(text_config, held: int, num_units: int) -> None:
@@ -42,7 +42,7 @@ def _narrow_attention(text_config, held: int, num_units: int) -> None:
         text_config.num_key_value_heads = text_config.num_key_value_heads * held // num_units
 
 
-def _groups_of_neurons(text_config, width: int, chunks: int) -> int:
+def _groups_of_neurons(width: int, chunks: int) -> int:
     """Neurons are grouped as coarsely as even chunks allow, at most 128 together.
 
     Narrow matrices then keep sizes that matrix units like, and a plan stays small. Where even chunks are not possible,
@@ -58,7 +58,7 @@ def _narrow_mlp(text_config, held: int, num_units: int) -> None:
     text_config.intermediate_size = text_config.intermediate_size * held // num_units
 
 
-def _one(text_config, width: int, chunks: int) -> int:
+def _one(units: int, chunks: int) -> int:
     return 1
 
 
@@ -70,7 +70,7 @@ ATTENTION = Kind(
     name="attention",
     title="attention",
     attends=True,
-    num_units=_key_value_heads,
+    num_units=_all,
     unit_name="key/value heads",
     narrow=_narrow_attention,
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -57,6 +57,7 @@ class Call:
         given: the arguments themselves.
         outputs: the operation of each item of what is returned, and which argument it is, if it is one.
         returns_tuple: else one value is returned.
+        shape: of the first tensor that is returned.
         first, last: its operations are numbered from ``first`` up to, but not with, ``last``.
     """
 
@@ -67,6 +68,7 @@ class Call:
     first: int
     last: int = -1
     outputs: list["Output"] = field(default_factory=list)
+    shape: tuple[int, ...] | None = None
     returns_tuple: bool = False
 
 
@@ -81,11 +83,19 @@ class Output:
 
 @dataclass
 class Recording:
-    """Operations and calls, each in the order in which they began; ``matrices``: parameters of two dims or more."""
+    """Operations and calls, each in the order in which they began; ``matrices``: parameters of two dims or more;
+    ``attention``: for each attention the call in which it is, and its numbers of query and of key/value heads."""
 
     operations: list[Operation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     matrices: set[str] = field(default_factory=set)
+    attention: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def forget_arguments(self, but: set[str]) -> None:
+        """Let go of the arguments of all calls but those of these modules."""
+        for call in self.calls:
+            if call.module not in but:
+                call.given = ((), {})
 
     def within(self, call: int) -> Iterator[int]:
         """The calls around an operation whose innermost one is ``call``, from the inside."""
@@ -132,6 +142,9 @@ def _choose_implementations(model: "PreTrainedModel") -> None:
 
 def _attention(module, query, key, value, attention_mask, *args, **kwargs):
     """One operation that depends on all of them."""
+    recorder = _get_current_dispatch_mode()
+    if isinstance(recorder, _Recorder):
+        recorder.recording.attention.append((recorder.call, query.shape[1], key.shape[1]))
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, value.shape[-1])
     for tensor in tree_leaves((query, key, value, attention_mask, args, kwargs)):
@@ -178,6 +191,7 @@ class _Recorder(TorchDispatchMode):
             call = self.recording.calls[self.call]
             call.last = len(self.recording.operations)
             call.returns_tuple = isinstance(output, tuple)
+            call.shape = next((tuple(t.shape) for t in tree_leaves(output) if isinstance(t, torch.Tensor)), None)
             arguments = signature.bind(module, *args, **kwargs).arguments if args or kwargs else {}
             for item in output if isinstance(output, tuple) else (output,):
                 of_argument = next((n for n, v in arguments.items() if v is item and item is not None), None)

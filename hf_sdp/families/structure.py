@@ -2,20 +2,34 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..errors import SDPConfigError
-from .base import Structure
+from .absent import Absent
+from .base import Block, Structure
+from .cuts import CannotCut, Cut, find_cut
 from .finding import Found, find_blocks
-from .recording import record
+from .recording import Recording, record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_cache: dict[tuple[type, str], Found] = {}
+
+@dataclass
+class _Known:
+    """Of one class and config: the model on the meta device, its recording, what was found, and what was tried."""
+
+    model: nn.Module
+    recording: Recording
+    found: Found
+    cuts: dict[str, Cut | str] | None = None
+
+
+_cache: dict[tuple[type, str], _Known] = {}
 
 
 def structure_of(model: "PreTrainedModel") -> Structure:
@@ -23,17 +37,52 @@ def structure_of(model: "PreTrainedModel") -> Structure:
 
     Raises: SDPConfigError when the class of the model cannot run on the meta device, or no layers are found.
     """
-    found = _found(type(model), model.config)
+    found = _known(type(model), model.config).found
     return Structure(tuple(found.layers), _outer(model), tuple(found.blocks), found.absent, found.kept)
 
 
-def _found(cls: type["PreTrainedModel"], config) -> Found:
+def cuts_of(model: "PreTrainedModel") -> dict[str, Cut | str]:
+    """For each block of a full model, by its name, how its inner width is cut, or why it cannot be.
+
+    Raises: as :func:`structure_of`.
+    """
+    known = _known(type(model), model.config)
+    if known.cuts is None:
+        known.cuts = {}
+        tried: dict[tuple, tuple[str, Cut | str]] = {}
+        for block in known.found.blocks:
+            layer = known.found.layers[block.layer]
+            module = known.model.get_submodule(layer)
+            shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+            key = (type(module), shapes, tuple(name.removeprefix(layer) for name in block.modules))
+            if key not in tried:
+                tried[key] = layer, _cut(known, layer, block)
+            of_layer, cut = tried[key]
+            known.cuts[block.main] = cut if isinstance(cut, str) else cut.renamed(of_layer, layer)
+    return known.cuts
+
+
+def _cut(known: _Known, layer: str, block: Block) -> Cut | str:
+    others = {
+        name: Absent(type(known.model.get_submodule(name)), known.found.absent[name])
+        for other in known.found.blocks
+        if other.layer == block.layer and other is not block
+        for name in other.modules
+    }
+    try:
+        return find_cut(known.model, known.recording, layer, block, others)
+    except CannotCut as error:
+        return str(error)
+
+
+def _known(cls: type["PreTrainedModel"], config) -> _Known:
     key = (cls, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _cache:
         try:
             with torch.device("meta"):
                 model = cls(copy.deepcopy(config))
-            found = find_blocks(model, record(model))
+            recording = record(model)
+            found = find_blocks(model, recording)
         except Exception as error:  # whatever the class says
             raise SDPConfigError(
                 f"The residual blocks of {cls.__name__} (model_type={config.model_type!r}) cannot be found: "
@@ -44,7 +93,8 @@ def _found(cls: type["PreTrainedModel"], config) -> Found:
                 f"{cls.__name__} (model_type={config.model_type!r}) has no stack of layers: no list of modules of one "
                 "of the classes that it must not split."
             )
-        _cache[key] = found
+        recording.forget_arguments(set(found.layers))
+        _cache[key] = _Known(model, recording, found)
     return _cache[key]
 
 

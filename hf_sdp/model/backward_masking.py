@@ -12,8 +12,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from ..families.cuts import is_linear
 from ..plan.plan import Plan
+from .layers import linear_dim
 from .mixin import mix_in
 from .state import Cursor
 
@@ -73,7 +76,8 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, *parameters):
         ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
-        return output.view_as(output)
+        # The same storage, and no view: layers may add to it in place.
+        return output.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -91,11 +95,11 @@ def _autocast(*tensors):
     return tuple(t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in tensors)
 
 
-class HeldLinear(nn.Linear):
-    """A full linear layer that learns only the slices its subnetwork holds.
+class HeldLinear(nn.Module):
+    """Mixed into the class of a full linear layer that learns only the slices its subnetwork holds.
 
     Attributes:
-        dim: 0 for column-wise layers (rows of ``weight``), 1 for row-wise ones.
+        dim: 0 for column-wise layers (rows of ``weight``), 1 for row-wise ones; of Conv1D's, of the transposed weight.
         held: per subnetwork, the ranges along ``dim``; empty where nothing is held.
         copy_inputs: row-wise layers save copies of the held columns, so that the full input can be freed. Not after
             scaled_dot_product_attention: it saves its output anyway, views of it cost nothing.
@@ -105,61 +109,72 @@ class HeldLinear(nn.Linear):
     held: dict[int, HeldRanges]
     cursor: Cursor
     copy_inputs: bool
-
-    @classmethod
-    def take_place(
-        cls, linear: nn.Linear, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor, copy_inputs: bool
-    ) -> None:
-        """Turn a linear layer into one of these. It stays the same object, with its parameters and hooks."""
-        linear.__class__ = cls
-        assert isinstance(linear, cls)
-        linear.dim, linear.held, linear.cursor, linear.copy_inputs = dim, held, cursor, copy_inputs
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
+            return super().forward(x)
         ranges = self.held[self.cursor.subnetwork]
         x, weight, bias = _autocast(x, self.weight, self.bias)
+        if isinstance(self, Conv1D):
+            weight = weight.t()
         if ranges:
             return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
         output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
         return _ZeroGradients.apply(output, *(p for p in (self.weight, self.bias) if p is not None))
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """The parameter itself; its gradient is multiplied by ``scale``."""
+class _HeldGradient(torch.autograd.Function):
+    """The parameter itself; its gradient is scaled where it is held, and zero elsewhere."""
 
     @staticmethod
-    def forward(ctx, parameter, scale: float):
-        ctx.scale = scale
+    def forward(ctx, parameter, dim: int, ranges: HeldRanges):
+        ctx.dim, ctx.ranges = dim, ranges
         return parameter.view_as(parameter)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad * ctx.scale, None
+        if len(ctx.ranges) == 1 and ctx.ranges[0][:2] == (0, grad.shape[ctx.dim]):
+            return grad * ctx.ranges[0][2], None, None
+        held = torch.zeros_like(grad)
+        for start, stop, scale in ctx.ranges:
+            torch.mul(grad.narrow(ctx.dim, start, stop - start), scale, out=held.narrow(ctx.dim, start, stop - start))
+        return held, None, None
 
 
 class HeldModule(nn.Module):
-    """Mixed into the class of a module that is held as a whole or not at all (the norm of a block): where it is not
-    held, its parameters get zero gradients and nothing is saved for them."""
+    """Mixed into the class of any other module with tensors that are held in part, or as a whole, or not at all (norms,
+    experts). Where nothing is held, its parameters get zero gradients and nothing is saved for them.
 
-    held: dict[int, HeldRanges]
+    Attributes:
+        dims: names of its parameters that are cut -> the dim.
+        held: of each of them, per subnetwork, the ranges along its dim.
+    """
+
+    dims: dict[str, int]
+    held: dict[str, dict[int, HeldRanges]]
     cursor: Cursor
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        parameters = {name: p for name, p in self._parameters.items() if p is not None}
-        held = self.held[self.cursor.subnetwork]
+        parameters = {name: self.get_parameter(name) for name in self.dims}
+        held = {name: self.held[name][self.cursor.subnetwork] for name in self.dims}
         own: dict = self._parameters  # during the forward it has tensors that are no Parameters
         try:
             for name, p in parameters.items():
-                own[name] = _ScaledGradient.apply(p, held[0][2]) if held else p.detach()
+                own[name] = _HeldGradient.apply(p, self.dims[name], held[name]) if held[name] else p.detach()
             output = super().forward(*args, **kwargs)
         finally:
             own.update(parameters)
-        return output if held else _ZeroGradients.apply(output, *parameters.values())
+        without = [p for name, p in parameters.items() if not held[name]]
+        if not without:
+            return output
+        if isinstance(output, tuple):
+            return (_ZeroGradients.apply(output[0], *without), *output[1:])
+        return _ZeroGradients.apply(output, *without)
 
 
 def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetworks: Iterable[int]) -> None:
@@ -169,22 +184,25 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
     """
     held = held_ranges(plan, subnetworks)
     for module_plan in plan.modules:
-        owners = {name.rpartition(".")[0] for name in module_plan.dims}
-        for owner in owners:
+        by_owner: dict[str, dict[str, int]] = {}
+        for name, dim in module_plan.dims.items():
+            owner, _, last = name.rpartition(".")
+            by_owner.setdefault(owner, {})[last] = dim
+        for owner, dims in by_owner.items():
             module = model.get_submodule(owner)
-            weight = f"{owner}.weight"
-            if type(module) is nn.Linear:
-                HeldLinear.take_place(
-                    module,
-                    dim=module_plan.dims[weight],
-                    held=held[weight],
-                    cursor=cursor,
-                    copy_inputs=not module_plan.of_kind.attends,
-                )
+            if is_linear(module):
+                mix_in(module, HeldLinear)
+                linear = cast(HeldLinear, module)
+                # With a bias that is cut it is held by columns, also where all of a Conv1D is.
+                by_columns = "bias" in dims
+                linear.dim = 0 if by_columns else linear_dim(module, dims["weight"])
+                linear.held = held[f"{owner}.bias" if by_columns else f"{owner}.weight"]
+                linear.cursor, linear.copy_inputs = cursor, not module_plan.of_kind.attends
             else:
                 mix_in(module, HeldModule)
                 masked = cast(HeldModule, module)
-                masked.held, masked.cursor = held[weight], cursor
+                masked.dims, masked.cursor = dims, cursor
+                masked.held = {name: held[f"{owner}.{name}"] for name in dims}
 
 
 def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, HeldRanges]]:

@@ -13,8 +13,10 @@ from torch import nn
 from ..errors import SDPStateError
 from ..families import Structure
 from ..families.absent import Absent
+from ..families.cuts import narrowed
 from ..plan.subnetwork import LocalModule, Subnetwork
-from .layers import WIDTHS, narrow
+from ..plan.units import MaskableModule
+from .layers import COLUMN_WIDTHS, ROW_WIDTHS, narrow
 from .mixin import mix_in
 from .state import Run
 
@@ -72,7 +74,7 @@ def cut(model: nn.Module, subnetwork: Subnetwork, structure: Structure, run: Run
     for local in subnetwork.modules:
         is_cut = not subnetwork.plan.is_shared(local.module)
         members = {name: model.get_submodule(name) for name in local.module.members}
-        full = {name: _tensors_on_meta(module) for name, module in members.items()} if is_cut else {}
+        full = {name: _tensors_on_meta(module, name, local.module) for name, module in members.items() if is_cut}
         if subnetwork.plan.level == "neuron":
             _narrow(model, local)
         for name, module in members.items():
@@ -93,7 +95,12 @@ def _narrow(model: nn.Module, local: LocalModule) -> None:
         dims.setdefault(owner, {})[name] = dim
     for owner, of_owner in dims.items():
         regions = [{name: held.part.regions[f"{owner}.{name}"] for name in of_owner} for held in local.parts]
-        narrow(model.get_submodule(owner), regions, of_owner)
+        narrow(model.get_submodule(owner), regions, of_owner, has_parts=local.has_parts)
+    if local.units == local.module.num_units:
+        return
+    for name, attributes in local.module.sizes.items():
+        module = model.get_submodule(name)
+        vars(module).update(narrowed(module, attributes, local.units / local.module.num_units))
 
 
 def _let_go(module: nn.Module, name: str, tensors: Iterable[str]) -> None:
@@ -107,18 +114,25 @@ def _let_go(module: nn.Module, name: str, tensors: Iterable[str]) -> None:
                     tensors_of_owner[kind][last] = None
 
 
-def _tensors_on_meta(module: nn.Module) -> nn.Module:
+def _tensors_on_meta(module: nn.Module, name: str, of: MaskableModule) -> nn.Module:
     """The parameters of ``module`` by their names, without gradients, on the meta device, in modules that do nothing.
 
-    ``sdp_sizes`` of each: attributes of a full layer that a narrow one has otherwise.
+    ``name``: its full name. ``sdp_sizes`` of each: attributes of a full module that a narrow one has otherwise.
     """
     made = nn.Module()
-    sizes = {name: size for name in WIDTHS if (size := vars(module).get(name)) is not None}
+    narrow_ones = {attribute.partition(".")[0] for attribute in of.sizes.get(name, ())}
+    own = vars(module)
+    sizes = {
+        attribute: own[attribute]
+        for attribute in (*ROW_WIDTHS, *COLUMN_WIDTHS, *sorted(narrow_ones))
+        if attribute in own
+    }
     object.__setattr__(made, "sdp_sizes", sizes)
-    for name, parameter in module._parameters.items():
+    for last, parameter in module._parameters.items():
         meta = None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-        made.register_parameter(name, meta)
-    for name, child in module.named_children():
-        if any(True for _ in child.parameters()):
-            made.add_module(name, _tensors_on_meta(child))
+        made.register_parameter(last, meta)
+    for child_name, child in module.named_children():
+        full_name = f"{name}.{child_name}"
+        if any(True for _ in child.parameters()) or any(n.startswith(full_name) for n in of.sizes):
+            made.add_module(child_name, _tensors_on_meta(child, full_name, of))
     return made

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..families.cuts import LINEAR
 from ..plan.region import Region
 from .mixin import mix_in
 
-LINEAR = (nn.Linear, Conv1D)
-"""Classes of layers that multiply with a matrix. That of ``Conv1D`` (GPT-2) is transposed."""
-WIDTHS = ("in_features", "out_features", "nx", "nf")
-"""Attributes of theirs."""
+ROW_WIDTHS, COLUMN_WIDTHS = ("in_features", "nx"), ("out_features", "nf")
+"""Attributes of linear layers: sizes of their inputs and outputs."""
 
 
 def linear_dim(module: nn.Module, dim: int) -> int:
@@ -86,7 +85,7 @@ class HeldRows(nn.Module):
     """Mixed into the class of a row-wise linear layer of which some is held.
 
     Attributes:
-        parts: ``TensorsOfPart`` each, if there are several. They are added in sorted order of their holder sets.
+        parts: ``TensorsOfPart`` each, if it has parts. They are added in sorted order of their holder sets.
         shared_bias: comes after all parts, if there is one. In one of the parts it would break the global order of
             communication: all workers gather it, and the first part of one worker is the second of another.
     """
@@ -131,17 +130,18 @@ class HeldTensors(nn.Module):
         return self._parameters if name in self._parameters else self._buffers
 
 
-def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[str, int]) -> None:
+def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[str, int], *, has_parts: bool) -> None:
     """Cut the tensors of a module itself, not of those within it, to what is held of them, in place.
 
     Args:
         owner: with its full tensors. Its ``in_features`` and the like become those of what is held.
         regions: for each part that is held: name of the parameter or buffer -> what it has of it.
         dims: name -> dim along which it is cut.
+        has_parts: whether each part has a module of its own; else there is one part.
     """
     is_linear = isinstance(owner, LINEAR)
     bias = owner._parameters.get("bias") if is_linear else None
-    if len(regions) == 1:
+    if not has_parts:
         held = {name: _cut(owner, name, region) for name, region in regions[0].items()}
         for name, tensor in held.items():
             tensors: dict = owner._parameters if name in owner._parameters else owner._buffers
@@ -153,22 +153,22 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
             tensors[name] = None
         owner.add_module("parts", nn.ModuleList(TensorsOfPart(p, isinstance(owner, Conv1D)) for p in parts))
     if not is_linear:
-        if len(regions) > 1:
+        if has_parts:
             mix_in(owner, HeldTensors)
             vars(owner)["sdp_dims"] = dims
         return
     width = sum(region["weight"].shape[dims["weight"]] for region in regions)
     is_rows = linear_dim(owner, dims["weight"]) == 1
-    for name in ("in_features", "nx") if is_rows else ("out_features", "nf"):
+    for name in ROW_WIDTHS if is_rows else COLUMN_WIDTHS:
         if name in vars(owner):
             setattr(owner, name, width)
     if is_rows:
         if bias is not None:
             owner._parameters["bias"] = None
             owner.add_module("shared_bias", SharedBias(bias))
-        if bias is not None or len(regions) > 1:
+        if bias is not None or has_parts:
             mix_in(owner, HeldRows)
-    elif len(regions) > 1:
+    elif has_parts:
         mix_in(owner, HeldColumns)
         dim = dims["weight"]
         sizes = [[stop - start for start, stop in region["weight"].ranges[dim]] for region in regions]

@@ -7,45 +7,58 @@ repeat the paper's comparisons on one device with the plain Trainer (``gradient_
 """
 
 import functools
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..families import Structure
 from ..families.absent import Absent
+from ..families.cuts import LINEAR, narrowed
 from ..plan.plan import Plan
+from ..plan.units import MaskableModule
 from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
+from .layers import COLUMN_WIDTHS, ROW_WIDTHS, linear_dim
 from .mixin import mix_in
 from .state import Cursor
 
 
-class VirtualLinear(nn.Linear):
-    """A full linear layer that computes, in training, with the slices of the current subnetwork only."""
+class VirtualTensors(nn.Module):
+    """Mixed into the class of a full module that computes, in training, with what the current subnetwork holds only.
 
-    dim: int
-    held: dict[int, HeldRanges]
+    Attributes:
+        dims: its tensors that are cut -> the dim.
+        held: of each of them, per subnetwork, the ranges along its dim.
+        sizes: per subnetwork, values of attributes.
+        cursor: says which one is current.
+    """
+
+    dims: dict[str, int]
+    held: dict[str, dict[int, HeldRanges]]
+    sizes: dict[int, dict[str, Any]]
     cursor: Cursor
 
-    @classmethod
-    def take_place(cls, linear: nn.Module, *, dim: int, held: dict[int, HeldRanges], cursor: Cursor) -> None:
-        """Turn a linear layer into one of these. It stays the same object, with its parameters and hooks."""
-        linear.__class__ = cls
-        assert isinstance(linear, cls)
-        linear.dim, linear.held, linear.cursor = dim, held, cursor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args, **kwargs):
         if not self.training:
-            return super().forward(x)
-        ranges = self.held[self.cursor.subnetwork]
+            return super().forward(*args, **kwargs)
+        current, own = self.cursor.subnetwork, vars(self)
+        tensors: list[dict] = [self._parameters if name in self._parameters else self._buffers for name in self.dims]
+        full = [of_kind[name] for of_kind, name in zip(tensors, self.dims, strict=True)]
+        attributes = {name: own[name] for name in self.sizes.get(current, ())}
+        try:
+            for of_kind, (name, dim) in zip(tensors, self.dims.items(), strict=True):
+                of_kind[name] = _put_together(of_kind[name], dim, self.held[name][current])
+            own.update(self.sizes.get(current, {}))
+            return super().forward(*args, **kwargs)
+        finally:
+            own.update(attributes)
+            for of_kind, name, tensor in zip(tensors, self.dims, full, strict=True):
+                of_kind[name] = tensor
 
-        def cut(t: torch.Tensor, dim: int) -> torch.Tensor:
-            pieces = [t.narrow(dim, a, b - a) for a, b, _ in ranges]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
-        bias = cut(self.bias, 0) if self.bias is not None and self.dim == 0 else self.bias
-        return F.linear(x, cut(self.weight, self.dim), bias)
+def _put_together(tensor: torch.Tensor, dim: int, ranges: HeldRanges) -> torch.Tensor:
+    pieces = [tensor.narrow(dim, start, stop - start) for start, stop, _ in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 class MaybeSkipped(nn.Module):
@@ -66,7 +79,7 @@ def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor)
     if plan.masking == "backward":
         mask_weight_gradients(model, plan, cursor, range(plan.num_subnetworks))
     elif plan.level == "neuron":
-        _virtual_linears(model, plan, cursor)
+        _virtual_tensors(model, plan, cursor)
     else:
         _skip_blocks(model, plan, structure, cursor)
     for parameter in model.parameters():
@@ -96,13 +109,38 @@ def _scale(plan: Plan, name: str, num_dims: int) -> float | torch.Tensor:
     return torch.tensor(scales).repeat_interleave(sizes).view(shape)
 
 
-def _virtual_linears(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
+def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     held = held_ranges(plan, range(plan.num_subnetworks))
     for module in plan.modules:
+        by_owner: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
         for name, dim in module.dims.items():
-            owner, _, kind = name.rpartition(".")
-            if kind == "weight":
-                VirtualLinear.take_place(model.get_submodule(owner), dim=dim, held=held[name], cursor=cursor)
+            owner, _, last = name.rpartition(".")
+            by_owner.setdefault(owner, {})[last] = dim
+        for owner, dims in by_owner.items():
+            own = model.get_submodule(owner)
+            mix_in(own, VirtualTensors)
+            virtual = cast(VirtualTensors, own)
+            virtual.dims, virtual.cursor = dims, cursor
+            virtual.held = {name: held[f"{owner}.{name}"] for name in dims}
+            virtual.sizes = {
+                subnetwork: _sizes(own, module, owner, _units(plan, module, subnetwork))
+                for subnetwork in range(plan.num_subnetworks)
+            }
+
+
+def _units(plan: Plan, module: MaskableModule, subnetwork: int) -> int:
+    return sum(last - first for first, last, _ in plan.held_runs(module, subnetwork))
+
+
+def _sizes(own: nn.Module, module: MaskableModule, name: str, units: int) -> dict[str, Any]:
+    """Attributes of a module where some units are held."""
+    share = units / module.num_units
+    result = narrowed(own, module.sizes.get(name, ()), share)
+    if isinstance(own, LINEAR):
+        is_rows = linear_dim(own, module.dims[f"{name}.weight"]) == 1
+        of_width = ROW_WIDTHS if is_rows else COLUMN_WIDTHS
+        result |= {attribute: round(vars(own)[attribute] * share) for attribute in of_width if attribute in vars(own)}
+    return result
 
 
 def _skip_blocks(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor) -> None:

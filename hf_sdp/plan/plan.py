@@ -252,8 +252,9 @@ class Plan:
         modules = []
         for module in self.modules:
             entry = dataclasses.asdict(module)
-            for name in ("packed", "members"):
-                if entry[name] == vars(dataclasses.replace(module, packed={}, members=()))[name]:
+            default = vars(dataclasses.replace(module, packed={}, members=(), sizes={}))
+            for name in ("packed", "members", "sizes"):
+                if entry[name] == default[name]:
                     del entry[name]  # as without it
             modules.append({**entry, "holder_set_of_unit": list(self.set_of_unit[module.name])})
         data = {
@@ -273,6 +274,7 @@ class Plan:
         set_of_unit = {m["name"]: tuple(m.pop("holder_set_of_unit")) for m in data["modules"]}
         for module in data["modules"]:
             packed = module.get("packed", {})
+            module["sizes"] = {name: tuple(attributes) for name, attributes in module.get("sizes", {}).items()}
             module["members"] = tuple(module.get("members", ()))
             module["packed"] = {name: tuple(map(tuple, ranges)) for name, ranges in packed.items()}
         return cls(

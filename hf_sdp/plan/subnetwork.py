@@ -56,13 +56,15 @@ class LocalModule:
     """A maskable module as a worker has it.
 
     Attributes:
-        parts: those that it holds, in global order; none where the module is absent. Where there are several, each
-            module that has tensors of them has modules ``parts.0``, ``parts.1``, ... for them.
+        parts: those that it holds, in global order; none where the module is absent.
+        has_parts: whether each module that has tensors of them has modules ``parts.0``, ``parts.1``, ... for them. So
+            it is where there are several.
         biases: the shared biases within it.
     """
 
     module: MaskableModule
     parts: tuple[LocalPart, ...]
+    has_parts: bool
     biases: tuple[SharedBias, ...]
 
     @property
@@ -126,14 +128,17 @@ def whole_model(plan: Plan) -> Subnetwork:
 
 def _local(plan: Plan, module: MaskableModule, parts: list[Part]) -> LocalModule:
     biases = () if plan.level == "block" else _shared_biases(plan, module)
-    if len(parts) <= 1:
-        return LocalModule(module, tuple(LocalPart(p, module.members, p.regions) for p in parts), biases)
+    # Where others have several parts, and then the biases, so has a worker with one part. Else it would gather its part
+    # again in backward before it reduces the bias, and they after it.
+    has_parts = len(parts) > 1 or bool(parts) and bool(biases) and module.name in plan.split_modules
+    if not has_parts:
+        return LocalModule(module, tuple(LocalPart(p, module.members, p.regions) for p in parts), False, biases)
     local = []
     for index, part in enumerate(parts):
         names = {full: owned_by(full, index) for full in part.regions}
         owners = dict.fromkeys(name.rpartition(".")[0] for name in names.values())
         local.append(LocalPart(part, tuple(owners), {names[full]: region for full, region in part.regions.items()}))
-    return LocalModule(module, tuple(local), biases)
+    return LocalModule(module, tuple(local), True, biases)
 
 
 def owned_by(full: str, index: int) -> str:

@@ -1,13 +1,14 @@
 """Which modules of a model can be held in part, and in how many units. Reads the model's shapes only."""
 
 import math
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..errors import SDPConfigError
-from ..families import Block, Structure, structure_of
+from ..families import Structure, cuts_of, structure_of
+from ..families.cuts import LINEAR, Cut, is_linear
 from ..families.kinds import KINDS, LAYER, Kind
 from .region import Ranges, Region, Shape
 
@@ -25,6 +26,7 @@ class MaskableModule:
         packed: full name -> ranges along that dim, each of which is cut into ``num_units`` equal parts (fused
             projections). The whole dim is one range where a tensor is not named here.
         members: names of the modules that have its tensors, in forward order.
+        sizes: name of a module -> its attributes that are proportional to the units held (``families.cuts.Cut``).
     """
 
     name: str
@@ -34,19 +36,15 @@ class MaskableModule:
     dims: dict[str, int]
     packed: dict[str, Ranges] = field(default_factory=dict)
     members: tuple[str, ...] = ()
+    sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.members:
-            object.__setattr__(self, "members", self._owners())
+            object.__setattr__(self, "members", _owners(self.name, self.dims))
 
     @property
     def of_kind(self) -> Kind:
         return KINDS[self.kind]
-
-    def _owners(self) -> tuple[str, ...]:
-        """Itself, and those outside of it that a tensor is a parameter of."""
-        own = self.name + "."
-        return tuple(dict.fromkeys(self.name if n.startswith(own) else n.rpartition(".")[0] for n in self.dims))
 
     def region(self, name: str, shape: Shape, first: int, last: int) -> Region:
         """What units ``first`` to ``last`` (exclusive) are of the tensor ``name``, of this full shape."""
@@ -67,10 +65,6 @@ class MaskableModule:
         return sum(math.prod(shapes[name]) for name in self.dims if len(shapes[name]) == 2)
 
 
-_SHARED = ("replicated_with_grad_allreduce",)
-"""Styles of modules that every head needs whole (norms of the size of a head): all workers hold them."""
-
-
 def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, chunks: int) -> list[MaskableModule]:
     """Everything that can be held or not held, in forward order.
 
@@ -87,13 +81,20 @@ def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, ch
     else:
         found = _blocks(model, structure)
     if not found:
-        reasons = "; ".join(structure.kept.values()) or "its tensor-parallel plan cuts no module"
+        reasons = "; ".join(dict.fromkeys([*structure.kept.values(), *why_whole(model, level)])) or "it has no blocks"
         raise SDPConfigError(
             f"Nothing in {type(model).__name__} can be held in part at level={level!r}"
             f"{f', block_granularity={block_granularity!r}' if level == 'block' else ''}: {reasons[:300]}."
             f"{_what_works(structure)}"
         )
     return found
+
+
+def why_whole(model: nn.Module, level: str) -> list[str]:
+    """Why blocks are held by all workers, each reason once."""
+    if level == "block":
+        return list(dict.fromkeys(structure_of(model).kept.values()))
+    return list(dict.fromkeys(cut for cut in cuts_of(model).values() if isinstance(cut, str)))
 
 
 def _what_works(structure: Structure) -> str:
@@ -123,44 +124,36 @@ def _blocks(model: nn.Module, structure: Structure) -> list[MaskableModule]:
 
 
 def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[MaskableModule]:
+    cuts = cuts_of(model)
     found = []
     for block in structure.blocks:
-        cut = _cut(model, block, chunks)
-        if cut is not None:
-            found.append(cut)
+        cut = cuts[block.main]
+        if isinstance(cut, str):
+            continue  # held by all
+        _refuse_unknown_layers(model, cut)
+        num_units = KINDS[block.kind].num_units(cut.units, chunks)
+        members = _outermost([*_owners(block.main, cut.dims), *cut.sizes])
+        found.append(
+            MaskableModule(block.main, block.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes)
+        )
     return found
 
 
-def _cut(model: nn.Module, block: Block, chunks: int) -> MaskableModule | None:
-    tp_plan = getattr(model, "_tp_plan", None) or {}
-    name, kind, config = block.main, KINDS[block.kind], model.config
-    dims: dict[str, int] = {}
-    widths: dict[str, int] = {}
-    for child, linear in model.get_submodule(name).named_children():
-        style = _tp_style(tp_plan, f"{name}.{child}")
-        if not style or style in _SHARED:
-            continue
-        # Exactly nn.Linear: what a subclass does beyond it would not be cut with it.
-        if style not in ("colwise", "rowwise") or type(linear) is not nn.Linear:
+def _refuse_unknown_layers(model: nn.Module, cut: Cut) -> None:
+    """The cut was found for the classes that the model's class makes."""
+    for name in cut.dims:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, LINEAR) and not is_linear(owner):
             raise SDPConfigError(
-                f"{name}.{child} ({type(linear).__name__}) has tensor-parallel style {style!r}; the neuron level "
-                "can cut nn.Linear layers of style 'colwise' and 'rowwise', and no subclass. Use level='block'."
+                f"{name.rpartition('.')[0]} ({type(owner).__name__}): the neuron level can cut nn.Linear and Conv1D, "
+                "and no subclass. Use level='block'."
             )
-        columns = style == "colwise"
-        dims[f"{name}.{child}.weight"] = 0 if columns else 1
-        widths[child] = linear.out_features if columns else linear.in_features
-        if columns and linear.bias is not None:
-            dims[f"{name}.{child}.bias"] = 0
-    if not dims:
-        return None
-    num_units = kind.num_units(config, min(widths.values()), chunks)
-    if any(width % num_units for width in widths.values()):
-        raise SDPConfigError(f"{name}: widths {widths} cannot all be cut into {num_units} units.")
-    return MaskableModule(name, block.kind, block.layer, num_units, dims)
 
 
-def _tp_style(tp_plan: dict[str, str], name: str) -> str | None:
-    for pattern, style in tp_plan.items():
-        if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name):
-            return style
-    return None
+def _outermost(names: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(n for n in names if not any(n.startswith(other + ".") for other in names)))
+
+
+def _owners(name: str, tensors: Iterable[str]) -> tuple[str, ...]:
+    """The module itself, and those outside of it that a tensor is a parameter of."""
+    return tuple(dict.fromkeys(name if n.startswith(name + ".") else n.rpartition(".")[0] for n in tensors))

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_sdp import SDPConfig, consolidate, make_plan, patch_model
 from hf_sdp.model.state import get_state
@@ -161,6 +167,7 @@ def partly_on_meta(model):
     model.model.layers[0].mlp.to("meta")
 
 
+RESNET = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], architectures=["ResNetForImageClassification"])
 REFUSED = {
     "None": (lambda: None, "transformers model.*NoneType"),
     "text": (lambda: "llama-7b", "transformers model.*str"),
@@ -168,10 +175,7 @@ REFUSED = {
     "class": (lambda: LlamaModel, "transformers model"),
     "linear": (lambda: nn.Linear(2, 2), "transformers model.*Linear"),
     "list of parameters": (lambda: nn.ParameterList([nn.Parameter(torch.ones(2))]), "transformers model"),
-    "another family": (
-        lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8)),
-        "family.*gpt2",
-    ),
+    "another family": (lambda: ResNetForImageClassification(RESNET), "residual blocks of ResNet.*resnet"),
     "wrapped": (changed(Wrapper), "Patch before wrapping"),
     "DataParallel": (changed(nn.DataParallel), "Patch before wrapping"),
     "in a sequence": (changed(nn.Sequential), "Patch before wrapping"),
@@ -234,7 +238,7 @@ def test_no_plan_is_made_of(case):
 
 
 def test_no_plan_is_made_of_a_config_of_another_family():
-    assert_refused("Unknown model family", lambda: make_plan(GPT2Config(), SDPConfig(), 4))
+    assert_refused("ResNet.*resnet.*cannot be found", lambda: make_plan(RESNET, SDPConfig(), 4))
 
 
 SMALL = dict(num_attention_heads=4, num_key_value_heads=1)

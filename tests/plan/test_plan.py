@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import MambaConfig
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, make_plan
 from hf_sdp.plan.even import MAX_HOLDER_SETS, reduced
@@ -202,12 +203,7 @@ def test_what_cannot_be_met_is_an_error_with_the_nearest_that_can(options, num_s
 
 
 def test_nothing_matched_names_what_works():
-    from transformers import GPT2Config
-
-    gpt2 = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(SDPConfigError, match=r"Nothing in GPT2LMHeadModel .*level='neuron'.* Use level='block'\."):
-        make_plan(gpt2, SDPConfig(), 2)
-    config = tiny_config()
-    config.base_model_tp_plan = None
-    with pytest.raises(SDPConfigError, match="Nothing in LlamaForCausalLM"):
-        make_plan(config, SDPConfig(), 2)
+    mamba = MambaConfig(num_hidden_layers=4, hidden_size=16, state_size=4, vocab_size=8)
+    with pytest.raises(SDPConfigError, match=r"Nothing in MambaForCausalLM .*level='neuron'.* Use level='block'\."):
+        make_plan(mamba, SDPConfig(), 2)
+    assert make_plan(mamba, SDPConfig(level="block"), 2).coverage == 0.5

@@ -136,12 +136,14 @@ def test_parts_of_a_module_come_in_sorted_order_of_their_holder_sets():
     assert starts == [2, 6, 0, 4]  # of one holder set in the order of units
 
 
-def test_a_shared_bias_has_one_name_whatever_is_held():
-    for holders in HOLDERS.values():
-        plan = plan_of(Model(), holders)
-        for index in range(N):
-            (module,) = subnetwork_of(plan, index).modules
-            assert [bias.module for bias in module.biases] == ["layers.0.mlp.down.shared_bias"]
+def test_where_some_worker_has_several_parts_all_add_the_shared_biases_after_them():
+    """All workers gather the biases: one with a single part would else gather it before it reduces the bias."""
+    plan = plan_of(Model(), [(0, 1), (0, 1), (0, 2), (0, 3)])
+    for index in range(N):
+        (module,) = subnetwork_of(plan, index).modules
+        assert module.has_parts and module.biases[0].module == "layers.0.mlp.down.shared_bias"
+    plan = plan_of(Model(), HOLDERS["one part each"])
+    assert not any(subnetwork_of(plan, index).modules[0].has_parts for index in range(N))
 
 
 @pytest.mark.parametrize("holders", HOLDERS.values(), ids=HOLDERS)
@@ -188,4 +190,4 @@ def test_a_module_that_is_not_packed_is_written_as_before():
     plan = make_plan(tiny_config(), SDPConfig(), N)
     assert "packed" not in plan.to_json() and "members" not in plan.to_json()
     fields = [f.name for f in dataclasses.fields(MaskableModule)]
-    assert fields == ["name", "kind", "layer", "num_units", "dims", "packed", "members"]
+    assert fields == ["name", "kind", "layer", "num_units", "dims", "packed", "members", "sizes"]

@@ -118,7 +118,7 @@ def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrained
     torch.manual_seed(seed)
     model = getattr(transformers, TASKS[task][1]).from_config(copy.deepcopy(config)).float().train()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if not torch.isfinite(p).all():
                 p.normal_(0, 0.02)
             p.add_(0.02 * torch.randn(p.shape))
