@@ -1,5 +1,7 @@
 """``make_plan``: from a model and an SDPConfig to the Plan. A pure function, no processes."""
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 
@@ -18,8 +20,10 @@ from .plan.flops import training_flops
 from .plan.holders import Holders
 from .plan.plan import Plan
 from .plan.uneven import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
-from .plan.units import MaskableModule, maskable_modules
+from .plan.units import MaskableModule, maskable_modules, why_whole
 from .plan.worker_graph import components
+
+logger = logging.getLogger(__name__)
 
 Stack = list[MaskableModule]
 """The modules of one kind and number of units, in order of depth."""
@@ -86,6 +90,7 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
         dealt = _deal_unevenly(list(stacks.values()), config, coverages, chunks, weights)
     for stack, holders in zip(stacks.values(), dealt, strict=True):
         unit_holders.update({m.name: of_units for m, of_units in zip(stack, holders, strict=True)})
+    _say_what_is_whole(model, config, modules)
     plan = Plan.of_units(
         level=config.level,
         masking=config.masking,
@@ -97,6 +102,22 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     )
     _check_connected(plan, config)
     return plan
+
+
+def _say_what_is_whole(model: nn.Module, config: SDPConfig, modules: list[MaskableModule]) -> None:
+    """Memory and compute of what all workers hold do not fall with the coverage: nobody should find out later."""
+    reasons = why_whole(model, config.level, config.block_granularity)
+    if reasons:
+        kinds = ", ".join(dict.fromkeys(module.of_kind.title for module in modules))
+        _warn_once(
+            f"{type(model).__name__}: of its layers, only {kinds} is held in part, and not everywhere: "
+            f"{'; '.join(reasons[:3])}{' ...' * (len(reasons) > 3)}. All workers hold the rest."
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:

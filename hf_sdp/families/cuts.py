@@ -203,8 +203,11 @@ class _Trial:
         inner = width.pop()
         attends = KINDS[self.block.kind] in (ATTENTION, CROSS_ATTENTION)
         units = self.heads[1] if attends else inner
-        if attends and units < 2:
-            raise CannotCut(f"{self.block.main} has {units} key/value head")
+        if attends and units == 1:  # all query heads need the one of keys and values: only they are cut
+            units = self.heads[0]
+            self.columns = [name for name in self.columns if _out_features(self.linears[name]) >= inner]
+        if units < 2 or not self.columns:
+            raise CannotCut(f"{self.block.main} has {units} head")
         if inner % units:
             raise CannotCut(f"{self.block.main}: {units} units do not divide its inner width of {inner}")
         generator = torch.Generator().manual_seed(2)
@@ -270,12 +273,14 @@ class _Trial:
         for container in self._containers():
             module = self.layer.get_submodule(container)
             own = {a: v for a, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}
-            by_head = tuple(a for a, v in own.items() if v in self.heads and _HEADS.search(a))
+            by_head = tuple(a for a, v in own.items() if v in self.heads and v > 1 and self._counts_heads(a))
             by_width = tuple(a for a, v in own.items() if v in {inner, *outputs} and _WIDTHS.search(a))
             config = vars(module).get("config")
             known = {} if config is None else config.to_dict()
             by_config = tuple(
-                f"config.{a}" for a, v in known.items() if isinstance(v, int) and v in self.heads and _HEADS.search(a)
+                f"config.{a}"
+                for a, v in known.items()
+                if isinstance(v, int) and v in self.heads and v > 1 and self._counts_heads(a)
             )
             heads[container], widths[container], of_config[container] = by_head, by_width, by_config
         seen = set()
@@ -285,6 +290,10 @@ class _Trial:
             if (key := tuple(sorted(sizes.items()))) not in seen:
                 seen.add(key)
                 yield sizes
+
+    def _counts_heads(self, attribute: str) -> bool:
+        """Also groups, where all query heads are in the one of a single key/value head."""
+        return bool(_HEADS.search(attribute)) or (self.heads[1] == 1 and attribute.endswith("groups"))
 
     def _compare(self, outputs, expected, units: int, some: tuple[int, ...], packed, vectors, sizes) -> str | None:
         """What is wrong when only some units are held; None if nothing is."""

@@ -1,6 +1,7 @@
 """Which modules of a model can be held in part, and in how many units. Reads the model's shapes only."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -81,7 +82,7 @@ def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, ch
     else:
         found = _blocks(model, structure)
     if not found:
-        reasons = "; ".join(dict.fromkeys([*structure.kept.values(), *why_whole(model, level)])) or "it has no blocks"
+        reasons = "; ".join(why_whole(model, level, block_granularity)) or "it has no blocks"
         raise SDPConfigError(
             f"Nothing in {type(model).__name__} can be held in part at level={level!r}"
             f"{f', block_granularity={block_granularity!r}' if level == 'block' else ''}: {reasons[:300]}."
@@ -90,11 +91,18 @@ def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, ch
     return found
 
 
-def why_whole(model: nn.Module, level: str) -> list[str]:
-    """Why blocks are held by all workers, each reason once."""
-    if level == "block":
-        return list(dict.fromkeys(structure_of(model).kept.values()))
-    return list(dict.fromkeys(cut for cut in cuts_of(model).values() if isinstance(cut, str)))
+def why_whole(model: nn.Module, level: str, block_granularity: str = "sub-block") -> list[str]:
+    """Why layers or blocks are held by all workers, each reason once (a layer stands for those that are alike)."""
+    structure = structure_of(model)
+    if level == "neuron":
+        reasons = {block.main: cut for block in structure.blocks if isinstance(cut := cuts_of(model)[block.main], str)}
+        reasons |= {name: reason for name, reason in structure.kept.items() if name not in structure.layers}
+    elif block_granularity == "layer":
+        reasons = {layer: structure.kept[layer] for layer in structure.layers if layer in structure.kept}
+    else:
+        reasons = {name: why for name, why in structure.kept.items() if name not in structure.absent}
+    alike = {re.sub(r"\d+", "N", reason): reason for reason in reversed(reasons.values())}
+    return list(reversed(alike.values()))
 
 
 def _what_works(structure: Structure) -> str:

@@ -270,12 +270,12 @@ def test_unusual_and_right(case):
         assert torch.equal(model.get_parameter(local_name), tensor.region.of(values[tensor.region.name])), local_name
 
 
-@pytest.mark.parametrize("options", [dict(), dict(coverage=0.25)], ids=str)
-def test_one_key_value_head_cannot_be_cut(options):
-    model = tiny_model(**SMALL)
-    assert_refused(
-        "1 key/value heads.*less than one unit", lambda: patch_model(model, SDPConfig(**options), **WORLD), model
-    )
+@pytest.mark.parametrize("options", [dict(), dict(coverage=0.75)], ids=str)
+def test_with_one_key_value_head_the_query_heads_are_cut(options):
+    model = patch_model(tiny_model(**SMALL), SDPConfig(**options), **WORLD)
+    attention, held = model.model.layers[0].self_attn, round(4 * options.get("coverage", 0.5))
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (8 * held, 8)
+    assert attention.o_proj.in_features == 8 * held
 
 
 def test_a_simulation_needs_no_sharding():
