@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .absent import Absent
 from .base import Block
-from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER
+from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER, MLP
 from .narrow_config import NarrowConfig
 from .recording import Recording
 
@@ -41,12 +41,15 @@ class Cut:
     """How a block is cut. Names are full names.
 
     Attributes:
-        units: into how many equal parts at most: heads with their keys and values, or neurons.
+        kind, name: of what is cut: the block itself, or one of the modules in it.
+        units: into how many equal parts at most: heads with their keys and values, neurons, or experts.
         dims: parameter -> the dim that is cut.
         packed: parameter -> ranges along it, each of which is cut, where it is not one.
         sizes: module -> its attributes that are proportional to what is held; ``config.x`` is one of its config's.
     """
 
+    kind: str
+    name: str
     units: int
     dims: dict[str, int]
     packed: dict[str, Ranges] = field(default_factory=dict)
@@ -58,15 +61,18 @@ class Cut:
         def of_new(values: dict[str, T]) -> dict[str, T]:
             return {new + name.removeprefix(old): value for name, value in values.items()}
 
-        return Cut(self.units, of_new(self.dims), of_new(self.packed), of_new(self.sizes))
+        name = new + self.name.removeprefix(old)
+        return Cut(self.kind, name, self.units, of_new(self.dims), of_new(self.packed), of_new(self.sizes))
 
 
 class CannotCut(Exception):
     """Why a block is held as a whole."""
 
 
-def find_cut(model: nn.Module, recording: Recording, layer: str, block: Block, others: dict[str, Absent]) -> Cut:
-    """The cut of a block.
+def find_cuts(
+    model: nn.Module, recording: Recording, layer: str, block: Block, others: dict[str, Absent]
+) -> tuple[Cut, ...]:
+    """How a block is cut: as one, or experts and what is beside them.
 
     Args:
         model: on the meta device, as it was recorded.
@@ -74,7 +80,43 @@ def find_cut(model: nn.Module, recording: Recording, layer: str, block: Block, o
         others: what stands in for the modules of the layer's other blocks, where they can be left out.
     Raises: CannotCut.
     """
-    return _Trial(model, recording, layer, block, others).find()
+    if KINDS[block.kind] is not EXPERTS:
+        return (_Trial(model, recording, layer, block, others).find(),)
+    experts = [
+        f"{member}.{name}" if name else member
+        for member in block.modules
+        for name, module in model.get_submodule(member).named_modules()
+        if is_experts(module)
+    ]
+    if not experts:
+        raise CannotCut(f"{block.main} has no experts in parameters of three dims")
+    found = [_cut_of_experts(name, model.get_submodule(name)) for name in experts]
+    for member in block.modules:
+        for name, _ in model.get_submodule(member).named_children():
+            if re.search("shared", name):
+                shared = f"{member}.{name}"
+                with contextlib.suppress(CannotCut):  # then all hold them
+                    beside = Block(MLP.name, block.layer, (shared,), shared)
+                    found.append(_Trial(model, recording, layer, beside, others).find())
+    return tuple(found)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module has its experts in parameters with one row for each, and knows of expert parallelism."""
+    number = vars(module).get("num_experts", 0)
+    own = [p for p in module._parameters.values() if p is not None]
+    return (
+        "_is_expert_parallel" in vars(module)
+        and number > 1
+        and any(p.dim() == 3 for p in own)
+        and all(p.shape[0] == number for p in own)
+    )
+
+
+def _cut_of_experts(name: str, experts: nn.Module) -> Cut:
+    dims = {f"{name}.{p}": 0 for p in experts._parameters if experts._parameters[p] is not None}
+    number = vars(experts)["num_experts"]
+    return Cut(EXPERTS.name, name, number, dims, {}, {name: ("num_experts",)})
 
 
 @functools.cache
@@ -105,7 +147,7 @@ class _Trial:
         self, model: nn.Module, recording: Recording, layer: str, block: Block, others: dict[str, Absent]
     ) -> None:
         if KINDS[block.kind] in (EXPERTS, MIXER):
-            raise CannotCut(f"{block.kind} are not cut")
+            raise CannotCut(f"{block.main} ({block.kind}) is not known how to be cut")
         self.block, self.layer_name = block, layer
         self.recording = recording
         self.number = next(n for n, call in enumerate(recording.calls) if call.module == layer)
@@ -361,9 +403,13 @@ class _Trial:
                 dims[f"{name}.weight"] = 0 if transposed else 1
         dims |= {prefix + name: dim for name, dim in vectors.items()}
         fused = {
-            f"{n}.{p}": r for n, r in packed.items() if len(r) > 1 for p in ("weight", "bias") if f"{n}.{p}" in dims
+            f"{name}.{last}": ranges
+            for name, ranges in packed.items()
+            for last in ("weight", "bias")
+            if len(ranges) > 1 and f"{name}.{last}" in dims
         }
-        return Cut(units, dims, fused, {prefix + name: attributes for name, attributes in sizes.items()})
+        of_modules = {prefix + name: attributes for name, attributes in sizes.items()}
+        return Cut(self.block.kind, self.block.main, units, dims, fused, of_modules)
 
 
 def narrowed(module: nn.Module, attributes: tuple[str, ...], share: float) -> dict[str, Any]:

@@ -22,9 +22,8 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     (r"(enc|cross).*att|cross_?attention", CROSS_ATTENTION),
     (r"lin(ear)?_?att|mamba|mixer|conv|recurrent|rglru|temporal_block|lstm|delta", MIXER),
     (r"att", ATTENTION),
-    (r"moe|expert|sparse", EXPERTS),
 )
-"""Pattern of the name of a module within its layer, or of its class -> kind. All else is an MLP."""
+"""Pattern of the name of a module within its layer, or of its class -> kind. All else is an MLP, or has experts."""
 
 
 @dataclass
@@ -174,13 +173,12 @@ class _Finder:
 
     def _kind(self, layer: str, name: str) -> Kind:
         module = self.modules[name]
-        within = name.removeprefix(layer + ".")
-        has_experts = any("expert" in n for n, _ in module.named_modules())
-        for text in (within, type(module).__name__):
+        other = EXPERTS if any("expert" in n for n, _ in module.named_modules()) else MLP
+        for text in (name.removeprefix(layer + "."), type(module).__name__):
             for pattern, kind in _KINDS:
                 if re.search(pattern, text, re.IGNORECASE):
-                    return EXPERTS if kind is MIXER and has_experts else kind
-        return EXPERTS if has_experts else MLP
+                    return other if kind is MIXER and other is EXPERTS else kind
+        return other
 
     def _outputs(self, call: Call, first: str) -> Outputs | str:
         """What is returned in its place, with this as its first item; or why nothing can be."""

@@ -91,7 +91,7 @@ MIXER = Kind(
     unit_name="mixers",
     narrow=_cannot_narrow,
 )
-EXPERTS = dataclasses.replace(MIXER, name="experts", title="experts", unit_name="groups of experts")
+EXPERTS = dataclasses.replace(MIXER, name="experts", title="experts", unit_name="experts", num_units=_all)
 LAYER = Kind(
     name="layer",
     title="layer",

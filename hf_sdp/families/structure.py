@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import SDPConfigError
 from .absent import Absent
 from .base import Block, Structure
-from .cuts import CannotCut, Cut, find_cut
+from .cuts import CannotCut, Cut, find_cuts
 from .finding import Found, find_blocks
 from .recording import Recording, record
 
@@ -26,7 +26,7 @@ class _Known:
     model: nn.Module
     recording: Recording
     found: Found
-    cuts: dict[str, Cut | str] | None = None
+    cuts: dict[str, tuple[Cut, ...] | str] | None = None
 
 
 _cache: dict[tuple[type, str], _Known] = {}
@@ -41,15 +41,15 @@ def structure_of(model: "PreTrainedModel") -> Structure:
     return Structure(tuple(found.layers), _outer(model), tuple(found.blocks), found.absent, found.kept)
 
 
-def cuts_of(model: "PreTrainedModel") -> dict[str, Cut | str]:
-    """For each block of a full model, by its name, how its inner width is cut, or why it cannot be.
+def cuts_of(model: "PreTrainedModel") -> dict[str, tuple[Cut, ...] | str]:
+    """For each block of a full model, by its name, how its inner widths are cut, or why they cannot be.
 
     Raises: as :func:`structure_of`.
     """
     known = _known(type(model), model.config)
     if known.cuts is None:
         known.cuts = {}
-        tried: dict[tuple, tuple[str, Cut | str]] = {}
+        tried: dict[tuple, tuple[str, tuple[Cut, ...] | str]] = {}
         for block in known.found.blocks:
             layer = known.found.layers[block.layer]
             module = known.model.get_submodule(layer)
@@ -58,11 +58,13 @@ def cuts_of(model: "PreTrainedModel") -> dict[str, Cut | str]:
             if key not in tried:
                 tried[key] = layer, _cut(known, layer, block)
             of_layer, cut = tried[key]
-            known.cuts[block.main] = cut if isinstance(cut, str) else cut.renamed(of_layer, layer)
+            if not isinstance(cut, str):
+                cut = tuple(one.renamed(of_layer, layer) for one in cut)
+            known.cuts[block.main] = cut
     return known.cuts
 
 
-def _cut(known: _Known, layer: str, block: Block) -> Cut | str:
+def _cut(known: _Known, layer: str, block: Block) -> tuple[Cut, ...] | str:
     others = {
         name: Absent(type(known.model.get_submodule(name)), known.found.absent[name])
         for other in known.found.blocks
@@ -70,7 +72,7 @@ def _cut(known: _Known, layer: str, block: Block) -> Cut | str:
         for name in other.modules
     }
     try:
-        return find_cut(known.model, known.recording, layer, block, others)
+        return find_cuts(known.model, known.recording, layer, block, others)
     except CannotCut as error:
         return str(error)
 

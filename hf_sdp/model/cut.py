@@ -14,8 +14,10 @@ from ..errors import SDPStateError
 from ..families import Structure
 from ..families.absent import Absent
 from ..families.cuts import narrowed
+from ..families.kinds import EXPERTS
 from ..plan.subnetwork import LocalModule, Subnetwork
 from ..plan.units import MaskableModule
+from .experts import HeldExperts
 from .layers import COLUMN_WIDTHS, ROW_WIDTHS, narrow
 from .mixin import mix_in
 from .state import Run
@@ -98,9 +100,18 @@ def _narrow(model: nn.Module, local: LocalModule) -> None:
         narrow(model.get_submodule(owner), regions, of_owner, has_parts=local.has_parts)
     if local.units == local.module.num_units:
         return
+    if local.module.of_kind is EXPERTS:
+        _route_to_held(model.get_submodule(local.module.name), local)
     for name, attributes in local.module.sizes.items():
         module = model.get_submodule(name)
         vars(module).update(narrowed(module, attributes, local.units / local.module.num_units))
+
+
+def _route_to_held(experts: nn.Module, local: LocalModule) -> None:
+    mix_in(experts, HeldExperts)
+    rows = [next(iter(part.part.regions.values())).ranges[0] for part in local.parts]
+    held = [[expert for start, stop in of_part for expert in range(start, stop)] for of_part in rows]
+    vars(experts).update(sdp_held=held, sdp_num_experts=local.module.num_units)
 
 
 def _let_go(module: nn.Module, name: str, tensors: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families.cuts import LINEAR
+from ..families.cuts import LINEAR, is_experts
 from ..plan.region import Region
 from .mixin import mix_in
 
@@ -139,7 +139,7 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
         dims: name -> dim along which it is cut.
         has_parts: whether each part has a module of its own; else there is one part.
     """
-    is_linear = isinstance(owner, LINEAR)
+    is_linear, has_experts = isinstance(owner, LINEAR), is_experts(owner)
     bias = owner._parameters.get("bias") if is_linear else None
     if not has_parts:
         held = {name: _cut(owner, name, region) for name, region in regions[0].items()}
@@ -153,7 +153,7 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
             tensors[name] = None
         owner.add_module("parts", nn.ModuleList(TensorsOfPart(p, isinstance(owner, Conv1D)) for p in parts))
     if not is_linear:
-        if has_parts:
+        if has_parts and not has_experts:
             mix_in(owner, HeldTensors)
             vars(owner)["sdp_dims"] = dims
         return

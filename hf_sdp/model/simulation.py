@@ -15,9 +15,11 @@ from torch import nn
 from ..families import Structure
 from ..families.absent import Absent
 from ..families.cuts import LINEAR, narrowed
+from ..families.kinds import EXPERTS
 from ..plan.plan import Plan
 from ..plan.units import MaskableModule
 from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
+from .experts import routed
 from .layers import COLUMN_WIDTHS, ROW_WIDTHS, linear_dim
 from .mixin import mix_in
 from .state import Cursor
@@ -54,6 +56,18 @@ class VirtualTensors(nn.Module):
             own.update(attributes)
             for of_kind, name, tensor in zip(tensors, self.dims, full, strict=True):
                 of_kind[name] = tensor
+
+
+class VirtualExperts(VirtualTensors):
+    """The same of experts. ``experts``: per subnetwork the numbers of those that are held."""
+
+    experts: dict[int, list[int]]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        if self.training:
+            held, num_experts = self.experts[self.cursor.subnetwork], vars(self)["num_experts"]
+            top_k_index, top_k_weights = routed(held, num_experts, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
 def _put_together(tensor: torch.Tensor, dim: int, ranges: HeldRanges) -> torch.Tensor:
@@ -118,7 +132,7 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
             by_owner.setdefault(owner, {})[last] = dim
         for owner, dims in by_owner.items():
             own = model.get_submodule(owner)
-            mix_in(own, VirtualTensors)
+            mix_in(own, VirtualExperts if module.of_kind is EXPERTS else VirtualTensors)
             virtual = cast(VirtualTensors, own)
             virtual.dims, virtual.cursor = dims, cursor
             virtual.held = {name: held[f"{owner}.{name}"] for name in dims}
@@ -126,6 +140,14 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
                 subnetwork: _sizes(own, module, owner, _units(plan, module, subnetwork))
                 for subnetwork in range(plan.num_subnetworks)
             }
+            if isinstance(virtual, VirtualExperts):
+                for sizes in virtual.sizes.values():
+                    sizes["_is_expert_parallel"] = True
+                some = next(iter(virtual.held.values()))
+                virtual.experts = {
+                    subnetwork: [expert for start, stop, _ in ranges for expert in range(start, stop)]
+                    for subnetwork, ranges in some.items()
+                }
 
 
 def _units(plan: Plan, module: MaskableModule, subnetwork: int) -> int:

@@ -135,15 +135,15 @@ def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[Mas
     cuts = cuts_of(model)
     found = []
     for block in structure.blocks:
-        cut = cuts[block.main]
-        if isinstance(cut, str):
-            continue  # held by all
-        _refuse_unknown_layers(model, cut)
-        num_units = KINDS[block.kind].num_units(cut.units, chunks)
-        members = _outermost([*_owners(block.main, cut.dims), *cut.sizes])
-        found.append(
-            MaskableModule(block.main, block.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes)
-        )
+        of_block = cuts[block.main]
+        for cut in () if isinstance(of_block, str) else of_block:  # else all hold it
+            _refuse_unknown_layers(model, cut)
+            num_units = KINDS[cut.kind].num_units(cut.units, chunks)
+            members = _outermost([*_owners(cut.name, cut.dims), *cut.sizes])
+            module = MaskableModule(
+                cut.name, cut.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes
+            )
+            found.append(module)
     return found
 
 

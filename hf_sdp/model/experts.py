@@ -1,0 +1,85 @@
+"""Experts of which a worker holds some.
+
+The router is shared, and chooses among all. A token that it sends to an expert that is not held gets nothing from it,
+as from an expert whose weights are zero: compute falls with what is held, and the weight of a held expert is what it is
+in the full model. Experts that are not held take the place that transformers gives to those of other devices under
+expert parallelism, the number after the last one. Source: transformers/integrations/moe.py.
+"""
+
+import torch
+from torch import nn
+
+from .layers import TensorsOfPart
+
+
+class _Touched(torch.autograd.Function):
+    """Passes ``output`` on, and gives the parameters zero gradients."""
+
+    @staticmethod
+    def forward(ctx, output, *parameters):
+        ctx.save_for_backward(*parameters)
+        return output.view_as(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        return grad_output, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+class HeldExperts(nn.Module):
+    """Mixed into the class of a module of experts.
+
+    Attributes:
+        sdp_held: numbers of the experts that are held, in the order of the rows of the parameters; of each part.
+        sdp_num_experts: all.
+        parts: ``TensorsOfPart`` each, if there are several; their outputs are added.
+    """
+
+    sdp_held: list[list[int]]
+    sdp_num_experts: int
+    num_experts: int
+    parts: nn.ModuleList
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
+        if self.num_experts == self.sdp_num_experts:  # the full module
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        own, parameters = vars(self), self._parameters
+        before = own["num_experts"], own["_is_expert_parallel"], dict(parameters)
+        total = None
+        try:
+            own["_is_expert_parallel"] = True
+            for number, held in enumerate(self.sdp_held):
+                if "parts" in self._modules:
+                    part = self.parts[number]
+                    assert isinstance(part, TensorsOfPart)
+                    parameters.update({name: part(name) for name, _ in part.named_parameters()})
+                own["num_experts"] = len(held)
+                output = self._of_held(held, hidden_states, top_k_index, top_k_weights)
+                total = output if total is None else total + output
+        finally:
+            own["num_experts"], own["_is_expert_parallel"] = before[:2]
+            parameters.update(before[2])
+        return total
+
+    def _of_held(self, held: list[int], hidden_states, top_k_index, top_k_weights):
+        index, weights = routed(held, self.sdp_num_experts, top_k_index, top_k_weights)
+        output = super().forward(hidden_states, index, weights)
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output = output + 0.0 * hidden_states  # nothing is routed to what is held
+        return _Touched.apply(output, *self._parameters.values()) if _may_miss(self) else output
+
+
+def routed(
+    held: list[int], num_experts: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers among the held experts, and weights, of shape ``(tokens, k)``: those of others are the number after the
+    last one, and zero."""
+    place = torch.full((num_experts,), len(held), dtype=top_k_index.dtype, device=top_k_index.device)
+    place[torch.tensor(held, device=place.device)] = torch.arange(len(held), dtype=place.dtype, device=place.device)
+    index = place[top_k_index]
+    return index, top_k_weights.masked_fill(index == len(held), 0)
+
+
+def _may_miss(experts: nn.Module) -> bool:
+    """Whether experts without tokens are not computed with, and have no gradient. All holders must reduce theirs."""
+    return torch.is_grad_enabled() and getattr(experts.config, "_experts_implementation", None) in (None, "eager")
