@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from .config import MAX_WORLD, SDPConfig
 from .errors import SDPConfigError
+from .families.kinds import ATTENTION, EXPERTS, MIXER, MLP
 from .families.meta_model import meta_model
 from .model.fitness import refuse_what_is_no_model
 from .model.state import find_state
@@ -80,6 +81,8 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     for module in modules:
         if module.layer not in always_held:
             stacks.setdefault((module.kind, module.num_units), []).append(module)
+    if config.level == "block":
+        _join_small(stacks, float(coverages.min()))
     everyone = tuple(range(num_subnetworks))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     unit_holders: dict[str, Sequence[Holders]] = {m.name: (everyone,) * m.num_units for m in modules}
@@ -118,6 +121,15 @@ def _say_what_is_whole(model: nn.Module, config: SDPConfig, modules: list[Maskab
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def _join_small(stacks: dict[tuple[str, int], Stack], coverage: float) -> None:
+    """Where a model has fewer blocks of a kind than give every worker one (dense layers among experts, attention among
+    other mixers), they are dealt with those that do the same work."""
+    for kind, others in ((MLP, EXPERTS), (EXPERTS, MLP), (ATTENTION, MIXER), (MIXER, ATTENTION)):
+        few, many = (kind.name, 1), (others.name, 1)
+        if few in stacks and many in stacks and len(stacks[few]) * coverage < 1 - 1e-9:
+            stacks[many] = sorted([*stacks[many], *stacks.pop(few)], key=lambda module: module.layer)
 
 
 def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:

@@ -1,8 +1,13 @@
 """What is known of the structure of a model: its layers, and what can be left out of them."""
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .absent import Outputs
+
+T = TypeVar("T")
+Ranges = tuple[tuple[int, int], ...]
+"""``(start, stop)`` along one dim."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +44,36 @@ class Structure:
     blocks: tuple[Block, ...] = ()
     absent: dict[str, Outputs] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a block is cut. Names are full names.
+
+    Attributes:
+        kind, name: of what is cut: the block itself, or one of the modules in it.
+        units: into how many equal parts at most: heads with their keys and values, neurons, or experts.
+        dims: parameter -> the dim that is cut.
+        packed: parameter -> ranges along it, each of which is cut, where it is not one.
+        sizes: module -> its attributes that are proportional to what is held; ``config.x`` is one of its config's.
+    """
+
+    kind: str
+    name: str
+    units: int
+    dims: dict[str, int]
+    packed: dict[str, Ranges] = field(default_factory=dict)
+    sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def renamed(self, old: str, new: str) -> "Cut":
+        """The same of another layer."""
+
+        def of_new(values: dict[str, T]) -> dict[str, T]:
+            return {new + name.removeprefix(old): value for name, value in values.items()}
+
+        name = new + self.name.removeprefix(old)
+        return Cut(self.kind, name, self.units, of_new(self.dims), of_new(self.packed), of_new(self.sizes))
+
+
+class CannotCut(Exception):
+    """Why a block is held as a whole."""

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import SDPConfigError
 from .absent import Absent
-from .base import Block, Structure
-from .cuts import CannotCut, Cut, find_cuts
+from .base import Block, CannotCut, Cut, Structure
+from .cuts import find_cuts
 from .finding import Found, find_blocks
 from .recording import Recording, record
 

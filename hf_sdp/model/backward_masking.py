@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families.cuts import is_linear
+from ..families.layers import is_linear
 from ..plan.plan import Plan
 from .layers import linear_dim
 from .mixin import mix_in

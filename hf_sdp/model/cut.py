@@ -13,8 +13,8 @@ from torch import nn
 from ..errors import SDPStateError
 from ..families import Structure
 from ..families.absent import Absent
-from ..families.cuts import narrowed
 from ..families.kinds import EXPERTS
+from ..families.layers import narrowed
 from ..plan.subnetwork import LocalModule, Subnetwork
 from ..plan.units import MaskableModule
 from .experts import HeldExperts

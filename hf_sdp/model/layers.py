@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families.cuts import LINEAR, is_experts
+from ..families.layers import LINEAR, is_experts
 from ..plan.region import Region
 from .mixin import mix_in
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..families import Structure
 from ..families.absent import Absent
-from ..families.cuts import LINEAR, narrowed
 from ..families.kinds import EXPERTS
+from ..families.layers import LINEAR, narrowed
 from ..plan.plan import Plan
 from ..plan.units import MaskableModule
 from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients

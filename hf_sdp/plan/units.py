@@ -9,8 +9,9 @@ from torch import nn
 
 from ..errors import SDPConfigError
 from ..families import Structure, cuts_of, structure_of
-from ..families.cuts import LINEAR, Cut, is_linear
+from ..families.base import Cut
 from ..families.kinds import KINDS, LAYER, Kind
+from ..families.layers import LINEAR, is_linear
 from .region import Ranges, Region, Shape
 
 

@@ -1,0 +1,62 @@
+"""What is known of single modules: linear layers, experts, attributes that are sizes."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .narrow_config import NarrowConfig
+
+LINEAR = (nn.Linear, Conv1D)
+"""Classes of layers that multiply with a matrix. That of ``Conv1D`` (GPT-2) is transposed."""
+
+
+@functools.cache
+def _is_linear(cls: type) -> bool:
+    if not issubclass(cls, nn.Linear) or not cls.__module__.startswith("transformers."):
+        return cls in LINEAR
+    linear = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    expected = linear(x)
+    linear.__class__ = cls
+    try:
+        return torch.allclose(linear(x), expected)
+    except Exception:  # it needs more than a linear layer has
+        return False
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies with its matrix, and does nothing else. Of subclasses, only those of transformers."""
+    return _is_linear(type(module))  # type: ignore[arg-type]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module has its experts in parameters with one row for each, and knows of expert parallelism."""
+    number = vars(module).get("num_experts", 0)
+    own = [p for p in module._parameters.values() if p is not None]
+    return (
+        "_is_expert_parallel" in vars(module)
+        and number > 1
+        and any(p.dim() == 3 for p in own)
+        and all(p.shape[0] == number for p in own)
+    )
+
+
+def in_features(linear: Any) -> int:
+    return linear.nx if isinstance(linear, Conv1D) else linear.in_features
+
+
+def out_features(linear: Any) -> int:
+    return linear.nf if isinstance(linear, Conv1D) else linear.out_features
+
+
+def narrowed(module: nn.Module, attributes: tuple[str, ...], share: float) -> dict[str, Any]:
+    """Values of these attributes of a module where a share of its units is held."""
+    result = {a: round(vars(module)[a] * share) for a in attributes if not a.startswith("config.")}
+    of_config = [a.removeprefix("config.") for a in attributes if a.startswith("config.")]
+    if of_config:
+        config = module.config
+        result["config"] = NarrowConfig(config, {a: round(getattr(config, a) * share) for a in of_config})
+    return result

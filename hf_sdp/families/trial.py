@@ -1,0 +1,253 @@
+"""How the inner width of a block can be cut, found by trying.
+
+A block computes ``rows(f(columns(x)))``: column-wise linear layers, something in between, and row-wise linear layers.
+A cut is right when f, given what some units have of the columns' outputs, returns what these units have of the rows'
+inputs. This is tried on the processor, with random numbers in the place of the outputs of all linear layers: no weight
+is needed, and a layer of any width takes milliseconds. What is tried: fused projections as ranges, in either order;
+numbers of heads and widths that a module keeps as attributes, or reads from its config; parameters with an element for
+each head.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .absent import Absent
+from .base import Block, CannotCut, Cut, Ranges
+from .dry_run import DryRun, indices
+from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER
+from .layers import in_features, is_linear, out_features
+from .recording import Recording
+
+_HEADS = re.compile(r"heads?$|n_heads?|num_.*heads|num_key_value$")
+_WIDTHS = re.compile(r"dim|size|width|inner")
+
+
+class Trial:
+    """Of one block; arguments as those of ``cuts.find_cuts``. Raises: CannotCut."""
+
+    def __init__(
+        self, model: nn.Module, recording: Recording, layer: str, block: Block, others: dict[str, Absent]
+    ) -> None:
+        if KINDS[block.kind] in (EXPERTS, MIXER):
+            raise CannotCut(f"{block.main} ({block.kind}) is not known how to be cut")
+        self.block, self.layer_name = block, layer
+        self.recording = recording
+        self.number = next(n for n, call in enumerate(recording.calls) if call.module == layer)
+        self.linears = self._linears(model.get_submodule(layer))
+        self.columns, self.rows = self._columns_and_rows()
+        given = recording.calls[self.number].given
+        self.run = DryRun(model.get_submodule(layer), layer, self.linears, self.rows, given, others)
+        self.heads = self._heads()
+
+    def _own(self, name: str) -> str:
+        return name.removeprefix(self.layer_name).removeprefix(".")
+
+    def _linears(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """Of the block, by full name, in forward order of its modules."""
+        found = {}
+        for member in self.block.modules:
+            for name, module in layer.get_submodule(self._own(member)).named_modules():
+                if is_linear(module):
+                    found[f"{member}.{name}" if name else member] = module
+        return found
+
+    def _columns_and_rows(self) -> tuple[list[str], list[str]]:
+        """Rows: linear layers whose output no other one of the block is computed from. Columns: those before them."""
+        recording, call = self.recording, self.recording.calls[self.number]
+        made_by: dict[int, str] = {}
+        arguments: dict[str, list[int]] = {}
+        for n in range(self.number + 1, len(recording.calls)):
+            inner = recording.calls[n]
+            if inner.first >= call.last:
+                break
+            if inner.module in self.linears and inner.outputs and inner.outputs[0].operation is not None:
+                made_by[inner.outputs[0].operation] = inner.module
+                given = [i for i in inner.arguments.values() if i is not None]
+                arguments.setdefault(inner.module, []).extend(given)
+        nearest: dict[int, frozenset[str]] = {}
+        for n in range(call.first, call.last):
+            before = _union(nearest.get(i) for i in recording.operations[n].inputs)
+            nearest[n] = frozenset({made_by[n]}) if n in made_by else before
+        feeds = {name: _union(nearest.get(i) for i in given) for name, given in arguments.items()}
+        fed = _union(feeds.values())
+        rows = [name for name in self.linears if feeds.get(name) and name not in fed]
+        before_rows = _union(feeds[name] for name in rows)
+        columns = [name for name in self.linears if name in before_rows]
+        if not rows or not columns:
+            raise CannotCut(f"{self.block.main} has no linear layer after another one")
+        return columns, rows
+
+    def _heads(self) -> tuple[int, int]:
+        """Query heads, and key/value heads."""
+        for n, query, key in self.recording.attention:
+            within = {self.recording.calls[outer].module for outer in self.recording.within(n)}
+            if self.layer_name in within and within & set(self.block.modules):
+                return query, key
+        found = {
+            value
+            for name in self._containers()
+            for attribute, value in vars(self.run.layer.get_submodule(name)).items()
+            if isinstance(value, int) and not isinstance(value, bool) and _HEADS.search(attribute)
+        }
+        return (max(found), min(found)) if found else (1, 1)
+
+    def _containers(self) -> list[str]:
+        """Modules of the block, relative to the layer, and those around them, without the linear layers."""
+        names: dict[str, None] = {}
+        for member in self.block.modules:
+            own = self._own(member)
+            parts = own.split(".")
+            names.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts))))
+            names.update(
+                dict.fromkeys(f"{own}.{n}" if n else own for n, _ in self.run.layer.get_submodule(own).named_modules())
+            )
+        return [n for n in names if not is_linear(self.run.layer.get_submodule(n))]
+
+    def find(self) -> Cut:
+        """Raises: CannotCut, with what was wrong with the last cut that was tried."""
+        width = {in_features(self.linears[name]) for name in self.rows}
+        if len(width) > 1:
+            raise CannotCut(f"{self.block.main}: its row-wise layers have inputs of widths {sorted(width)}")
+        inner = width.pop()
+        attends = KINDS[self.block.kind] in (ATTENTION, CROSS_ATTENTION)
+        units = self.heads[1] if attends else inner
+        if attends and units == 1:  # all query heads need the one of keys and values: only they are cut
+            units = self.heads[0]
+            self.columns = [name for name in self.columns if out_features(self.linears[name]) >= inner]
+        if units < 2 or not self.columns:
+            raise CannotCut(f"{self.block.main} has {units} head")
+        if inner % units:
+            raise CannotCut(f"{self.block.main}: {units} units do not divide its inner width of {inner}")
+        generator = torch.Generator().manual_seed(2)
+        outputs = {name: self._random_output(name, generator) for name in self.linears}
+        problem = None
+        try:
+            expected = self.run.inputs_of_rows({name: outputs[name] for name in self.linears}, {}, {})
+        except Exception as error:  # whatever the host's code says
+            raise CannotCut(f"{self.block.main} cannot be tried: {type(error).__name__}: {error}") from error
+        chosen = [tuple(range(units // 2)), (units - 1,), (0,)]
+        for packed, vectors, sizes in self._candidates(inner, units, attends):
+            for some in chosen:
+                problem = self._compare(outputs, expected, units, some, packed, vectors, sizes)
+                if problem:
+                    break
+            else:
+                return self._cut(units, packed, vectors, sizes)
+        raise CannotCut(
+            f"{self.block.main}: what its heads or neurons compute is not apart from each other ({problem})"
+        )
+
+    def _random_output(self, name: str, generator: torch.Generator) -> torch.Tensor:
+        shape = next((call.shape for call in self.recording.calls if call.module == name), None)
+        return torch.randn(shape or (), generator=generator)
+
+    def _candidates(self, inner: int, units: int, attends: bool) -> Iterator[tuple[dict, dict, dict]]:
+        layouts = []
+        for name in self.columns:
+            width = out_features(self.linears[name])
+            of_one: list[Ranges] = [((0, width),)] if width % units == 0 else []
+            if attends and width != inner:
+                heads, groups = self.heads
+                size = width // (heads + 2 * groups)
+                if size * (heads + 2 * groups) == width:
+                    ends = (0, heads * size, (heads + groups) * size, width)
+                    of_one.append(tuple(itertools.pairwise(ends)))
+            for number in (2, 3, 4):
+                if width != inner and width % (number * units) == 0:
+                    of_one.append(tuple(itertools.pairwise(range(0, width + 1, width // number))))
+            if not of_one:
+                raise CannotCut(f"{name}: its {width} outputs cannot be cut into {units} units")
+            layouts.append(list(dict.fromkeys(of_one)))
+        for layout in itertools.islice(itertools.product(*layouts), 16):
+            packed = dict(zip(self.columns, layout, strict=True))
+            for vectors in self._vectors(units, attends):
+                for sizes in self._sizes(inner, units):
+                    yield packed, vectors, sizes
+
+    def _vectors(self, units: int, attends: bool) -> list[dict[str, int]]:
+        """Parameters with an element for each head (or neuron): name relative to the layer -> dim."""
+        sizes = {*self.heads} if attends else {units}
+        found = {}
+        for container in self._containers():
+            for name, p in self.run.layer.get_submodule(container).named_parameters(recurse=False):
+                dims = [dim for dim, size in enumerate(p.shape) if size in sizes and size > 1]
+                if len(dims) == 1 and p.numel() == p.shape[dims[0]]:
+                    found[f"{container}.{name}" if container else name] = dims[0]
+        return [{}, found] if found else [{}]
+
+    def _sizes(self, inner: int, units: int) -> Iterator[dict[str, tuple[str, ...]]]:
+        heads, widths, of_config = {}, {}, {}
+        outputs = {out_features(self.linears[name]) for name in self.columns}
+        for container in self._containers():
+            module = self.run.layer.get_submodule(container)
+            own = {a: v for a, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}
+            by_head = tuple(a for a, v in own.items() if v in self.heads and v > 1 and self._counts_heads(a))
+            by_width = tuple(a for a, v in own.items() if v in {inner, *outputs} and _WIDTHS.search(a))
+            config = vars(module).get("config")
+            known = {} if config is None else config.to_dict()
+            by_config = tuple(
+                f"config.{a}"
+                for a, v in known.items()
+                if isinstance(v, int) and v in self.heads and v > 1 and self._counts_heads(a)
+            )
+            heads[container], widths[container], of_config[container] = by_head, by_width, by_config
+        seen = set()
+        for which in ((), (heads,), (heads, widths), (widths,), (heads, of_config), (heads, widths, of_config)):
+            sizes = {c: tuple(a for kind in which for a in kind[c]) for c in heads}
+            sizes = {c: attributes for c, attributes in sizes.items() if attributes}
+            if (key := tuple(sorted(sizes.items()))) not in seen:
+                seen.add(key)
+                yield sizes
+
+    def _counts_heads(self, attribute: str) -> bool:
+        """Also groups, where all query heads are in the one of a single key/value head."""
+        return bool(_HEADS.search(attribute)) or (self.heads[1] == 1 and attribute.endswith("groups"))
+
+    def _compare(self, outputs, expected, units: int, some: tuple[int, ...], packed, vectors, sizes) -> str | None:
+        """What is wrong when only some units are held; None if nothing is."""
+        held = dict(outputs)
+        for name, ranges in packed.items():
+            held[name] = outputs[name][..., indices(ranges, units, some)]
+        try:
+            found = self.run.inputs_of_rows(
+                held, {n: (dim, units, some) for n, dim in vectors.items()}, sizes, len(some) / units
+            )
+        except Exception as error:  # whatever the host's code says
+            return f"{type(error).__name__}: {error}"
+        for name, full in expected.items():
+            part = full[..., indices(((0, full.shape[-1]),), units, some)]
+            if found[name].shape != part.shape:
+                return f"the input of {name} has shape {tuple(found[name].shape)}, not {tuple(part.shape)}"
+            if not torch.allclose(found[name], part, rtol=1e-4, atol=1e-5):
+                return f"the input of {name} differs"
+        return None
+
+    def _cut(self, units: int, packed: dict[str, Ranges], vectors: dict[str, int], sizes: dict) -> Cut:
+        prefix = self.layer_name + "."
+        dims: dict[str, int] = {}
+        for name, linear in self.linears.items():
+            transposed = isinstance(linear, Conv1D)
+            if name in self.columns:
+                dims[f"{name}.weight"] = 1 if transposed else 0
+                if linear.bias is not None:
+                    dims[f"{name}.bias"] = 0
+            elif name in self.rows:
+                dims[f"{name}.weight"] = 0 if transposed else 1
+        dims |= {prefix + name: dim for name, dim in vectors.items()}
+        fused = {
+            f"{name}.{last}": ranges
+            for name, ranges in packed.items()
+            for last in ("weight", "bias")
+            if len(ranges) > 1 and f"{name}.{last}" in dims
+        }
+        of_modules = {prefix + name: attributes for name, attributes in sizes.items()}
+        return Cut(self.block.kind, self.block.main, units, dims, fused, of_modules)
+
+
+def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:
+    return frozenset(name for some in sets if some for name in some)
