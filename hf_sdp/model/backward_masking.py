@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..plan.plan import Plan
-from .mixin import mix_in
+from .held_blocks import mask_blocks
 from .state import Cursor
 
 HeldRanges = tuple[tuple[int, int, float], ...]
@@ -67,21 +67,6 @@ class _HeldLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class _ZeroGradients(torch.autograd.Function):
-    """Passes ``output`` on, and gives the parameters zero gradients: every worker must reduce every parameter."""
-
-    @staticmethod
-    def forward(ctx, output, *parameters):
-        ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
-        return output.view_as(output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes]
-        return grad_output, *zeros
-
-
 def _autocast(*tensors):
     """What autocast would do to the operands of a linear layer (it does not look into autograd functions)."""
     device = tensors[0].device.type
@@ -96,7 +81,7 @@ class HeldLinear(nn.Linear):
 
     Attributes:
         dim: 0 for column-wise layers (rows of ``weight``), 1 for row-wise ones.
-        held: per subnetwork, the ranges along ``dim``; empty where nothing is held.
+        held: per subnetwork, the ranges along ``dim``; never empty.
         copy_inputs: row-wise layers save copies of the held columns, so that the full input can be freed. Not after
             scaled_dot_product_attention: it saves its output anyway, views of it cost nothing.
     """
@@ -120,46 +105,7 @@ class HeldLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         ranges = self.held[self.cursor.subnetwork]
         x, weight, bias = _autocast(x, self.weight, self.bias)
-        if ranges:
-            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
-        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
-        return _ZeroGradients.apply(output, *(p for p in (self.weight, self.bias) if p is not None))
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The parameter itself; its gradient is multiplied by ``scale``."""
-
-    @staticmethod
-    def forward(ctx, parameter, scale: float):
-        ctx.scale = scale
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * ctx.scale, None
-
-
-class HeldModule(nn.Module):
-    """Mixed into the class of a module that is held as a whole or not at all (the norm of a block): where it is not
-    held, its parameters get zero gradients and nothing is saved for them."""
-
-    held: dict[int, HeldRanges]
-    cursor: Cursor
-
-    def forward(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        parameters = {name: p for name, p in self._parameters.items() if p is not None}
-        held = self.held[self.cursor.subnetwork]
-        own: dict = self._parameters  # during the forward it has tensors that are no Parameters
-        try:
-            for name, p in parameters.items():
-                own[name] = _ScaledGradient.apply(p, held[0][2]) if held else p.detach()
-            output = super().forward(*args, **kwargs)
-        finally:
-            own.update(parameters)
-        return output if held else _ZeroGradients.apply(output, *parameters.values())
+        return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
 
 
 def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetworks: Iterable[int]) -> None:
@@ -167,24 +113,19 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
 
     ``subnetworks``: those that ``cursor`` may come to.
     """
+    if plan.level == "block":
+        return mask_blocks(model, plan, cursor, subnetworks)
     held = held_ranges(plan, subnetworks)
     for module_plan in plan.modules:
-        owners = {name.rpartition(".")[0] for name in module_plan.dims}
-        for owner in owners:
-            module = model.get_submodule(owner)
+        for owner in {name.rpartition(".")[0] for name in module_plan.dims}:
             weight = f"{owner}.weight"
-            if type(module) is nn.Linear:
-                HeldLinear.take_place(
-                    module,
-                    dim=module_plan.dims[weight],
-                    held=held[weight],
-                    cursor=cursor,
-                    copy_inputs=not module_plan.of_kind.attends,
-                )
-            else:
-                mix_in(module, HeldModule)
-                masked = cast(HeldModule, module)
-                masked.held, masked.cursor = held[weight], cursor
+            HeldLinear.take_place(
+                cast(nn.Linear, model.get_submodule(owner)),
+                dim=module_plan.dims[weight],
+                held=held[weight],
+                cursor=cursor,
+                copy_inputs=not module_plan.of_kind.attends,
+            )
 
 
 def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, HeldRanges]]:

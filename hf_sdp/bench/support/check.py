@@ -53,20 +53,20 @@ def check(config: PreTrainedConfig, task: str, sdp: SDPConfig, *, world: int = 2
     plan = make_plan(make(), sdp, world)
     simulated = patch_model(make(), SDPConfig(**_choices(sdp), simulate=world))
     for rank in range(world):
-        virtual = _learn(simulated)
+        virtual = learn(simulated)
         if ranks and rank not in ranks:
             continue
         dense = make()
         if sdp.masking == "forward":
             leave_out(dense, plan, rank)
-        expected = _learn(dense)
+        expected = learn(dense)
         held = {name: _held(plan, name, p, expected, rank) for name, p in dense.named_parameters()}
         _compare(f"rank {rank}, the loss", virtual.loss, expected.loss, simulated=True)
         for name, p in simulated.named_parameters():
             found = virtual.gradients.get(name, torch.zeros_like(p))
             _compare(f"rank {rank}, {name}", found, held[name], simulated=True)
         model = patch_model(make(), sdp, rank=rank, world_size=world)
-        found_all = _learn(model)
+        found_all = learn(model)
         _compare(f"rank {rank}, the loss", found_all.loss, expected.loss)
         _check_size(model, plan, rank)
         for local_name, p in model.named_parameters():
@@ -101,7 +101,7 @@ def _choices(sdp: SDPConfig) -> dict:
     return {name: getattr(sdp, name) for name in names}
 
 
-def _learn(model: PreTrainedModel) -> _Learned:
+def learn(model: PreTrainedModel) -> _Learned:
     """One forward and backward, of the next subnetwork if it is simulated."""
     forward: Callable = type(model).forward
     batch = tiny_batch(model)

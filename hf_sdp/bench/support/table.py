@@ -60,8 +60,8 @@ def tried(model_type: str, task: str) -> Row:
     import torch
 
     from ...config import SDPConfig
-    from .check import check
-    from .models import made, tiny_batch, tiny_model
+    from .check import check, learn
+    from .models import made, tiny_model
     from .tiny import tiny_config
 
     row, begin = Row(model_type, task), time.monotonic()
@@ -72,10 +72,9 @@ def tried(model_type: str, task: str) -> Row:
         if row.numel > MOST_NUMEL:
             return without(row, f"not tried: {row.numel / 1e6:.0f} M parameters at the smallest sizes known here")
         model = tiny_model(config, task)
-        loss = model(**tiny_batch(model)).loss
-        if loss is None or not torch.isfinite(loss):
+        loss = learn(model).loss
+        if not torch.isfinite(loss):
             return without(row, f"not tried: the loss of a tiny model is {loss}")
-        loss.backward()
     except Exception as error:  # whatever the class says
         return without(row, f"not tried: no tiny model ({reason_of(error)})")
     for column, options in COLUMNS.items():
