@@ -87,7 +87,9 @@ def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, ch
     else:
         found = _blocks(model, structure)
     if not found:
-        reasons = "; ".join(structure.kept.values()) or "its tensor-parallel plan cuts no module"
+        # Layers are mostly alike.
+        kept = dict.fromkeys(re.sub(r"\.\d+\b", ".*", why) for why in structure.kept.values())
+        reasons = "; ".join(kept) or "its tensor-parallel plan cuts no module"
         raise SDPConfigError(
             f"Nothing in {type(model).__name__} can be held in part at level={level!r}"
             f"{f', block_granularity={block_granularity!r}' if level == 'block' else ''}: {reasons[:300]}."

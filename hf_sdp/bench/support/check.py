@@ -20,7 +20,7 @@ from ...plan.plan import Plan
 from ...planner import make_plan
 from .models import tiny_batch, tiny_model
 
-RELATIVE, ABSOLUTE = 1e-3, 1e-6
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
 """Of the norm of a gradient, and of the loss."""
 
 
@@ -93,7 +93,7 @@ def leave_out(dense: PreTrainedModel, plan: Plan, rank: int) -> None:
 
 def _pass_on(layer: nn.Module, args, kwargs, output):
     stream = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
-    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+    return (stream, *output[1:]) if isinstance(output, (tuple, list)) else stream
 
 
 def _choices(sdp: SDPConfig) -> dict:

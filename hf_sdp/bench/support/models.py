@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .tiny import LENGTH, VOCAB
+from ...families.inputs import BATCH, LENGTH, example_inputs
+from .tiny import VOCAB
 
 TASKS = {
     "causal": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
@@ -29,7 +30,7 @@ def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrained
     torch.manual_seed(seed)
     model = made(config, task).float().train()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if not torch.isfinite(p).all():
                 p.normal_(0, 0.02)
             p.add_(0.02 * torch.randn(p.shape))
@@ -39,12 +40,16 @@ def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrained
     return model
 
 
-def tiny_batch(model: PreTrainedModel, index: int = 0, size: int = 2) -> dict[str, torch.Tensor]:
-    """Random tokens (or features) with their labels."""
+def tiny_batch(model: PreTrainedModel, index: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens, or sound, with their labels."""
     generator = torch.Generator().manual_seed(1000 + index)
-    ids = torch.randint(3, VOCAB, (size, LENGTH), generator=generator)
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_features":
-        bins, frames = model.config.num_mel_bins, 2 * model.config.max_source_positions
-        return {main: torch.randn(size, bins, frames, generator=generator), "labels": ids}
-    return {"input_ids": ids, "labels": ids.clone()}
+    inputs = example_inputs(model)
+    batch = {name: torch.randn(t.shape, generator=generator) for name, t in inputs.items() if _is_sound(t)}
+    labels = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
+    if "input_ids" in inputs:
+        batch["input_ids"] = labels.clone()
+    return {**batch, "labels": labels}
+
+
+def _is_sound(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from ..workers import context
 
@@ -22,6 +23,9 @@ COLUMNS = {
 MASKINGS = ("forward", "backward")
 MOST_NUMEL = 100e6
 """Elements of a model that is still tried."""
+
+
+_NOT_TRIED = "not tried: "
 
 
 @dataclass
@@ -41,6 +45,10 @@ class Row:
     notes: str = ""
     numel: int = 0
     seconds: float = 0.0
+
+    @property
+    def not_tried(self) -> bool:
+        return all(reason.startswith(_NOT_TRIED) for of_one in self.reasons.values() for reason in of_one.values())
 
     def works(self, column: str, masking: str) -> bool:
         return self.reasons[column][masking] == ""
@@ -70,13 +78,13 @@ def tried(model_type: str, task: str) -> Row:
         with contextlib.suppress(Exception), torch.device("meta"):  # some can only be made with memory
             row.numel = sum(p.numel() for p in made(config, task).parameters())
         if row.numel > MOST_NUMEL:
-            return without(row, f"not tried: {row.numel / 1e6:.0f} M parameters at the smallest sizes known here")
+            return without(row, f"{_NOT_TRIED}{row.numel / 1e6:.0f} M parameters at the smallest sizes known here")
         model = tiny_model(config, task)
         loss = learn(model).loss
         if not torch.isfinite(loss):
-            return without(row, f"not tried: the loss of a tiny model is {loss}")
+            return without(row, f"{_NOT_TRIED}the loss of a tiny model is {loss}")
     except Exception as error:  # whatever the class says
-        return without(row, f"not tried: no tiny model ({reason_of(error)})")
+        return without(row, f"{_NOT_TRIED}no tiny model ({reason_of(error)})")
     for column, options in COLUMNS.items():
         row.reasons[column] = {}
         for masking in MASKINGS:
@@ -130,22 +138,32 @@ def _notes(model) -> str:
     notes = []
     if structure.blocks and inside and held > 0.02 * sum(inside.values()):
         notes.append(f"{held / sum(inside.values()):.0%} of the layers is in no block")
-    kept = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), _kept(why)) for name, why in structure.kept.items())
-    notes += [f"all hold {name} ({number}): {why}" for (name, why), number in kept.items()]
+    kept: dict[str, dict[str, int]] = {}
+    for name, why in structure.kept.items():
+        of_one = kept.setdefault(why.replace(name, "").strip(" .:"), Counter())
+        of_one[_alike(name)] += 1
+    for why, names in list(kept.items())[:_MOST_NOTES]:
+        which = ", ".join(f"{name} ({number})" for name, number in list(names.items())[:_MOST_NOTES])
+        notes.append(f"all hold {which}: {_alike(why)[:120]}")
     return "; ".join(notes)
+
+
+_MOST_NOTES = 3
 
 
 def _below(names) -> tuple[str, ...]:
     return tuple(f"{name}." for name in names)
 
 
-def _kept(why: str) -> str:
-    return re.sub(r"\.\d+(?=\.|\b)", ".*", why)[:120]
+def _alike(text: str) -> str:
+    """Layers are mostly alike: ``layers.*`` for each of them."""
+    return re.sub(r"\.\d+(?=\.|\b)", ".*", text)
 
 
 def rows(wanted: Sequence[tuple[str, str]], *, processes: int = 2, limit_s: float = 240.0) -> Iterator[Row]:
     """The rows of these (model type, task), as they are done."""
-    waiting, running = list(wanted), {}
+    waiting = list(wanted)
+    running: dict[Connection, tuple[Any, Row, float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -167,7 +185,7 @@ def rows(wanted: Sequence[tuple[str, str]], *, processes: int = 2, limit_s: floa
                 if time.monotonic() > deadline:
                     process.kill()
                     del running[own]
-                    yield without(row, f"not tried: it took longer than {limit_s:g} s")
+                    yield without(row, f"{_NOT_TRIED}it took longer than {limit_s:g} s")
     finally:
         for process, *_ in running.values():
             process.kill()

@@ -8,16 +8,20 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .special import SPECIAL
 
-WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB, LENGTH = 64, 8, 8, 4, 128, 16
+WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 8, 8, 4, 128
 
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "encoder_hidden_size"), WIDTH),
     **dict.fromkeys(("embedding_size", "lru_width", "projection_dim", "model_dim", "attention_hidden_size"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH
+    ),
     **dict.fromkeys(("ffn_hidden_size", "dim_ff", "dff", "hidden_dim", "ffn_intermediate_size"), 2 * WIDTH),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 2 * WIDTH),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_dim", "expert_intermediate_size"), WIDTH // 2),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"), LAYERS),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"), LAYERS
+    ),
     **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
@@ -27,7 +31,10 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 2 * HEAD_DIM),
     **dict.fromkeys(("vocab_size", "decoder_vocab_size"), VOCAB),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 64),
-    "max_source_positions": LENGTH,
+    "max_source_positions": 32,
+    "speech_encoder_layers": LAYERS,
+    "speech_encoder_intermediate_size": 2 * WIDTH,
+    "speech_encoder_attention_heads": HEADS,
     "expert_ffn_hidden_size": WIDTH // 2,
     "type_vocab_size": 2,
     "vocab_size_per_layer_input": VOCAB,
@@ -55,12 +62,13 @@ _SIZES: dict[str, int] = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
-    "first_k_dense_replace": 1,
+    "first_k_dense_replace": 2,
+    "num_mel_bins": 16,
     "index_topk": 8,
     "index_n_heads": 4,
     "index_head_dim": 16,
 }
-_OFF = ("dropout", "drop", "layerdrop", "jitter_noise")
+_OFF = {"dropout", "drop", "layerdrop", "jitter"}
 _TOKENS = dict.fromkeys(
     ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "forced_eos_token_id"), 1
 ) | {"pad_token_id": 0}
@@ -100,10 +108,14 @@ def _values(config: PreTrainedConfig) -> dict[str, Any]:
         value = given[name]
         if name in _SIZES and not isinstance(value, (list, dict, bool)):
             values[name] = _SIZES[name]
-        elif isinstance(value, float) and (any(part in _OFF for part in name.split("_")) or "pdrop" in name):
+        elif isinstance(value, float) and (_OFF & set(name.split("_")) or "pdrop" in name):
             values[name] = 0.0
         elif name in _TOKENS and isinstance(value, int):
             values[name] = _TOKENS[name]
+        elif name == "apply_spec_augment":
+            values[name] = False  # it masks at random
+    if given.get("is_encoder_decoder"):
+        values["decoder_start_token_id"] = 1  # not all have a default
     for name in getattr(config, "sub_configs", {}):
         sub = getattr(config, name, None)
         if isinstance(sub, PreTrainedConfig):
