@@ -20,7 +20,7 @@ from .recording import Call, Recording, call_again
 
 _KINDS: tuple[tuple[str, Kind], ...] = (
     (r"(enc|cross).*att|cross_?attention", CROSS_ATTENTION),
-    (r"lin(ear)?_?att|mamba|mixer|conv|ssm|recurrent|rglru|temporal_block|lstm|delta", MIXER),
+    (r"lin(ear)?_?att|mamba|mixer|conv|recurrent|rglru|temporal_block|lstm|delta", MIXER),
     (r"att", ATTENTION),
     (r"moe|expert|sparse", EXPERTS),
 )
