@@ -46,7 +46,8 @@ COMPARES = [
     (["--output", "{file}"], "file.txt"), (["--output", "{file}/below"], "below.*cannot be made"),
 ]  # fmt: skip
 MODELS = [
-    (["nosuch"], "has no 'nosuch'"), (["llama", ""], "has no ''"), (["t5", "--task", "causal"], "has no 't5' for causal"),
+    (["nosuch"], "has no 'nosuch'"), (["llama", ""], "has no ''"),
+    (["t5", "--task", "causal"], "has no 't5' for causal"),
     (["--task", "speak"], "'speak'"), (["--processes", "0"], "0 is not in"), (["--limit", "nan"], "nan"),
     (["llama", "--output", "{file}/below"], "file.txt is no folder"),
 ]  # fmt: skip
