@@ -14,6 +14,7 @@ from .errors import CommandError
 SHORT_HELPS = {
     "compare": "Measure DDP, DDP with activation checkpointing, FSDP2 and SDP on this machine, side by side.",
     "estimate": "Memory, traffic and step time, beside DDP, ZeRO and FSDP2.",
+    "models": "Which model types of transformers work, and why others do not.",
     "plan": "Who holds what, how evenly, and what crosses the wire.",
     "simulate": (
         "Quality at equal FLOPs or equal steps: data parallel, SDP and baselines, N virtual workers in one process."

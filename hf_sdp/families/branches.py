@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .recording import Call, Recording
+from .recording import Call, Operation, Recording
 
 _SAME = {
     "view", "_unsafe_view", "clone", "detach", "_to_copy", "alias", "unsqueeze", "squeeze", "expand", "native_dropout",
@@ -30,13 +30,13 @@ class Branch:
 
     Attributes:
         stream: the operation that made what it is added to.
-        added: the sum.
+        sums: what that makes, under all its names: the sum, and what only reshapes, casts or scales it.
         calls: numbers of the outermost calls that are within the branch alone, in forward order.
         around: numbers of calls that the branch's sum is in, from the inside: they return the stream.
     """
 
     stream: int
-    added: int
+    sums: frozenset[int]
     calls: tuple[int, ...]
     around: tuple[int, ...]
 
@@ -93,14 +93,14 @@ class _Layer:
         output = self.call.outputs[0].operation
         if output is None or not self.before.get(output):
             raise NotASum(f"what {self.call.module} returns is not computed from its {stream_of(self.call)}")
-        found: list[tuple[int, int, int]] = []  # stream, sum, operation that is added
+        found: list[tuple[int, frozenset[int], int]] = []  # stream, the sum's names, operation that is added
         on_stream = 0  # sums, and norms of the stream
-        while (output := self._same(output)) != self.start:
+        while (named := frozenset(self._names(output))) and (output := self._same(output)) != self.start:
             operation = self.recording.operations[output]
             if operation.name in _SUMS and len([i for i in operation.inputs if self.before.get(i)]) > 1:
                 stream, added, sums = self._stream_of_sum(output)
                 for operand in reversed(added):
-                    found += [(stream, output, branch) for branch in reversed(self._parallel(operand))]
+                    found += [(stream, named, branch) for branch in reversed(self._parallel(operand))]
                 on_stream |= sums
             elif output in self.norms:
                 norm = self.norms[output]
@@ -112,29 +112,39 @@ class _Layer:
         found.reverse()
         exclusive = [self.before[added] & ~self.before[stream] & ~on_stream for stream, _, added in found]
         result = []
-        for index, (stream, total, _) in enumerate(found):
+        for index, (stream, sums_of_it, _) in enumerate(found):
             others = on_stream
             for other, bits in enumerate(exclusive):
                 if other != index:
                     others |= bits
             own = exclusive[index] & ~others
-            result.append(Branch(stream, total, tuple(self._outermost(own, others)), tuple(self._around(total))))
+            around = tuple(self._around(min(sums_of_it)))
+            result.append(Branch(stream, sums_of_it, tuple(self._outermost(own, others)), around))
         return sorted(result, key=lambda branch: branch.calls)
 
     def _same(self, n: int) -> int:
         """Where a tensor comes from through operations that only reshape, cast or scale it."""
+        return list(self._names(n))[-1]
+
+    def _names(self, n: int) -> Iterator[int]:
+        """The operation itself, and those before it up to :meth:`_same`."""
+        yield n
         while n != self.start:
             operation = self.recording.operations[n]
             through = [i for i in operation.inputs if self.before.get(i)]
-            if len(through) != 1 or not (
-                operation.name in _SAME
-                or operation.name in (_SCALED | _SUMS)
-                and operation.is_scaling
-                and not operation.parameters
-            ):
-                return n
+            if len(through) != 1 or not (operation.name in _SAME or self._only_scales(operation)):
+                return
             n = through[0]
-        return n
+            yield n
+
+    def _only_scales(self, operation: Operation) -> bool:
+        """By a number, or each feature by a parameter (also: shifts it)."""
+        if operation.name not in _SCALED | _SUMS:
+            return False
+        if operation.parameters:
+            vectors = not self.recording.matrices & set(operation.parameters)
+            return vectors and len(operation.inputs) == len(operation.parameters) == 1
+        return operation.is_scaling
 
     def _input(self, norm: Call) -> int:
         for operation in norm.arguments.values():

@@ -53,6 +53,10 @@ class _Finder:
         self.calls_of: dict[str, list[Call]] = {}
         for call in recording.calls:
             self.calls_of.setdefault(call.module, []).append(call)
+        self.read_in: dict[str, set[int]] = {}  # parameter -> innermost calls that read it
+        for operation in recording.operations:
+            for name in operation.parameters:
+                self.read_in.setdefault(name, set()).add(operation.call)
         names = model.named_parameters(remove_duplicate=False)
         self.names_of: dict[int, list[str]] = {}
         for name, p in names:
@@ -96,21 +100,29 @@ class _Finder:
         )
 
     def _is_chain(self, name: str, module: nn.ModuleList) -> bool:
-        """Whether each is called once, with what the one before it returned."""
+        """Whether each is called once, with what the one before it returned, and adds to it."""
         calls = [self.calls_of.get(f"{name}.{child}", []) for child in module._modules]
         if len(calls) < 2 or any(len(of_one) != 1 for of_one in calls) or len({type(m) for m in module}) > 1:
             return False
         flat = [of_one[0] for of_one in calls]
         made = [call.outputs[0].operation if call.outputs else None for call in flat]
-        return None not in made and all(
+        is_chain = None not in made and all(
             before in after.arguments.values() for before, after in zip(made, flat[1:], strict=False)
         )
+        return is_chain and any(self._adds_up(call) for call in flat)
+
+    def _adds_up(self, call: Call) -> bool:
+        """Convolutions that follow each other do not."""
+        with contextlib.suppress(NotASum):
+            return bool(branches(self.recording, self.recording.calls.index(call)))
+        return False
 
     def _leave_out_layer(self, name: str, call: Call) -> None:
         """A layer that is left out passes the stream on."""
         stream = stream_of(call)
         outputs = self._outputs(call, stream)
-        problem = self._of_all(name) or (outputs if isinstance(outputs, str) else None)
+        problem = self._of_all(name) or self._read_outside((name,)) or self._used_outside((name,))
+        problem = problem or (outputs if isinstance(outputs, str) else None)
         if problem:
             self.found.kept[name] = problem
         else:
@@ -119,15 +131,15 @@ class _Finder:
 
     def _leave_out_branch(self, index: int, layer: str, layer_call: Call, branch: Branch) -> None:
         problems: dict[str, str] = {}
-        for chosen in self._candidates(branch):
+        for chosen in self._candidates(layer, branch):
             names = tuple(call.module for call, _ in chosen)
             main = next((name for name in names if self._has_matrix(name)), None)
             if main is None:
                 continue  # nothing is computed with weights
             absent: dict[str, Outputs] = {}
-            problem = None
+            problem = self._read_outside(names) or self._used_outside(names)
             for call, item in chosen:
-                outputs = self._outputs(call, item)
+                outputs = self._outputs(call, item, names)
                 if isinstance(outputs, str):
                     problem = outputs
                     break
@@ -140,19 +152,31 @@ class _Finder:
             problems.setdefault(main, problem)
         self.found.kept |= problems
 
-    def _candidates(self, branch: Branch) -> Iterator[list[tuple[Call, str]]]:
-        """Calls to leave out, and what each then returns: only what the branch has itself; or a module with the sum in
-        it, which then passes the stream on."""
+    def _candidates(self, layer: str, branch: Branch) -> Iterator[list[tuple[Call, str]]]:
+        """Calls to leave out, and what each then returns: only what the branch has itself, with its norms or without
+        (all hold them then); or a module with the sum in it, which then passes the stream on."""
         own = [self.recording.calls[n] for n in branch.calls if self._has_parameters(n)]
-        own = [call for call in own if not self._is_shared(call.module)]
-        for zero in (ZERO, ZEROS):
-            yield [(call, zero if self._has_matrix(call.module) else stream_of(call)) for call in own]
+        own = [call for call in own if not self._is_shared(layer, call.module)]
+        for chosen in (own, [call for call in own if self._has_matrix(call.module)]):
+            for zero in (ZERO, ZEROS):
+                yield [(call, zero if self._has_matrix(call.module) else stream_of(call)) for call in chosen]
         for number in branch.around:
             around = self.recording.calls[number]
             passed = next((name for name, made in around.arguments.items() if made == branch.stream), None)
-            if passed is not None and not self._is_shared(around.module):
+            # Not where a norm in it comes after the sum: it would be left out with it.
+            is_sum = bool(around.outputs) and around.outputs[0].operation in branch.sums
+            if passed is not None and is_sum and not self._is_shared(layer, around.module):
                 before = [call for call in own if call.last <= around.first and not self._has_matrix(call.module)]
                 yield [*((call, stream_of(call)) for call in before), (around, passed)]
+
+    def _read_outside(self, names: tuple[str, ...]) -> str | None:
+        """Whether a parameter of these modules is read where none of them is called: there it would be missing."""
+        for name in names:
+            for own, _ in self.modules[name].named_parameters():
+                for call in self.read_in.get(f"{name}.{own}", ()):
+                    if not any(self.recording.calls[n].module in names for n in self.recording.within(call)):
+                        return f"{name}.{own} is read outside of {name}"
+        return None
 
     def _has_parameters(self, number: int) -> bool:
         return any(True for _ in self.modules[self.recording.calls[number].module].parameters())
@@ -160,9 +184,9 @@ class _Finder:
     def _has_matrix(self, name: str) -> bool:
         return any(p.dim() > 1 for p in self.modules[name].parameters())
 
-    def _is_shared(self, name: str) -> bool:
-        """Whether several layers use it."""
-        return len(self.calls_of[name]) > 1 or bool(self._of_all(name))
+    def _is_shared(self, layer: str, name: str) -> bool:
+        """Whether several layers use it, or one in several places. (A layer itself may be called several times.)"""
+        return len(self.calls_of[name]) > len(self.calls_of[layer]) or bool(self._of_all(name))
 
     def _of_all(self, name: str) -> str | None:
         for own, parameter in self.modules[name].named_parameters():
@@ -180,15 +204,16 @@ class _Finder:
                     return other if kind is MIXER and other is EXPERTS else kind
         return other
 
-    def _outputs(self, call: Call, first: str) -> Outputs | str:
-        """What is returned in its place, with this as its first item; or why nothing can be."""
+    def _outputs(self, call: Call, first: str, absent: tuple[str, ...] = ()) -> Outputs | str:
+        """What is returned in its place, with this as its first item; or why nothing can be. What else it returns may
+        be used by modules that are ``absent`` as well."""
         items: list[str | None] = []
         for place, output in enumerate(call.outputs):
             if output.argument is not None and place:
                 items.append(output.argument)
             elif place == 0:
                 items.append(first)
-            elif output.operation is not None and self._is_read_after(output.operation, call):
+            elif output.operation is not None and self._is_read_after(output.operation, call, absent):
                 return f"{call.module} returns more than is added to the stream, and it is used"
             else:
                 items.append(None)
@@ -196,8 +221,23 @@ class _Finder:
             return f"{call.module} returns nothing"
         return Outputs(tuple(items), call.returns_tuple)
 
-    def _is_read_after(self, operation: int, call: Call) -> bool:
-        return any(reader >= call.last for reader in self.readers.get(operation, ()))
+    def _used_outside(self, names: tuple[str, ...]) -> str | None:
+        """Whether what is computed in these modules is used elsewhere, other than as what they return (keys and values
+        of a layer that later ones attend to)."""
+        for name in names:
+            for call in self.calls_of[name]:
+                returned = {output.operation for output in call.outputs}
+                for n in range(call.first, call.last):
+                    if n not in returned and self._is_read_after(n, call, names):
+                        return f"what {name} computes is used outside of it"
+        return None
+
+    def _is_read_after(self, operation: int, call: Call, absent: tuple[str, ...]) -> bool:
+        for reader in self.readers.get(operation, ()):
+            calls = self.recording.within(self.recording.operations[reader].call)
+            if reader >= call.last and not any(self.recording.calls[n].module in absent for n in calls):
+                return True
+        return False
 
     def _try(self, layer: str, call: Call, absent: dict[str, Outputs]) -> str | None:
         """What happens when a layer is called without them; None when it returns what it did."""
@@ -219,7 +259,7 @@ class _Finder:
                 result = call_again(module, args, kwargs)
             except Exception as error:  # whatever the host's code says to it
                 return f"without {', '.join(absent)} {call.module} raises {type(error).__name__}: {error}"
-        first = result[0] if isinstance(result, tuple) else result
+        first = result[0] if isinstance(result, (tuple, list)) else result
         if first.shape != expected[0]:
             return f"without {', '.join(absent)} {call.module} returns {tuple(first.shape)}, not {tuple(expected[0])}"
         return None
@@ -227,10 +267,15 @@ class _Finder:
 
 @contextlib.contextmanager
 def _in_place_of(module: nn.Module, absent: Absent) -> Iterator[None]:
-    """Hooks of the recording do not run, either."""
-    own = vars(module)
-    own["forward"] = absent.forward
+    """The module has no parameters any more. Hooks of the recording do not run, either."""
+    owners = [vars(owner)["_parameters"] for owner in module.modules()]
+    parameters = [dict(own) for own in owners]
+    vars(module)["forward"] = absent.forward
+    for own in owners:
+        own.update(dict.fromkeys(own))
     try:
         yield
     finally:
-        del own["forward"]
+        del vars(module)["forward"]
+        for own, before in zip(owners, parameters, strict=True):
+            own.update(before)

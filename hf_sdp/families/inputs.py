@@ -1,6 +1,7 @@
 """A batch for a model that is on the meta device."""
 
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,18 +10,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH, LENGTH = 2, 32
+SAMPLES = 8000
+"""Of sound, for models that take it as it is."""
 
 
 def example_inputs(model: "PreTrainedModel") -> dict[str, Any]:
     """Arguments of a forward with which all layers are called, by the names of the model's inputs."""
     known = inspect.signature(type(model).forward).parameters
-    config = model.config
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
     result: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", LENGTH)
-        result[main] = torch.empty(BATCH, config.num_mel_bins, frames, device="meta")
+    if main in ("input_features", "input_values"):
+        result[main] = torch.empty(_sound(model.config, main), device="meta")
     elif "input_ids" in known or main == "input_ids":
         result["input_ids"] = ids
     if "decoder_input_ids" in known:
@@ -28,3 +29,23 @@ def example_inputs(model: "PreTrainedModel") -> dict[str, Any]:
     if "use_cache" in known:
         result["use_cache"] = False
     return result
+
+
+def _sound(config, main: str) -> tuple[int, ...]:
+    """The shape of a batch of sound: samples, or features of frames. Raises ValueError."""
+    if main == "input_values":
+        return (BATCH, SAMPLES)
+    for part in _parts(config):
+        if bins := getattr(part, "num_mel_bins", None):
+            return (BATCH, bins, 2 * getattr(part, "max_source_positions", 2 * LENGTH))
+        for name in ("input_feat_per_channel", "feature_projection_input_dim"):
+            if size := getattr(part, name, None):
+                return (BATCH, 4 * LENGTH, size)
+    raise ValueError(f"how many features {type(config).__name__} has is not known")
+
+
+def _parts(config) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            yield from _parts(getattr(config, name))

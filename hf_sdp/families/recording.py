@@ -5,6 +5,7 @@ A model of any size is recorded in about a second, without memory. Values do not
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.fx.experimental._config as meta_config
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .inputs import example_inputs
@@ -115,7 +119,7 @@ def record(model: "PreTrainedModel") -> Recording:
     recorder = _Recorder(model)
     handles = [handle for name, module in model.named_modules() for handle in recorder.watch(name, module)]
     arguments = example_inputs(model)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), _KNOWN_SIZES(), _NumbersInNames(), recorder:
         model(**arguments)
     for handle in handles:
         handle.remove()
@@ -124,7 +128,7 @@ def record(model: "PreTrainedModel") -> Recording:
 
 def call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Call a module of a model that was recorded, without recording it."""
-    with torch.no_grad(), _WithoutValues():
+    with torch.no_grad(), _KNOWN_SIZES(), _NumbersInNames(), _WithoutValues():
         return module(*args, **kwargs)
 
 
@@ -154,6 +158,20 @@ def _attention(module, query, key, value, attention_mask, *args, **kwargs):
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, eager_mask)  # some models read their masks themselves
+
+
+_KNOWN_SIZES = functools.partial(meta_config.patch, meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+"""What is chosen by a mask is all there is."""
+
+
+class _NumbersInNames(TorchFunctionMode):
+    """Experts may be called by the value of a tensor: ``self[f"expert_{index}"]``. All are the first."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__format__ and args[0].is_meta:
+            return format(0, *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _WithoutValues(TorchDispatchMode):
@@ -190,10 +208,10 @@ class _Recorder(TorchDispatchMode):
         def after(module, args, kwargs, output):
             call = self.recording.calls[self.call]
             call.last = len(self.recording.operations)
-            call.returns_tuple = isinstance(output, tuple)
+            call.returns_tuple = isinstance(output, (tuple, list))
             call.shape = next((tuple(t.shape) for t in tree_leaves(output) if isinstance(t, torch.Tensor)), None)
             arguments = signature.bind(module, *args, **kwargs).arguments if args or kwargs else {}
-            for item in output if isinstance(output, tuple) else (output,):
+            for item in output if call.returns_tuple else (output,):
                 of_argument = next((n for n, v in arguments.items() if v is item and item is not None), None)
                 call.outputs.append(Output(self._operation(item), of_argument, item is None))
             self.call = call.outer

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..families.layers import is_linear
 from ..plan.plan import Plan
+from .held_blocks import mask_blocks
 from .layers import linear_dim
 from .mixin import mix_in
 from .state import Cursor
@@ -70,22 +71,6 @@ class _HeldLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-class _ZeroGradients(torch.autograd.Function):
-    """Passes ``output`` on, and gives the parameters zero gradients: every worker must reduce every parameter."""
-
-    @staticmethod
-    def forward(ctx, output, *parameters):
-        ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
-        # The same storage, and no view: layers may add to it in place.
-        return output.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes]
-        return grad_output, *zeros
-
-
 def _autocast(*tensors):
     """What autocast would do to the operands of a linear layer (it does not look into autograd functions)."""
     device = tensors[0].device.type
@@ -100,7 +85,7 @@ class HeldLinear(nn.Module):
 
     Attributes:
         dim: 0 for column-wise layers (rows of ``weight``), 1 for row-wise ones; of Conv1D's, of the transposed weight.
-        held: per subnetwork, the ranges along ``dim``; empty where nothing is held.
+        held: per subnetwork, the ranges along ``dim``; never empty.
         copy_inputs: row-wise layers save copies of the held columns, so that the full input can be freed. Not after
             scaled_dot_product_attention: it saves its output anyway, views of it cost nothing.
     """
@@ -119,10 +104,7 @@ class HeldLinear(nn.Module):
         x, weight, bias = _autocast(x, self.weight, self.bias)
         if isinstance(self, Conv1D):
             weight = weight.t()
-        if ranges:
-            return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
-        output = F.linear(x, weight.detach(), None if bias is None else bias.detach())
-        return _ZeroGradients.apply(output, *(p for p in (self.weight, self.bias) if p is not None))
+        return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
 
 
 class _HeldGradient(torch.autograd.Function):
@@ -136,21 +118,18 @@ class _HeldGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if len(ctx.ranges) == 1 and ctx.ranges[0][:2] == (0, grad.shape[ctx.dim]):
-            return grad * ctx.ranges[0][2], None, None
         held = torch.zeros_like(grad)
         for start, stop, scale in ctx.ranges:
             torch.mul(grad.narrow(ctx.dim, start, stop - start), scale, out=held.narrow(ctx.dim, start, stop - start))
         return held, None, None
 
 
-class HeldModule(nn.Module):
-    """Mixed into the class of any other module with tensors that are held in part, or as a whole, or not at all (norms,
-    experts). Where nothing is held, its parameters get zero gradients and nothing is saved for them.
+class HeldTensors(nn.Module):
+    """Mixed into the class of any other module with tensors that are cut (experts, an element for each head).
 
     Attributes:
         dims: names of its parameters that are cut -> the dim.
-        held: of each of them, per subnetwork, the ranges along its dim.
+        held: of each of them, per subnetwork, the ranges along its dim; never empty.
     """
 
     dims: dict[str, int]
@@ -161,20 +140,13 @@ class HeldModule(nn.Module):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         parameters = {name: self.get_parameter(name) for name in self.dims}
-        held = {name: self.held[name][self.cursor.subnetwork] for name in self.dims}
         own: dict = self._parameters  # during the forward it has tensors that are no Parameters
         try:
             for name, p in parameters.items():
-                own[name] = _HeldGradient.apply(p, self.dims[name], held[name]) if held[name] else p.detach()
-            output = super().forward(*args, **kwargs)
+                own[name] = _HeldGradient.apply(p, self.dims[name], self.held[name][self.cursor.subnetwork])
+            return super().forward(*args, **kwargs)
         finally:
             own.update(parameters)
-        without = [p for name, p in parameters.items() if not held[name]]
-        if not without:
-            return output
-        if isinstance(output, tuple):
-            return (_ZeroGradients.apply(output[0], *without), *output[1:])
-        return _ZeroGradients.apply(output, *without)
 
 
 def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetworks: Iterable[int]) -> None:
@@ -182,6 +154,8 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
 
     ``subnetworks``: those that ``cursor`` may come to.
     """
+    if plan.level == "block":
+        return mask_blocks(model, plan, cursor, subnetworks)
     held = held_ranges(plan, subnetworks)
     for module_plan in plan.modules:
         by_owner: dict[str, dict[str, int]] = {}
@@ -193,14 +167,11 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
             if is_linear(module):
                 mix_in(module, HeldLinear)
                 linear = cast(HeldLinear, module)
-                # With a bias that is cut it is held by columns, also where all of a Conv1D is.
-                by_columns = "bias" in dims
-                linear.dim = 0 if by_columns else linear_dim(module, dims["weight"])
-                linear.held = held[f"{owner}.bias" if by_columns else f"{owner}.weight"]
+                linear.dim, linear.held = linear_dim(module, dims["weight"]), held[f"{owner}.weight"]
                 linear.cursor, linear.copy_inputs = cursor, not module_plan.of_kind.attends
             else:
-                mix_in(module, HeldModule)
-                masked = cast(HeldModule, module)
+                mix_in(module, HeldTensors)
+                masked = cast(HeldTensors, module)
                 masked.dims, masked.cursor = dims, cursor
                 masked.held = {name: held[f"{owner}.{name}"] for name in dims}
 

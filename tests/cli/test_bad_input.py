@@ -45,6 +45,12 @@ COMPARES = [
     (["--sdp", "level"], "'level'"), (["--throttle", "fast"], "'fast'"), (["--device", "tpu"], "'tpu'"),
     (["--output", "{file}"], "file.txt"), (["--output", "{file}/below"], "below.*cannot be made"),
 ]  # fmt: skip
+MODELS = [
+    (["nosuch"], "has no 'nosuch'"), (["llama", ""], "has no ''"),
+    (["t5", "--task", "causal"], "has no 't5' for causal"),
+    (["--task", "speak"], "'speak'"), (["--processes", "0"], "0 is not in"), (["--limit", "nan"], "nan"),
+    (["llama", "--output", "{file}/below"], "file.txt is no folder"),
+]  # fmt: skip
 SIMULATES = [
     (["--workers", HUGE], HUGE), (["--hidden", "-64"], "-64"), (["--hidden", "abc"], "'abc'"),
     (["--heads", "0"], "0 is"),
@@ -134,6 +140,11 @@ def test_simulate(run, places, tmp_path, arguments, message):
     code, out, err = run("simulate", *(a.format(**places) for a in arguments), *output)
     refused((code, out, err.splitlines(keepends=True)[-1]), message)  # before it, how many runs there are
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), MODELS, ids=named)
+def test_models_command(run, places, arguments, message):
+    check(run, ["models", *arguments], message, **places)
 
 
 @pytest.mark.parametrize(("arguments", "message"), VERIFIES, ids=named)

@@ -117,13 +117,36 @@ def test_inputs_are_saved_for_held_slices_only(level):
         assert full - saved_bytes(model) >= 0.5 * down_inputs
 
 
-def test_nothing_is_saved_for_a_linear_layer_that_holds_nothing():
-    model = patch_model(tiny_model(), SDPConfig(level="block", masking="backward"), rank=0, world_size=4)
-    layer = next(m.mlp for m in model.model.layers if not m.mlp.up_proj.held[0])
-    saved = []
-    x = torch.randn(8, 32, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = layer.up_proj(x)
-    assert all(t.shape == layer.up_proj.weight.shape or t.shape == layer.up_proj.weight.t().shape for t in saved)
-    y.sum().backward()
-    assert x.grad is not None and layer.up_proj.weight.grad.abs().max() == 0
+def test_no_input_of_a_linear_layer_is_saved_in_a_block_that_is_not_held():
+    for rank in (0, 1):
+        model = patch_model(tiny_model(), SDPConfig(level="block", masking="backward"), rank=rank, world_size=4)
+        plan = get_state(model).held.plan
+        for index, layer in enumerate(model.model.layers):
+            is_held = rank in plan.unit_holders[f"model.layers.{index}.mlp"][0]
+            saved = []
+            x = torch.randn(8, 32, requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                y = layer.mlp(x)
+            assert any(t.shape == x.shape for t in saved) == is_held
+            y.sum().backward()
+            assert x.grad is not None
+            for p in layer.mlp.parameters():
+                assert (p.grad.abs().max() > 0) == is_held
+
+
+def test_weights_that_are_read_without_a_call_learn_as_all_others():
+    """A Mamba mixer reads the weight of its convolution."""
+    sizes = dict(model_type="mamba2", hidden_size=32, num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=8)
+    full = tiny_model(**sizes)
+    full(**batch(0), use_cache=False).loss.backward()
+    model = patch_model(tiny_model(**sizes), SDPConfig(level="block", masking="backward"), rank=0, world_size=4)
+    model(**batch(0), use_cache=False).loss.backward()
+    plan = get_state(model).held.plan
+    scales = set()
+    for module in plan.modules:
+        name = f"{module.name}.conv1d.weight"
+        holders = plan.unit_holders[module.name][0]
+        scale = plan.gradient_scale(holders) if 0 in holders else 0
+        scales.add(scale)
+        torch.testing.assert_close(model.get_parameter(name).grad, scale * full.get_parameter(name).grad)
+    assert scales == {0, 2}

@@ -1,14 +1,14 @@
 """Tiny configs of all model types: the sizes that their configs have under whatever name, made small."""
 
-import copy
+import dataclasses
+import inspect
 from typing import Any
 
-import torch
-import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB, LENGTH = 64, 8, 8, 4, 128, 16
+from .special import SPECIAL
+
+WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 8, 8, 4, 128
 
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "encoder_hidden_size"), WIDTH),
@@ -31,8 +31,27 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 2 * HEAD_DIM),
     **dict.fromkeys(("vocab_size", "decoder_vocab_size"), VOCAB),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 64),
-    "max_source_positions": LENGTH,
+    "max_source_positions": 32,
+    "speech_encoder_layers": LAYERS,
+    "speech_encoder_intermediate_size": 2 * WIDTH,
+    "speech_encoder_attention_heads": HEADS,
+    "expert_ffn_hidden_size": WIDTH // 2,
     "type_vocab_size": 2,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+    "n_shared_experts": 1,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM,
+    "linear_head_dim": HEAD_DIM,
+    "mamba_d_state": 16,
+    "mamba_d_ssm": 2 * WIDTH,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
+    "state_size": 16,
+    "zero_expert_num": 2,
     "n_routed_experts": 4,
     "num_experts": 4,
     "num_local_experts": 4,
@@ -43,13 +62,18 @@ _SIZES: dict[str, int] = {
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
-    "first_k_dense_replace": 1,
+    "first_k_dense_replace": 2,
+    "num_mel_bins": 16,
     "index_topk": 8,
     "index_n_heads": 4,
     "index_head_dim": 16,
 }
-_OFF = ("dropout", "drop", "layerdrop", "jitter_noise")
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id")
+_OFF = {"dropout", "drop", "layerdrop", "jitter"}
+_TOKENS = dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "forced_eos_token_id"), 1
+) | {"pad_token_id": 0}
+_LISTS = {"layer_types", "layers_block_type", "block_types", "mlp_layer_types"}
+"""The kind of each layer."""
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
@@ -58,79 +82,60 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     Raises: whatever the class of the config says to such sizes.
     """
     cls = CONFIG_MAPPING[model_type]
-    special = SPECIAL.get(model_type, {})
     try:
         default = cls()
     except Exception:  # it needs some of the sizes
         default = None
-    values = _values(default, overrides) if default is not None else dict(_SIZES, **overrides)
-    return cls(**{**values, **special})
+    values = dict(_SIZES) if default is None else _values(default)
+    return cls(**_merged(values, SPECIAL.get(model_type, {}), overrides))
 
 
-def _values(config: PreTrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+def _merged(*several: dict[str, Any]) -> dict[str, Any]:
+    """The later ones over the earlier ones; what is a dict in both is merged as well."""
+    result: dict[str, Any] = {}
+    for values in several:
+        for name, value in values.items():
+            both = isinstance(value, dict) and isinstance(result.get(name), dict)
+            result[name] = _merged(result[name], value) if both else value
+    return result
+
+
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments for another config of its class."""
     values: dict[str, Any] = {}
     given = config.to_dict()
-    for name in {*given, *getattr(config, "attribute_map", {})}:
-        if name in overrides:
-            values[name] = overrides[name]
-            continue
-        if name in getattr(config, "attribute_map", {}) and config.attribute_map[name] in given:
-            continue
-        value = given.get(name)
+    for name in _arguments(type(config)) & given.keys():
+        value = given[name]
         if name in _SIZES and not isinstance(value, (list, dict, bool)):
             values[name] = _SIZES[name]
-        elif isinstance(value, float) and (any(part in _OFF for part in name.split("_")) or "pdrop" in name):
+        elif isinstance(value, float) and (_OFF & set(name.split("_")) or "pdrop" in name):
             values[name] = 0.0
         elif name in _TOKENS and isinstance(value, int):
-            values[name] = 1
-    sub_configs = getattr(config, "sub_configs", {})
-    for name in sub_configs:
+            values[name] = _TOKENS[name]
+        elif name == "apply_spec_augment":
+            values[name] = False  # it masks at random
+    if given.get("is_encoder_decoder"):
+        values["decoder_start_token_id"] = 1  # not all have a default
+    for name in getattr(config, "sub_configs", {}):
         sub = getattr(config, name, None)
         if isinstance(sub, PreTrainedConfig):
-            values[name] = {**_values(sub, overrides), "model_type": sub.model_type}
-    layers = overrides.get("num_hidden_layers", LAYERS)
-    for name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types"):
-        types = given.get(name)
-        if isinstance(types, (list, tuple)) and len(types) != layers and name not in values:
-            values[name] = _of_every_kind(list(types), layers)
+            values[name] = {**_values(sub), "model_type": sub.model_type, **SPECIAL.get(sub.model_type, {})}
+    for name, heads in (("num_key_value_heads", "num_attention_heads"), ("num_kv_heads", "num_attention_heads")):
+        if name in values and given[name] == given.get(heads):
+            values[name] = HEADS
+    for name in _LISTS & given.keys():
+        if isinstance(types := given[name], (list, tuple)) and name not in values:
+            values[name] = _of_every_kind(list(types), LAYERS)
     return values
+
+
+def _arguments(cls: type[PreTrainedConfig]) -> set[str]:
+    """What can be given, and not what follows from it. Names that stand for others are left out."""
+    own = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    own |= inspect.signature(cls.__init__).parameters.keys()
+    return own - getattr(cls, "attribute_map", {}).keys()
 
 
 def _of_every_kind(types: list, layers: int) -> list:
     kinds = list(dict.fromkeys(types))
     return [kinds[i % len(kinds)] for i in range(layers)]
-
-
-SPECIAL: dict[str, dict[str, Any]] = {}
-"""What a model type needs besides."""
-
-TASKS = {
-    "causal": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
-    "masked": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "AutoModelForMaskedLM"),
-    "sequence to sequence": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM"),
-    "speech": (modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "AutoModelForSpeechSeq2Seq"),
-}
-"""Task -> model types, name of the class that makes their models."""
-
-
-def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrainedModel:
-    """A model of a tiny config, in float32, in which no two parameters are alike."""
-    torch.manual_seed(seed)
-    model = getattr(transformers, TASKS[task][1]).from_config(copy.deepcopy(config)).float().train()
-    with torch.no_grad():
-        for p in model.parameters():
-            if not torch.isfinite(p).all():
-                p.normal_(0, 0.02)
-            p.add_(0.02 * torch.randn(p.shape))
-    return model
-
-
-def tiny_batch(model: PreTrainedModel, index: int = 0, size: int = 2) -> dict[str, torch.Tensor]:
-    """Random tokens (or features) with their labels."""
-    generator = torch.Generator().manual_seed(1000 + index)
-    ids = torch.randint(3, VOCAB, (size, LENGTH), generator=generator)
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_features":
-        bins, frames = model.config.num_mel_bins, 2 * model.config.max_source_positions
-        return {main: torch.randn(size, bins, frames, generator=generator), "labels": ids}
-    return {"input_ids": ids, "labels": ids.clone()}

@@ -1,0 +1,40 @@
+"""What a model type needs besides tiny sizes."""
+
+from typing import Any
+
+_ALTERNATING = ["linear_attention", "full_attention"] * 2
+
+_BERT = dict(
+    model_type="bert", hidden_size=64, num_hidden_layers=4, num_attention_heads=8, intermediate_size=128,
+    vocab_size=128, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": dict(attn_layer_indices=[1, 3], mamba_n_heads=16),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=4, rope_theta=1e4),
+        ffn_config=dict(ffn_hidden_size=128, moe_top_k=2, hidden_size=64),
+    ),
+    "dots3_note_text": dict(n_group=1, topk_group=1),
+    "encoder-decoder": dict(
+        encoder=_BERT,
+        decoder=dict(_BERT, is_decoder=True, add_cross_attention=True),
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    ),
+    "falcon_h1": dict(mamba_n_heads=16, mamba_d_head=8),
+    "funnel": dict(block_sizes=[2, 2], num_decoder_layers=2, d_inner=128),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "granitemoehybrid": dict(layer_types=_ALTERNATING, mamba_n_heads=16),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
+    "longcat_flash": dict(zero_expert_num=0),  # experts that pass on what they get are no zeros without weights
+    "mamba2": dict(num_heads=16),
+    "moonshine": dict(pad_token_id=0),
+    "reformer": dict(axial_pos_embds=False, is_decoder=True),
+    "xlstm": dict(num_heads=4, qk_dim_factor=1.0),
+    "xmod": dict(default_language="en_XX"),
+    "zamba": dict(attention_hidden_size=128, attention_head_dim=16, layers_block_type=["mamba", "hybrid"] * 2),
+    "zaya": dict(num_experts_per_tok=1),
+}
+"""Model type -> arguments of its config. A dict goes into the values of the config of that name."""
