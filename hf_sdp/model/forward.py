@@ -103,8 +103,11 @@ def local_state_dict(model: nn.Module) -> dict[str, Any]:
 def install_forward(model: "PreTrainedModel", *mixins: type) -> None:
     """Mix into the class of a model, whose state is set, and into that of its base model. ``mixins``: of the model."""
     base = model.base_model
-    mix_in(model, *mixins, PatchedModel)
-    mix_in(base, PatchedBase)
+    if base is model:
+        mix_in(model, *mixins, PatchedModel, PatchedBase)
+    else:
+        mix_in(model, *mixins, PatchedModel)
+        mix_in(base, PatchedBase)
     object.__setattr__(base, "sdp_state", get_state(model))
 
 
