@@ -1,8 +1,4 @@
-"""Model types of all structures with real workers: training, evaluation, the checkpoint, generation.
-
-Parallel branches, norms on both sides of a block, fused projections, experts, latent attention; encoders alone, and
-encoders with decoders, whose embeddings are one tensor of four names.
-"""
+"""Model types of all structures with real workers: training, evaluation, the checkpoint, generation."""
 
 import pytest
 import torch
@@ -14,42 +10,26 @@ from hf_sdp import SDPAccelerator, SDPConfig, patch_model
 from hf_sdp.bench.support.models import TASKS
 from tests.support.models import batch_for, tiny_model
 from tests.support.oracle import compare
+from tests.support.types import MODELS, block_config, short
 from tests.support.workers import run_workers
 
-CAUSAL = (
-    "mistral", "qwen2", "gemma2", "gemma3_text", "phi3", "gpt_neox", "olmo2", "gpt2", "opt", "falcon", "mixtral",
-    "qwen3_moe", "deepseek_v3",
-)  # fmt: skip
-MODELS = {
-    **{model_type: dict(task="causal", model_type=model_type) for model_type in CAUSAL},
-    **{model_type: dict(task="masked", model_type=model_type) for model_type in ("bert", "modernbert")},
-    "t5": dict(task="sequence to sequence", model_type="t5", decoder_start_token_id=0),
-    "bart": dict(task="sequence to sequence", model_type="bart"),
-    "whisper": dict(task="speech", model_type="whisper"),
-}
-ONE_DENSE_LAYER = {"deepseek_v3": dict(always_held=[0])}  # one MLP cannot be dealt
-SHORT = ("falcon", "mixtral", "deepseek_v3", "t5", "whisper")
-ALL = [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in MODELS]
-
-
-def config_of(name: str, **changes) -> dict:
-    return dict(level="block", coverage=0.5) | ONE_DENSE_LAYER.get(name, {}) | changes
+ALL = short("falcon", "mixtral", "deepseek_v3", "t5", "whisper")
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_workers_equal_the_oracle(name):
-    compare(config_of(name), MODELS[name], accumulation=2, steps=3)
+    compare(block_config(name), MODELS[name], accumulation=2, steps=3)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("changes", [dict(block_granularity="layer"), dict(sharding="none")], ids=str)
 def test_variants_equal_the_oracle(name, changes):
-    compare(config_of(name, **changes), MODELS[name], accumulation=2, steps=3)
+    compare(block_config(name, **changes), MODELS[name], accumulation=2, steps=3)
 
 
 def evaluate_and_reload(name: str, folder):
-    options, sdp = MODELS[name], SDPConfig(**config_of(name))
+    options, sdp = MODELS[name], SDPConfig(**block_config(name))
     task, auto_class = options["task"], getattr(transformers, TASKS[options["task"]][1])
     accelerator = SDPAccelerator(cpu=True)
     model = patch_model(tiny_model(**options), sdp)
