@@ -222,6 +222,8 @@ def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float,
     remedy = (
         f"Nearest coverage that can be met: {nearest:g}." if nearest <= 1 else "No coverage of this model can be met."
     )
+    if config.level == "block" and nearest > 0.5:  # a model's one dense layer
+        remedy += f" Or let all hold what is so rare: always_held={sorted({module.layer for module in stack})}."
     raise SDPConfigError(f"coverage={share:g} of {what} is less than one unit per worker. {remedy}")
 
 

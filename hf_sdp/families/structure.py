@@ -49,8 +49,8 @@ def _found(cls: type["PreTrainedModel"], config) -> Found:
 
 
 def _outer(model: "PreTrainedModel") -> tuple[tuple[str, ...], ...]:
-    """Modules by weight. A weight that other modules have as well (an encoder's and a decoder's embeddings, tied to those
-    that both are given) is left to the model itself: which of its modules are called differs from class to class."""
+    """Modules by weight. A weight that other modules have as well (an encoder's and a decoder's embeddings) is left to
+    the model itself: which of its modules are called differs from class to class."""
     names = {module: name for name, module in model.named_modules()}
     by_weight: dict[int, list[nn.Module]] = {}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -33,15 +33,15 @@ def evaluate_plainly(folder, model: dict):
     return trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("name", short("qwen3_moe", "t5", "bert", "whisper"))
+@pytest.mark.parametrize("name", short("mixtral", "t5"))
 def test_the_trainer_equals_the_simulation_and_resumes(tmp_path, name):
     sdp, model = block_config(name), MODELS[name]
     whole = run_workers(train, tmp_path / "whole", sdp, model, world_size=2)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parted" / "checkpoint-2")
     assert run_workers(train, tmp_path / "parted", sdp, model, True, world_size=2) == whole
-    losses, norms, loss = run_workers(train_simulation, tmp_path / "simulated", sdp, model, world_size=1)[0]
+    # In as large a world: where a model ignores the number of tokens, the Trainer's loss is multiplied by its size.
+    plain = run_workers(evaluate_plainly, tmp_path / "whole", model, world_size=2)
+    assert [of_rank[2] for of_rank in whole] == pytest.approx(plain, abs=1e-6)
+    losses, norms, _ = run_workers(train_simulation, tmp_path / "simulated", sdp, model, world_size=1)[0]
     assert whole[0][0] == pytest.approx(losses, abs=1e-4)
     assert whole[0][1] == pytest.approx(norms, rel=1e-4)
-    assert whole[0][2] == pytest.approx(loss, abs=1e-5)
-    plain = run_workers(evaluate_plainly, tmp_path / "whole", model, world_size=1)[0]
-    assert whole[0][2] == pytest.approx(plain, abs=1e-6)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, make_plan
+from hf_sdp.bench.support.tiny import tiny_config as support_config
 from hf_sdp.plan.even import MAX_HOLDER_SETS, reduced
 from hf_sdp.plan.worker_graph import components
 from tests.support.models import tiny_config, tiny_model
@@ -211,3 +212,12 @@ def test_nothing_matched_names_what_works():
     config.base_model_tp_plan = None
     with pytest.raises(SDPConfigError, match="Nothing in LlamaForCausalLM"):
         make_plan(config, SDPConfig(), 2)
+
+
+def test_a_kind_of_few_layers_can_be_held_by_all():
+    """DeepSeek's first layers have an MLP where the others have experts."""
+    config = support_config("deepseek_v3")
+    with pytest.raises(SDPConfigError, match=r"0.5 of 1 mlp units .* always_held=\[0\]"):
+        make_plan(config, SDPConfig(level="block"), 2)
+    plan = make_plan(config, SDPConfig(level="block", always_held=[0]), 2)
+    assert {module.kind for module in plan.dealt} == {"attention", "experts"}

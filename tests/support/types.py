@@ -12,6 +12,9 @@ _CAUSAL = (
 )  # fmt: skip
 MODELS = {
     **{model_type: dict(task="causal", model_type=model_type) for model_type in _CAUSAL},
+    "mixtral, auxiliary loss": dict(
+        task="causal", model_type="mixtral", output_router_logits=True, router_aux_loss_coef=0.5
+    ),
     **{model_type: dict(task="masked", model_type=model_type) for model_type in ("bert", "modernbert")},
     "t5": dict(task="sequence to sequence", model_type="t5", decoder_start_token_id=0),
     "bart": dict(task="sequence to sequence", model_type="bart"),
