@@ -11,11 +11,14 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 2, 32
 
 
-def example_inputs(model: "PreTrainedModel") -> dict[str, Any]:
-    """Arguments of a forward with which all layers are called, by the names of the model's inputs."""
+def example_inputs(model: "PreTrainedModel", length: int = LENGTH) -> dict[str, Any]:
+    """Arguments of a forward with which all layers are called, by the names of the model's inputs.
+
+    ``length``: tokens of a sequence.
+    """
     known = inspect.signature(type(model).forward).parameters
     config = model.config
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
+    ids = torch.zeros(BATCH, length, dtype=torch.long, device="meta")
     result: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_features":

@@ -62,10 +62,6 @@ class MaskableModule:
         """Elements of the whole module."""
         return sum(math.prod(shapes[name]) for name in self.dims)
 
-    def weight_numel(self, shapes: dict[str, Shape]) -> int:
-        """Elements of its matrices: each is multiplied once for a token."""
-        return sum(math.prod(shapes[name]) for name in self.dims if len(shapes[name]) == 2)
-
 
 _SHARED = ("replicated_with_grad_allreduce",)
 """Styles of modules that every head needs whole (norms of the size of a head): all workers hold them."""
