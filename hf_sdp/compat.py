@@ -4,6 +4,7 @@ Supported: torch >= 2.11, transformers >= 5.17, accelerate >= 1.12.
 """
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import inspect
@@ -43,6 +44,7 @@ __all__ = [
     "is_within_backward",
     "let_meshes_forget_their_groups",
     "norms_mixed_meshes",
+    "reduce_missing_gradients",
     "reset_after_exception",
     "saves_on_every_rank",
     "tree_flatten",
@@ -67,6 +69,28 @@ def fsdp_groups(module: "FSDPModule") -> list[Any]:
     ``_reduce_scatter_comm`` and ``_all_reduce_hook``.
     """
     return module._get_fsdp_state()._fsdp_param_groups
+
+
+def reduce_missing_gradients(model: "FSDPModule") -> None:
+    """Gradients that a parameter did not get are reduced as zeros (torch >= 2.13 has it; before, it is added here).
+
+    What one worker leaves out of a reduction the others would wait for.
+    """
+    if hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)
+        return
+    for module in model.modules():  # type: ignore[attr-defined]
+        for group in fsdp_groups(module) if hasattr(module, "_get_fsdp_state") else ():
+            group.post_backward = functools.partial(_post_backward_with_zeros, group)
+
+
+def _post_backward_with_zeros(group: Any, *unused: Any) -> None:
+    for parameter in group.fsdp_params:
+        unsharded = getattr(parameter, "_unsharded_param", None)
+        if unsharded is not None and unsharded.requires_grad:
+            if unsharded.grad is None and parameter.unsharded_accumulated_grad is None:
+                unsharded.grad = torch.zeros_like(unsharded)
+    type(group).post_backward(group)
 
 
 def default_timeout() -> timedelta | None:

@@ -15,6 +15,7 @@ from .families.model_config import architecture
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
 from .model.fitness import (
+    refuse_layers_at_random,
     refuse_mixed_groups,
     refuse_unlike_its_config,
     refuse_what_fsdp_refuses,
@@ -207,6 +208,7 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     refuse_unlike_its_config(model)
     if not config.simulate:
         refuse_what_fsdp_refuses(model)
+        refuse_layers_at_random(model)
     refuse_reentrant_checkpointing(model)
     num_subnetworks = config.simulate or config.num_subnetworks or world_size
     if not config.simulate and world_size % num_subnetworks:

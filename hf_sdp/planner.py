@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from .config import MAX_WORLD, SDPConfig
 from .errors import SDPConfigError
+from .families.flops import flops_of
 from .families.kinds import ATTENTION, EXPERTS, MIXER, MLP
 from .families.meta_model import meta_model
 from .model.fitness import refuse_what_is_no_model
@@ -89,7 +90,7 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     if _is_even(config, coverages):
         dealt = _deal_evenly(list(stacks.values()), config, num_subnetworks, r)
     else:
-        weights = [_weight(stack[0], shapes, model.config, config) for stack in stacks.values()]
+        weights = [_weight(stack[0], shapes, model, config) for stack in stacks.values()]
         dealt = _deal_unevenly(list(stacks.values()), config, coverages, chunks, weights)
     for stack, holders in zip(stacks.values(), dealt, strict=True):
         unit_holders.update({m.name: of_units for m, of_units in zip(stack, holders, strict=True)})
@@ -221,12 +222,12 @@ def _deal_unevenly(
     return result
 
 
-def _weight(module: MaskableModule, shapes: dict[str, tuple[int, ...]], model_config, config: SDPConfig) -> float:
+def _weight(module: MaskableModule, shapes: dict[str, tuple[int, ...]], model, config: SDPConfig) -> float:
     """What ``config.balance`` balances, of one module."""
     if config.balance == "memory":
         return float(module.numel(shapes))
-    sequence = config.workload.sequence if config.workload else model_config.max_position_embeddings
-    return training_flops(module, shapes, model_config, sequence)
+    sequence = config.workload.sequence if config.workload else model.config.max_position_embeddings
+    return float(training_flops(module, flops_of(model, sequence)))
 
 
 def _check_replication(config: SDPConfig, stack: Stack, shares: np.ndarray) -> None:
@@ -255,6 +256,8 @@ def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float,
     remedy = (
         f"Nearest coverage that can be met: {nearest:g}." if nearest <= 1 else "No coverage of this model can be met."
     )
+    if config.level == "block" and nearest > 0.5:  # a model's one dense layer
+        remedy += f" Or let all hold what is so rare: always_held={sorted({module.layer for module in stack})}."
     raise SDPConfigError(f"coverage={share:g} of {what} is less than one unit per worker. {remedy}")
 
 

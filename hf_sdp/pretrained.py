@@ -168,7 +168,7 @@ def _initialize(model: nn.Module, seed: int, dtype: torch.dtype) -> None:
     wanted: dict[str, list[tuple[Region, torch.Tensor]]] = {}
     for region, tensor in stored_tensors(model):
         wanted.setdefault(region.name, []).append((region, tensor))
-    full = meta_model(get_state(model).held.full_config).to(dtype)
+    full = meta_model(get_state(model).held.full_config, get_state(model).held.model_class).to(dtype)
     for prefix, module in full.named_modules():
         names = {n: f"{prefix}.{n}" if prefix else n for n, p in module._parameters.items() if p is not None}
         if not wanted.keys() & names.values():

@@ -94,7 +94,7 @@ def _small_model(held: Held, subnetwork: int):
         raise SDPConfigError(
             f"{type(config).__name__} refuses the sizes of subnetwork {subnetwork}: {error.__cause__ or error}"
         ) from error
-    small = meta_model(config)
+    small = meta_model(config, held.model_class)
     expected = {name: tuple(p.shape) for name, p in small.named_parameters()}
     found = {names[name]: shape for name, shape in shapes.items()}
     if expected != found:

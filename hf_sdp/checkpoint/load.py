@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..compat import converts_checkpoints
 from ..engine.fsdp import reshard
 from ..engine.presence import come_to
 from ..engine.sharded import control_group, find_sharded, stored_tensors
@@ -15,6 +16,7 @@ from ..families.model_config import differences
 from ..model.state import find_state, get_state, unwrap
 from ..plan.region import Region
 from ..world.agreement import from_rank_0, together
+from .converted import ConvertedWeights
 from .files import size_of
 from .marker import OPTIMIZER, changes, check_together, read_marker
 from .optimizer_state import check_optimizer
@@ -26,13 +28,14 @@ logger = logging.getLogger(__name__)
 
 def check_weights(model: nn.Module, folder: str | Path) -> Weights:
     """The folder's weights, which fit the patched model; nothing is changed. Collective. Raises: as
-    :func:`load_weights`."""
+    :func:`load_weights`, which alone looks into those that are converted while loading."""
     held, group = get_state(unwrap(model)).held, control_group(model)
     check_together(folder, only="model", group=group)
     file_names = from_rank_0(lambda: Weights(folder).file_names, group)
     with together(group):
         weights = Weights(folder, file_names)
-        weights.check(held.plan.shapes)
+        if not converts_checkpoints(unwrap(model)):
+            weights.check(held.plan.shapes)
         check_config(model, folder)
     return weights
 
@@ -41,6 +44,9 @@ def check_weights(model: nn.Module, folder: str | Path) -> Weights:
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Load the weights of a standard folder into a patched model: every worker reads only what it stores. Collective.
 
+    Where the model's class converts its checkpoints (fused experts, ...) every worker loads all of it, and takes what
+    it stores.
+
     Raises: on every worker, before anything is changed: SDPStateError when weights are missing or damaged,
         SDPConfigError when a parameter is missing or has another shape, or the folder's config.json makes another
         model.
@@ -48,7 +54,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     model = unwrap(model)
     sharded, group = find_sharded(model), control_group(model)
     come_to(model, "loading weights")
-    weights = check_weights(model, folder)
+    weights: Weights | ConvertedWeights = check_weights(model, folder)
+    if converts_checkpoints(model):
+        with together(group):
+            weights = ConvertedWeights(folder, get_state(model).held.model_class)
     if sharded is not None:
         reshard(model)
         sharded.weights_changed()  # first: if reading fails halfway, nothing that was kept is current

@@ -5,32 +5,28 @@ last callback instead, after the root. With frozen embeddings, or ``inputs_embed
 something to learn, and at block level it differs between workers: they would wait for each other for ever.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def let_inputs_need_gradients(model: "PreTrainedModel") -> None:
-    """In training, what the embeddings give and what is passed as ``inputs_embeds`` needs a gradient from now on.
+def let_inputs_need_gradients(model: nn.Module, layers: Iterable[str]) -> None:
+    """In training, what goes into a stack of layers needs a gradient from now on.
 
     Where it needed none, the backward goes on to the first block. Nothing is learned there that was not.
     """
-    model.get_input_embeddings().register_forward_hook(_after_embeddings)
-    model.register_forward_pre_hook(_before_model, with_kwargs=True)
+    for layer in layers:  # before FSDP2's own hook, where a layer is a group
+        model.get_submodule(layer).register_forward_pre_hook(_before_layer, prepend=True, with_kwargs=True)
 
 
-def _after_embeddings(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return _needs_gradient(output)
-
-
-def _before_model(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(kwargs.get("inputs_embeds"), torch.Tensor):
-        kwargs = {**kwargs, "inputs_embeds": _needs_gradient(kwargs["inputs_embeds"])}
-    return args, kwargs
+def _before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The first tensor is the stream: of all layers but a stack's first it needs a gradient already."""
+    if args and isinstance(args[0], torch.Tensor):
+        return (_needs_gradient(args[0]), *args[1:]), kwargs
+    stream = next((name for name, value in kwargs.items() if isinstance(value, torch.Tensor)), None)
+    return args, kwargs if stream is None else {**kwargs, stream: _needs_gradient(kwargs[stream])}
 
 
 def _needs_gradient(tensor: torch.Tensor) -> torch.Tensor:

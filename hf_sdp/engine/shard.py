@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..compat import reduce_missing_gradients
 from ..errors import SDPStateError
 from ..model.state import Held, difference, get_state, unwrap
 from ..world.agreement import of_everyone, together
@@ -71,6 +72,8 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
         # the worker's last block for what was gathered before it.
         for module in fsdp_modules(model):
             module.set_modules_to_backward_prefetch([module])
+        # A norm between two absent blocks, an expert without tokens: other workers have a gradient for it.
+        reduce_missing_gradients(model)
         if on_meta:
             model.to_empty(device=device)
             model.tie_weights()  # to_empty makes a tensor for each name
@@ -88,7 +91,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     run.is_sharded = True
     guard_forward(model, sharded, shadow)
     if not held.trains_full_forward:
-        let_inputs_need_gradients(model)
+        let_inputs_need_gradients(model, held.structure.layers)
     return model
 
 

@@ -7,7 +7,9 @@ import numpy as np
 from torch import nn
 
 from ..config import SDPConfig
-from ..plan.flops import training_flops
+from ..families import structure_of
+from ..families.flops import ModelFlops, flops_of
+from ..plan.flops import forward_flops, training_flops
 from ..plan.holdings import Holdings
 from ..plan.plan import Plan
 from ..plan.worker_graph import components, spectral_gap
@@ -107,7 +109,8 @@ def plan_figures(
     holdings = Holdings.of(plan)
     numel = np.array([m.numel(plan.shapes) for m in plan.modules], dtype=np.int64)
     num_units = np.array([m.num_units for m in plan.modules], dtype=np.int64)
-    fixed, by_share = module_flops(plan, model.config, sequence)
+    of_model = flops_of(model, sequence)
+    fixed, by_share = module_flops(plan, of_model)
     parameters, full_parameters, flops, full_flops = {}, {}, {}, {}
     for kind in dict.fromkeys(m.kind for m in plan.modules):
         of_kind = np.array([m.kind == kind for m in plan.modules])
@@ -120,7 +123,8 @@ def plan_figures(
     dealt_elements = of_dealt_unit @ holdings.units
     everyone = np.ones(plan.num_subnetworks, dtype=np.int64)
     parameters[SHARED], full_parameters[SHARED] = everyone * plan.shared_numel, plan.shared_numel
-    full_flops[SHARED] = 6 * _shared_linear_numel(plan, model)
+    within = [name for m in plan.modules for name in (m.name, *m.members)]
+    full_flops[SHARED] = 3 * of_model.outside(within, structure_of(model).layers).all
     flops[SHARED] = everyone * full_flops[SHARED]
     return PlanFigures(
         num_subnetworks=plan.num_subnetworks,
@@ -142,27 +146,18 @@ def plan_figures(
     )
 
 
-def module_flops(plan: Plan, model_config, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+def module_flops(plan: Plan, of_model: ModelFlops) -> tuple[np.ndarray, np.ndarray]:
     """FLOPs of forward and backward of each whole maskable module for one token, int64, shape ``(modules,)`` each: what
     every worker computes whatever it holds, and what goes with the share it holds.
 
     Forward masking: everything goes with the share. Backward masking: only the weight gradients do, a third of what
-    linear layers compute.
+    products with weights compute.
     """
-    whole = [int(training_flops(module, plan.shapes, model_config, sequence)) for module in plan.modules]
+    whole = np.array([training_flops(module, of_model) for module in plan.modules], dtype=np.int64)
     if plan.masking == "forward":
-        return np.zeros(len(whole), dtype=np.int64), np.array(whole, dtype=np.int64)
-    by_share = 2 * np.array([module.weight_numel(plan.shapes) for module in plan.modules], dtype=np.int64)
-    return np.array(whole, dtype=np.int64) - by_share, by_share
-
-
-def _shared_linear_numel(plan: Plan, model: nn.Module) -> int:
-    """Weights of linear layers outside the maskable modules: the head, also when it is tied to the embeddings."""
-    return sum(
-        layer.weight.numel()
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and f"{name}.weight" not in plan.cut
-    )
+        return np.zeros_like(whole), whole
+    by_share = np.array([forward_flops(module, of_model).of_weights for module in plan.modules], dtype=np.int64)
+    return whole - by_share, by_share
 
 
 def bytes_sent(

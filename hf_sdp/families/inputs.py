@@ -14,10 +14,13 @@ SAMPLES = 8000
 """Of sound, for models that take it as it is."""
 
 
-def example_inputs(model: "PreTrainedModel") -> dict[str, Any]:
-    """Arguments of a forward with which all layers are called, by the names of the model's inputs."""
+def example_inputs(model: "PreTrainedModel", length: int = LENGTH) -> dict[str, Any]:
+    """Arguments of a forward with which all layers are called, by the names of the model's inputs.
+
+    ``length``: tokens of a sequence.
+    """
     known = inspect.signature(type(model).forward).parameters
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
+    ids = torch.zeros(BATCH, length, dtype=torch.long, device="meta")
     result: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
     if main in ("input_features", "input_values"):

@@ -1,21 +1,30 @@
 """The full model of a transformers config, without memory."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq", "AutoModel",
+)  # fmt: skip
 
-def meta_model(model_config) -> "PreTrainedModel":
-    """The full model of a transformers config on the meta device: shapes without memory."""
+
+def meta_model(model_config, model_class: type | None = None) -> "PreTrainedModel":
+    """The full model of a transformers config on the meta device: shapes without memory.
+
+    ``model_class``: default: the first of ``architectures``; of a config that has none, a language model of its type.
+    """
     import transformers
 
     architecture = (getattr(model_config, "architectures", None) or [None])[0]
-    model_class = getattr(transformers, architecture, None) if architecture else None
+    cls: Any = model_class or (getattr(transformers, architecture, None) if architecture else None)
     with torch.device("meta"):
-        if model_class is not None:
-            return model_class(copy.deepcopy(model_config))
-        return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+        if cls is not None:
+            return cls(copy.deepcopy(model_config))
+        auto_classes = [getattr(transformers, name) for name in _AUTO_CLASSES]
+        known = (auto for auto in auto_classes if type(model_config) in auto._model_mapping)
+        return next(known, auto_classes[0]).from_config(copy.deepcopy(model_config))

@@ -18,11 +18,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .inputs import example_inputs
+from .inputs import LENGTH, example_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,8 @@ class Operation:
         parameters: names of those that it reads.
         call: number of the innermost call around it; -1 outside of all.
         is_scaling: whether all inputs but one are numbers or have one element.
+        flops: multiplications and additions, of matrix products and convolutions.
+        is_of_weights: whether an operand is a parameter, or computed from parameters alone.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Operation:
     parameters: tuple[str, ...]
     call: int
     is_scaling: bool
+    flops: int
+    is_of_weights: bool
 
 
 @dataclass
@@ -108,8 +113,8 @@ class Recording:
             call = self.calls[call].outer
 
 
-def record(model: "PreTrainedModel") -> Recording:
-    """A forward in eval mode, without cache and gradients.
+def record(model: "PreTrainedModel", length: int = LENGTH) -> Recording:
+    """A forward in eval mode, without cache and gradients, of sequences of ``length`` tokens.
 
     ``model``: on the meta device, for this alone: it is not to be used any more. Raises: whatever the model raises on
     the meta device, where it does not only compute.
@@ -118,7 +123,7 @@ def record(model: "PreTrainedModel") -> Recording:
     model.eval()
     recorder = _Recorder(model)
     handles = [handle for name, module in model.named_modules() for handle in recorder.watch(name, module)]
-    arguments = example_inputs(model)
+    arguments = example_inputs(model, length)
     with torch.no_grad(), _KNOWN_SIZES(), _NumbersInNames(), recorder:
         model(**arguments)
     for handle in handles:
@@ -145,13 +150,15 @@ def _choose_implementations(model: "PreTrainedModel") -> None:
 
 
 def _attention(module, query, key, value, attention_mask, *args, **kwargs):
-    """One operation that depends on all of them."""
+    """Its two products, of all queries with all keys, and one operation that depends on all arguments."""
     recorder = _get_current_dispatch_mode()
     if isinstance(recorder, _Recorder):
         recorder.recording.attention.append((recorder.call, query.shape[1], key.shape[1]))
     batch, heads, length, _ = query.shape
-    output = query.new_empty(batch, length, heads, value.shape[-1])
-    for tensor in tree_leaves((query, key, value, attention_mask, args, kwargs)):
+    of_one_key = query.reshape(batch, key.shape[1], -1, query.shape[-1])
+    output = of_one_key @ key.transpose(-1, -2) @ value
+    output = output.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous()
+    for tensor in tree_leaves((attention_mask, args, kwargs)):
         if isinstance(tensor, torch.Tensor):
             output = output + tensor.sum()
     return output, None
@@ -189,6 +196,7 @@ class _Recorder(TorchDispatchMode):
         self.made_by: dict[int, int] = {}
         self.written_by: dict[int, int] = {}  # by storage
         self.kept: list[torch.Tensor] = []  # no two of them have one id
+        self.weights = set(self.names)  # by id: parameters, and what is computed from them alone; no token
         self.call = -1
 
     def watch(self, name: str, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
@@ -242,9 +250,16 @@ class _Recorder(TorchDispatchMode):
         number = len(self.recording.operations)
         is_scaling = sum(t.numel() > 1 for t in read) == 1
         name = func._schema.name.removeprefix("aten::")
-        self.recording.operations.append(Operation(name, inputs, parameters, self.call, is_scaling))
+        formula = flop_registry.get(func.overloadpacket)
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
+        of_weights = [id(t) in self.weights for t in read if t.is_floating_point()]
+        self.recording.operations.append(
+            Operation(name, inputs, parameters, self.call, is_scaling, flops, any(of_weights))
+        )
         for tensor in (*tree_leaves(result), *written):
             if isinstance(tensor, torch.Tensor):
+                if of_weights and all(of_weights) and name != "embedding":
+                    self.weights.add(id(tensor))
                 self.made_by[id(tensor)] = number
                 self.kept.append(tensor)
         for tensor in written:

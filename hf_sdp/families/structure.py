@@ -101,12 +101,17 @@ def _known(cls: type["PreTrainedModel"], config) -> _Known:
 
 
 def _outer(model: "PreTrainedModel") -> tuple[tuple[str, ...], ...]:
+    """Modules by weight. A weight that other modules have as well (an encoder's and a decoder's embeddings) is left to
+    the model itself: which of its modules are called differs from class to class."""
     names = {module: name for name, module in model.named_modules()}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embeddings, nn.Module) or getattr(embeddings, "weight", None) is None:
-        return ()
-    if not isinstance(head, nn.Module) or getattr(head, "weight", None) is None:
-        return ((names[embeddings],),)
-    if head.weight is embeddings.weight:
-        return ((names[embeddings], names[head]),)
-    return ((names[embeddings],), (names[head],))
+    by_weight: dict[int, list[nn.Module]] = {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Module) and weight is not None:
+            by_weight.setdefault(id(weight), []).append(module)
+    owners = {key: [m for m in names if id(m._parameters.get("weight")) == key] for key in by_weight}
+    return tuple(
+        tuple(names[module] for module in modules)
+        for key, modules in by_weight.items()
+        if set(owners[key]) <= set(modules)
+    )

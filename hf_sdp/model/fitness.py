@@ -75,6 +75,18 @@ def refuse_what_fsdp_refuses(model: nn.Module) -> None:
             raise SDPConfigError(f"{name} is of {p.dtype}, which cannot be trained. Make it a buffer.")
 
 
+def refuse_layers_at_random(model: nn.Module) -> None:
+    """A worker that leaves out a layer would not gather it, and the others would wait. Raises SDPConfigError."""
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    for config in configs.values():
+        for name, value in vars(config).items():
+            if "layerdrop" in name and isinstance(value, float) and value > 0:
+                raise SDPConfigError(
+                    f"{name}={value:g} of {type(config).__name__} leaves out layers at random, other ones on each "
+                    "worker: they would wait for each other. Set it to 0."
+                )
+
+
 def refuse_mixed_groups(model: nn.Module, held: Held) -> None:
     """FSDP2 reduces the gradients of a group as one tensor, and says only in the first forward that it cannot.
 

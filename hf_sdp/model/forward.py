@@ -91,6 +91,26 @@ class PatchedBase(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
+class PatchedEncoder(nn.Module):
+    """Mixed into the class of an encoder: generation calls it before the model."""
+
+    sdp_model: nn.Module
+
+    def __call__(self, *args, **kwargs):
+        run = get_state(self.sdp_model).run
+        if self.training or run.computes is not None or not run.is_sharded:
+            return super().__call__(*args, **kwargs)
+        # As the forward of the model, whose hooks gather, and wait for the other workers.
+        own = vars(self.sdp_model)
+        replaced = {"forward": own["forward"]} if "forward" in own else {}
+        own["forward"] = super().__call__
+        try:
+            return self.sdp_model(*args, **kwargs)
+        finally:
+            del own["forward"]
+            own.update(replaced)
+
+
 def local_state_dict(model: nn.Module) -> dict[str, Any]:
     """``nn.Module.state_dict()`` of what this worker has: its slices by their local names, DTensors once sharded.
 
@@ -101,11 +121,20 @@ def local_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def install_forward(model: "PreTrainedModel", *mixins: type) -> None:
-    """Mix into the class of a model, whose state is set, and into that of its base model. ``mixins``: of the model."""
-    base = model.base_model
-    mix_in(model, *mixins, PatchedModel)
-    mix_in(base, PatchedBase)
+    """Mix into the class of a model, whose state is set, and into those of its base model and its encoder.
+
+    ``mixins``: of the model.
+    """
+    base, encoder = model.base_model, model.get_encoder()
+    if base is model:
+        mix_in(model, *mixins, PatchedModel, PatchedBase)
+    else:
+        mix_in(model, *mixins, PatchedModel)
+        mix_in(base, PatchedBase)
     object.__setattr__(base, "sdp_state", get_state(model))
+    if model.config.is_encoder_decoder and encoder not in (base, model):
+        mix_in(encoder, PatchedEncoder)
+        object.__setattr__(encoder, "sdp_model", model)  # not a child of its own child
 
 
 @functools.cache

@@ -62,10 +62,6 @@ class MaskableModule:
         """Elements of the whole module."""
         return sum(math.prod(shapes[name]) for name in self.dims)
 
-    def weight_numel(self, shapes: dict[str, Shape]) -> int:
-        """Elements of its matrices: each is multiplied once for a token."""
-        return sum(math.prod(shapes[name]) for name in self.dims if len(shapes[name]) == 2)
-
 
 def maskable_modules(model: nn.Module, *, level: str, block_granularity: str, chunks: int) -> list[MaskableModule]:
     """Everything that can be held or not held, in forward order.

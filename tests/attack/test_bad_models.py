@@ -216,6 +216,7 @@ REFUSED = {
     "config: nonsense": (changed(config(hidden_act="magic")), "cannot be made of its config alone"),
     "config: None": (changed(lambda m: setattr(m, "config", None)), "config"),
     "a dtype of its own": (changed(half_a_norm), "need one dtype.*float16"),
+    "layers at random": (changed(config(decoder_layerdrop=0.1)), "decoder_layerdrop=0.1 of LlamaConfig.*Set it to 0"),
     "integers": (changed(integers), "int8"),
     "no dims": (lambda: Scaled(tiny_config()), r"scale has no dimension.*\(1,\)"),
     "another constructor": (lambda: NeedsMore(tiny_config(), 4), "NeedsMore cannot be made of its config alone"),

@@ -10,6 +10,7 @@ import pytest
 from transformers import MambaConfig
 
 from hf_sdp import Plan, SDPConfig, SDPConfigError, make_plan
+from hf_sdp.bench.support.tiny import tiny_config as support_config
 from hf_sdp.plan.even import MAX_HOLDER_SETS, reduced
 from hf_sdp.plan.worker_graph import components
 from tests.support.models import tiny_config, tiny_model
@@ -207,3 +208,13 @@ def test_nothing_matched_names_what_works():
     with pytest.raises(SDPConfigError, match=r"Nothing in MambaForCausalLM .*level='neuron'.* Use level='block'\."):
         make_plan(mamba, SDPConfig(), 2)
     assert make_plan(mamba, SDPConfig(level="block"), 2).coverage == 0.5
+
+
+def test_a_kind_of_few_layers_is_dealt_with_what_does_the_same_work():
+    """DeepSeek's first layers have an MLP where the others have experts."""
+    plan = make_plan(support_config("deepseek_v3"), SDPConfig(level="block", coverage=0.25), 4)
+    kinds = [module.kind for module in plan.modules]
+    assert (kinds.count("attention"), kinds.count("mlp"), kinds.count("experts")) == (4, 2, 2)
+    for subnetwork in range(4):
+        held = [part.module.kind for part in plan.held_parts(subnetwork)]
+        assert held.count("attention") == held.count("mlp") + held.count("experts") == 1

@@ -4,6 +4,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_sdp.bench.small_llama import small_llama
+from hf_sdp.bench.support import models as support
+from hf_sdp.bench.support.tiny import tiny_config as support_config
 
 VOCAB = 64  # of small_llama
 SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_attention_heads=8, use_cache=False)
@@ -28,7 +30,10 @@ def tiny_config(model_type: str = "llama", **overrides) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if hasattr(known, name)})
 
 
-def tiny_model(seed: int = 0, **overrides) -> PreTrainedModel:
+def tiny_model(seed: int = 0, task: str | None = None, **overrides) -> PreTrainedModel:
+    """``task``: of any model type, with the sizes of ``hf_sdp.bench.support`` (a key of its ``TASKS``)."""
+    if task is not None:
+        return support.tiny_model(support_config(**overrides), task, seed)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(**overrides)).train()
     with torch.no_grad():  # norms and biases that are not all alike, so that a mix-up shows
@@ -41,3 +46,8 @@ def tiny_model(seed: int = 0, **overrides) -> PreTrainedModel:
 def batch(index: int, size: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, VOCAB, (size, length), generator=torch.Generator().manual_seed(1000 + index))
     return {"input_ids": ids, "labels": ids}
+
+
+def batch_for(model: PreTrainedModel, index: int, task: str | None = None) -> dict[str, torch.Tensor]:
+    """``task``: of which :func:`tiny_model` has made the model."""
+    return batch(index) if task is None else support.tiny_batch(model, index)

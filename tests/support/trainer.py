@@ -3,7 +3,7 @@
 import torch
 
 from hf_sdp import SDPCallback, SDPConfig, patch_model
-from tests.support.models import VOCAB, tiny_model
+from tests.support.models import VOCAB, batch_for, tiny_model
 
 ARGUMENTS = dict(
     per_device_train_batch_size=2, per_device_eval_batch_size=3, max_steps=4, gradient_accumulation_steps=2,
@@ -40,7 +40,15 @@ def make_trainer(
     if sdp is not None:
         net = patch_model(net, SDPConfig(**sdp))
         kwargs["callbacks"] = [*kwargs.get("callbacks", []), SDPCallback()]
-    return Trainer(model=net, args=args, train_dataset=Rows(64, ragged=ragged), eval_dataset=Rows(24, seed=1), **kwargs)
+    task = (model or {}).get("task")
+    train_rows = Rows(64, ragged=ragged) if task is None else rows_for(net, task, 64)
+    eval_rows = Rows(24, seed=1) if task is None else rows_for(net, task, 6, first=64)
+    return Trainer(model=net, args=args, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs)
+
+
+def rows_for(net, task: str, num_rows: int, first: int = 0) -> list[dict[str, torch.Tensor]]:
+    batches = (batch_for(net, first + row, task) for row in range(num_rows))
+    return [{name: values[0] for name, values in batch.items()} for batch in batches]
 
 
 def train(folder, sdp, arguments=None, model=None, ragged=False):

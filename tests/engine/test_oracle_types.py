@@ -1,0 +1,59 @@
+"""Model types of all structures with real workers: training, evaluation, the checkpoint, generation."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+
+import hf_sdp
+from hf_sdp import SDPAccelerator, SDPConfig, patch_model
+from hf_sdp.bench.support.models import TASKS
+from tests.support.models import batch_for, tiny_model
+from tests.support.oracle import compare
+from tests.support.types import MODELS, block_config, short
+from tests.support.workers import run_workers
+
+ALL = short("falcon", "mixtral, auxiliary loss", "deepseek_v3", "t5", "whisper")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_workers_equal_the_oracle(name):
+    compare(block_config(name), MODELS[name], accumulation=2, steps=3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("changes", [dict(block_granularity="layer"), dict(sharding="none")], ids=str)
+def test_variants_equal_the_oracle(name, changes):
+    compare(block_config(name, **changes), MODELS[name], accumulation=2, steps=3)
+
+
+def evaluate_and_reload(name: str, folder):
+    options, sdp = MODELS[name], SDPConfig(**block_config(name))
+    task, auto_class = options["task"], getattr(transformers, TASKS[options["task"]][1])
+    accelerator = SDPAccelerator(cpu=True)
+    model = patch_model(tiny_model(**options), sdp)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(**batch_for(model, dist.get_rank(), task)).loss)
+    optimizer.step()
+    hf_sdp.verify(model)
+    hf_sdp.save_pretrained(model, folder)
+    inputs = batch_for(model, 9, task)
+    with torch.no_grad():
+        found = model.eval()(**inputs)  # comes after rank 0 has written
+        plain = auto_class.from_pretrained(folder).eval()
+        expected = plain(**inputs)
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    again = hf_sdp.from_pretrained(folder, sdp, auto_class=auto_class).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, found.logits)
+    if task != "masked":
+        first = inputs[model.main_input_name]
+        chosen = dict(max_new_tokens=4, do_sample=False)
+        generated = model.generate(first, synced_gpus=True, **chosen)
+        assert torch.equal(generated, plain.generate(first, **chosen))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_evaluation_is_that_of_the_saved_model(tmp_path, name):
+    run_workers(evaluate_and_reload, name, tmp_path / "saved", world_size=2)

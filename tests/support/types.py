@@ -1,0 +1,33 @@
+"""Model types of all structures, by the options of ``tests.support.models.tiny_model``.
+
+Parallel branches, norms on both sides of a block, fused projections, experts, latent attention; encoders alone, and
+encoders with decoders, whose embeddings are one tensor of four names.
+"""
+
+import pytest
+
+_CAUSAL = (
+    "mistral", "qwen2", "gemma2", "gemma3_text", "phi3", "gpt_neox", "olmo2", "gpt2", "opt", "falcon", "mixtral",
+    "qwen3_moe", "deepseek_v3",
+)  # fmt: skip
+MODELS = {
+    **{model_type: dict(task="causal", model_type=model_type) for model_type in _CAUSAL},
+    "mixtral, auxiliary loss": dict(
+        task="causal", model_type="mixtral", output_router_logits=True, router_aux_loss_coef=0.5
+    ),
+    **{model_type: dict(task="masked", model_type=model_type) for model_type in ("bert", "modernbert")},
+    "t5": dict(task="sequence to sequence", model_type="t5", decoder_start_token_id=0),
+    "bart": dict(task="sequence to sequence", model_type="bart"),
+    "whisper": dict(task="speech", model_type="whisper"),
+}
+_OF_ONE_DENSE_LAYER = {"deepseek_v3": dict(always_held=[0])}  # a single MLP cannot be dealt
+
+
+def block_config(name: str, **changes) -> dict:
+    """Of an ``SDPConfig``."""
+    return dict(level="block", coverage=0.5) | _OF_ONE_DENSE_LAYER.get(name, {}) | changes
+
+
+def short(*names: str) -> list:
+    """All types; those of other names are long."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.long) for name in MODELS]
