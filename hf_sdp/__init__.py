@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine.gradients import global_norm
     from .engine.sharded import weights_changed
     from .errors import SDPConfigError, SDPStateError
+    from .families.registered import Family, register_family
     from .hosts.accelerator import SDPAccelerator
     from .hosts.trainer import SDPCallback, enable
     from .hosts.trainer_checkpoint import last_checkpoint
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .workload import Workload
 
 _HOMES = {
+    "Family": "families.registered",
     "Plan": "plan.plan",
     "SDPAccelerator": "hosts.accelerator",
     "SDPCallback": "hosts.trainer",
@@ -44,6 +46,7 @@ _HOMES = {
     "last_checkpoint": "hosts.trainer_checkpoint",
     "make_plan": "planner",
     "patch_model": "patch",
+    "register_family": "families.registered",
     "save_pretrained": "checkpoint.save",
     "verify": "engine.consistency",
     "weights_changed": "engine.sharded",
@@ -51,6 +54,7 @@ _HOMES = {
 """Public name -> the module that it is in."""
 
 __all__ = [
+    "Family",
     "Plan",
     "SDPAccelerator",
     "SDPCallback",
@@ -68,6 +72,7 @@ __all__ = [
     "last_checkpoint",
     "make_plan",
     "patch_model",
+    "register_family",
     "save_pretrained",
     "verify",
     "weights_changed",

@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import SDPConfigError
 from .absent import ZERO, ZEROS, Absent, Outputs
 from .base import Block
 from .branches import Branch, NotASum, branches, stream_of
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, MIXER, MLP, Kind
 from .recording import Call, Recording, call_again
+from .registered import Family
 
 _KINDS: tuple[tuple[str, Kind], ...] = (
     (r"(enc|cross).*att|cross_?attention", CROSS_ATTENTION),
@@ -36,14 +38,14 @@ class Found:
     kept: dict[str, str] = field(default_factory=dict)
 
 
-def find_blocks(model: nn.Module, recording: Recording) -> Found:
-    """``model``: the one that was recorded; on the meta device."""
-    return _Finder(model, recording).find()
+def find_blocks(model: nn.Module, recording: Recording, family: Family) -> Found:
+    """``model``: the one that was recorded; on the meta device. Raises: SDPConfigError for names that it has not."""
+    return _Finder(model, recording, family).find()
 
 
 class _Finder:
-    def __init__(self, model: nn.Module, recording: Recording):
-        self.model, self.recording = model, recording
+    def __init__(self, model: nn.Module, recording: Recording, family: Family):
+        self.model, self.recording, self.family = model, recording, family
         self.modules = dict(model.named_modules())
         self.found = Found()
         self.readers: dict[int, list[int]] = {}  # operation -> those that read its result
@@ -80,12 +82,15 @@ class _Finder:
 
     def _layers(self) -> Iterator[tuple[int, str]]:
         """The calls of the layers of all stacks: neighbours in a list of modules that is called one by one."""
-        lists = {
-            f"{name}.{child}"
+        for name in self.family.layers:
+            if name not in self.modules:
+                raise SDPConfigError(f"{type(self.model).__name__} has no module {name!r}, which is to be its layers.")
+        stacks = self.family.layers or [
+            name
             for name, module in self.modules.items()
             if isinstance(module, nn.ModuleList) and (self._is_stack(module) or self._is_chain(name, module))
-            for child, _ in module.named_children()
-        }
+        ]
+        lists = {f"{name}.{child}" for name in stacks for child, _ in self.modules[name].named_children()}
         seen: set[str] = set()
         for number, call in enumerate(self.recording.calls):
             within = {self.recording.calls[outer].module for outer in self.recording.within(call.outer)}
@@ -121,13 +126,16 @@ class _Finder:
         """A layer that is left out passes the stream on."""
         stream = stream_of(call)
         outputs = self._outputs(call, stream)
-        problem = self._of_all(name) or self._read_outside((name,)) or self._used_outside((name,))
+        problem = self._said(name) or self._of_all(name) or self._read_outside((name,)) or self._used_outside((name,))
         problem = problem or (outputs if isinstance(outputs, str) else None)
         if problem:
             self.found.kept[name] = problem
         else:
             assert isinstance(outputs, Outputs)
             self.found.absent[name] = outputs
+
+    def _said(self, name: str) -> str | None:
+        return f"{name} is held by all, as was registered" if self.family.keeps(name) else None
 
     def _leave_out_branch(self, index: int, layer: str, layer_call: Call, branch: Branch) -> None:
         problems: dict[str, str] = {}
@@ -137,7 +145,7 @@ class _Finder:
             if main is None:
                 continue  # nothing is computed with weights
             absent: dict[str, Outputs] = {}
-            problem = self._read_outside(names) or self._used_outside(names)
+            problem = self._said(main) or self._read_outside(names) or self._used_outside(names)
             for call, item in chosen:
                 outputs = self._outputs(call, item, names)
                 if isinstance(outputs, str):

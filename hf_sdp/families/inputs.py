@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .registered import family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,6 +21,9 @@ def example_inputs(model: "PreTrainedModel", length: int = LENGTH) -> dict[str, 
 
     ``length``: tokens of a sequence.
     """
+    said = family_of(model.config.model_type).inputs
+    if said is not None:
+        return said(model, length)
     known = inspect.signature(type(model).forward).parameters
     ids = torch.zeros(BATCH, length, dtype=torch.long, device="meta")
     result: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from .base import Block, CannotCut, Cut, Structure
 from .cuts import find_cuts
 from .finding import Found, find_blocks
 from .recording import Recording, record
+from .registered import Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ class _Known:
     cuts: dict[str, tuple[Cut, ...] | str] | None = None
 
 
-_cache: dict[tuple[type, str], _Known] = {}
+_REMEDY = "hf_sdp.register_family says what is not found (hf_sdp/FAMILIES.md)."
+_cache: dict[tuple[type, Family, str], _Known] = {}
 
 
 def structure_of(model: "PreTrainedModel") -> Structure:
@@ -78,22 +80,24 @@ def _cut(known: _Known, layer: str, block: Block) -> tuple[Cut, ...] | str:
 
 
 def _known(cls: type["PreTrainedModel"], config) -> _Known:
-    key = (cls, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    key = (cls, family_of(config.model_type), json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _cache:
         try:
             with torch.device("meta"):
                 model = cls(copy.deepcopy(config))
             recording = record(model)
-            found = find_blocks(model, recording)
+            found = find_blocks(model, recording, family_of(config.model_type))
+        except SDPConfigError:
+            raise
         except Exception as error:  # whatever the class says
             raise SDPConfigError(
                 f"The residual blocks of {cls.__name__} (model_type={config.model_type!r}) cannot be found: "
-                f"on the meta device it raises {type(error).__name__}: {error}"
+                f"on the meta device it raises {type(error).__name__}: {error}. {_REMEDY}"
             ) from error
         if not found.layers:
             raise SDPConfigError(
                 f"{cls.__name__} (model_type={config.model_type!r}) has no stack of layers: no list of modules of one "
-                "of the classes that it must not split."
+                f"of the classes that it must not split. {_REMEDY}"
             )
         recording.forget_arguments(set(found.layers))
         _cache[key] = _Known(model, recording, found)
