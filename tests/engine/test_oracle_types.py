@@ -10,7 +10,7 @@ from hf_sdp import SDPAccelerator, SDPConfig, patch_model
 from hf_sdp.bench.support.models import TASKS
 from tests.support.models import batch_for, tiny_model
 from tests.support.oracle import compare
-from tests.support.types import MODELS, block_config, short
+from tests.support.types import BLOCK, MODELS, NEURON, short
 from tests.support.workers import run_workers
 
 ALL = short("falcon", "mixtral, auxiliary loss", "deepseek_v3", "t5", "whisper")
@@ -18,18 +18,30 @@ ALL = short("falcon", "mixtral, auxiliary loss", "deepseek_v3", "t5", "whisper")
 
 @pytest.mark.parametrize("name", ALL)
 def test_workers_equal_the_oracle(name):
-    compare(block_config(name), MODELS[name], accumulation=2, steps=3)
+    compare(BLOCK, MODELS[name], accumulation=2, steps=3)
+
+
+@pytest.mark.parametrize("name", short("gpt2", "phi3", "mixtral", "deepseek_v3", "t5"))
+def test_heads_neurons_and_experts_in_several_parts_equal_the_oracle(name):
+    compare(NEURON, MODELS[name], accumulation=2, steps=3)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("changes", [dict(block_granularity="layer"), dict(sharding="none")], ids=str)
 def test_variants_equal_the_oracle(name, changes):
-    compare(block_config(name, **changes), MODELS[name], accumulation=2, steps=3)
+    compare(BLOCK | changes, MODELS[name], accumulation=2, steps=3)
 
 
-def evaluate_and_reload(name: str, folder):
-    options, sdp = MODELS[name], SDPConfig(**block_config(name))
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("changes", [dict(coverage=0.5, reshard_after_forward=True), dict(masking="backward")], ids=str)
+def test_variants_of_the_neuron_level_equal_the_oracle(name, changes):
+    compare(NEURON | changes, MODELS[name], accumulation=2, steps=3)
+
+
+def evaluate_and_reload(name: str, config: dict, folder):
+    options, sdp = MODELS[name], SDPConfig(**config)
     task, auto_class = options["task"], getattr(transformers, TASKS[options["task"]][1])
     accelerator = SDPAccelerator(cpu=True)
     model = patch_model(tiny_model(**options), sdp)
@@ -56,4 +68,9 @@ def evaluate_and_reload(name: str, folder):
 
 @pytest.mark.parametrize("name", ALL)
 def test_evaluation_is_that_of_the_saved_model(tmp_path, name):
-    run_workers(evaluate_and_reload, name, tmp_path / "saved", world_size=2)
+    run_workers(evaluate_and_reload, name, BLOCK, tmp_path / "saved", world_size=2)
+
+
+@pytest.mark.parametrize("name", short("gpt2", "phi3", "mixtral", "deepseek_v3"))
+def test_evaluation_of_what_is_held_in_several_parts_is_that_of_the_saved_model(tmp_path, name):
+    run_workers(evaluate_and_reload, name, NEURON, tmp_path / "saved", world_size=4)

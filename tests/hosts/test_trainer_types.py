@@ -8,7 +8,7 @@ import transformers
 import hf_sdp
 from hf_sdp.bench.support.models import TASKS
 from tests.support.trainer import losses_of, make_trainer, norms_of
-from tests.support.types import MODELS, block_config, short
+from tests.support.types import BLOCK, MODELS, NEURON, short
 from tests.support.workers import run_workers
 
 RUN = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="sgd", learning_rate=0.1)
@@ -34,8 +34,9 @@ def evaluate_plainly(folder, model: dict):
 
 
 @pytest.mark.parametrize("name", short("mixtral", "t5"))
-def test_the_trainer_equals_the_simulation_and_resumes(tmp_path, name):
-    sdp, model = block_config(name), MODELS[name]
+@pytest.mark.parametrize("sdp", [BLOCK, pytest.param(NEURON | dict(coverage=0.5), marks=pytest.mark.long)], ids=str)
+def test_the_trainer_equals_the_simulation_and_resumes(tmp_path, name, sdp):
+    model = MODELS[name]
     whole = run_workers(train, tmp_path / "whole", sdp, model, world_size=2)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parted" / "checkpoint-2")
     assert run_workers(train, tmp_path / "parted", sdp, model, True, world_size=2) == whole

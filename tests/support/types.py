@@ -20,12 +20,7 @@ MODELS = {
     "bart": dict(task="sequence to sequence", model_type="bart"),
     "whisper": dict(task="speech", model_type="whisper"),
 }
-_OF_ONE_DENSE_LAYER = {"deepseek_v3": dict(always_held=[0])}  # a single MLP cannot be dealt
-
-
-def block_config(name: str, **changes) -> dict:
-    """Of an ``SDPConfig``."""
-    return dict(level="block", coverage=0.5) | _OF_ONE_DENSE_LAYER.get(name, {}) | changes
+BLOCK, NEURON = dict(level="block", coverage=0.5), dict(level="neuron", coverage=0.75)
 
 
 def short(*names: str) -> list:
