@@ -5,7 +5,7 @@ import re
 
 from torch import nn
 
-from .absent import Absent
+from .absent import ZEROS, Absent, Outputs
 from .base import Block, CannotCut, Cut
 from .kinds import EXPERTS, KINDS, MLP
 from .layers import is_experts
@@ -35,6 +35,7 @@ def find_cuts(
     if not experts:
         raise CannotCut(f"{block.main} has no experts in parameters of three dims")
     found = [_cut_of_experts(name, model.get_submodule(name)) for name in experts]
+    others = others | {name: Absent(type(model.get_submodule(name)), Outputs((ZEROS,))) for name in experts}
     for member in block.modules:
         for name, _ in model.get_submodule(member).named_children():
             if re.search("shared", name):

@@ -57,7 +57,7 @@ class Trial:
         return found
 
     def _columns_and_rows(self) -> tuple[list[str], list[str]]:
-        """Rows: linear layers whose output no other one of the block is computed from. Columns: those before them."""
+        """Rows: those from whose output no other one of the block is computed. Columns: the last ones before them."""
         recording, call = self.recording, self.recording.calls[self.number]
         made_by: dict[int, str] = {}
         arguments: dict[str, list[int]] = {}
@@ -77,7 +77,9 @@ class Trial:
         fed = _union(feeds.values())
         rows = [name for name in self.linears if feeds.get(name) and name not in fed]
         before_rows = _union(feeds[name] for name in rows)
-        columns = [name for name in self.linears if name in before_rows]
+        # What other columns are computed from is all heads' (the compressed keys and values of latent attention).
+        shared = _union(feeds.get(name) for name in before_rows)
+        columns = [name for name in self.linears if name in before_rows - shared]
         if not rows or not columns:
             raise CannotCut(f"{self.block.main} has no linear layer after another one")
         return columns, rows
