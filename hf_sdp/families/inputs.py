@@ -28,6 +28,8 @@ def example_inputs(model: "PreTrainedModel", length: int = LENGTH) -> dict[str, 
     ids = torch.zeros(BATCH, length, dtype=torch.long, device="meta")
     result: dict[str, Any] = {}
     main = getattr(model, "main_input_name", "input_ids")
+    if main == "inputs" and "input_values" in known:
+        main = "input_values"
     if main in ("input_features", "input_values"):
         result[main] = torch.empty(_sound(model.config, main), device="meta")
     elif "input_ids" in known or main == "input_ids":
@@ -45,6 +47,8 @@ def _sound(config, main: str) -> tuple[int, ...]:
         return (BATCH, SAMPLES)
     for part in _parts(config):
         if bins := getattr(part, "num_mel_bins", None):
+            if hasattr(part, "subsampling_factor"):
+                return (BATCH, 4 * LENGTH, bins)
             return (BATCH, bins, 2 * getattr(part, "max_source_positions", 2 * LENGTH))
         for name in ("input_feat_per_channel", "feature_projection_input_dim"):
             if size := getattr(part, name, None):

@@ -11,9 +11,20 @@ _BERT = dict(
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1, 3], mamba_n_heads=16),
+    "blt": dict(encoder_hash_byte_group_vocab=256),
+    "cohere_compass_text": dict(
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        rope_parameters={
+            kind: dict(rope_type="default", rope_theta=1e4) for kind in ("full_attention", "sliding_attention")
+        },
+    ),
     "dbrx": dict(
-        attn_config=dict(kv_n_heads=4, rope_theta=1e4),
+        attn_config=dict(kv_n_heads=4, rope_theta=1e4, clip_qkv=8.0),
         ffn_config=dict(ffn_hidden_size=128, moe_top_k=2, hidden_size=64),
+    ),
+    "dots3_note": dict(
+        vision_config=dict(adapter_in_dim=64, adapter_out_dim=64),
+        audio_config=dict(adapter_input_size=64, adapter_out_dim=64),
     ),
     "dots3_note_text": dict(n_group=1, topk_group=1),
     "encoder-decoder": dict(
@@ -22,6 +33,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         decoder_start_token_id=1,
         pad_token_id=0,
     ),
+    "esm": dict(pad_token_id=1, mask_token_id=32),
     "falcon_h1": dict(mamba_n_heads=16, mamba_d_head=8),
     "funnel": dict(block_sizes=[2, 2], num_decoder_layers=2, d_inner=128),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
@@ -30,8 +42,50 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "longcat_flash": dict(zero_expert_num=0),  # experts that pass on what they get are no zeros without weights
     "mamba2": dict(num_heads=16),
+    "inkling2_text": dict(layer_types=["hybrid", "hybrid_sliding"] * 2),
     "moonshine": dict(pad_token_id=0),
+    "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"] * 2),
+    "neomme": dict(head_dim=16, num_attention_heads=4, num_key_value_heads=2),
+    "perceiver": dict(
+        d_latents=64,
+        d_model=64,
+        num_latents=16,
+        num_self_attends_per_block=4,
+        max_position_embeddings=32,
+        num_self_attention_heads=8,
+        num_cross_attention_heads=8,
+    ),  # fmt: skip
+    "qwen4_exp_text": dict(
+        indexer_n_heads=4,
+        indexer_kv_heads=1,
+        indexer_head_dim=16,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        ngram_vocab_size_base=64,
+        hc_lowrank=16,
+    ),  # fmt: skip
     "reformer": dict(axial_pos_embds=False, is_decoder=True),
+    "speech-encoder-decoder": dict(
+        encoder=dict(
+            model_type="wav2vec2",
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            intermediate_size=128,
+            conv_dim=[64, 64],
+            conv_stride=[20, 16],
+            conv_kernel=[20, 16],
+            num_feat_extract_layers=2,
+            apply_spec_augment=False,
+            layerdrop=0.0,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            feat_proj_dropout=0.0,
+        ),  # fmt: skip
+        decoder=dict(_BERT, is_decoder=True, add_cross_attention=True),
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    ),
     "xlstm": dict(num_heads=4, qk_dim_factor=1.0),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(attention_hidden_size=128, attention_head_dim=16, layers_block_type=["mamba", "hybrid"] * 2),

@@ -32,6 +32,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size"), VOCAB),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"), 64),
     "max_source_positions": 32,
+    "entity_vocab_size": VOCAB,
     "speech_encoder_layers": LAYERS,
     "speech_encoder_intermediate_size": 2 * WIDTH,
     "speech_encoder_attention_heads": HEADS,
