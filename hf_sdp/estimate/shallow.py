@@ -26,8 +26,14 @@ def shallow_model(model_config: PreTrainedConfig, chosen: tuple[int, ...]) -> tu
             "hf-sdp plan."
         )
     owner, _, name = stacks[0].rpartition(".")
-    layers = [copy.deepcopy(model.get_submodule(full.layers[index])) for index in chosen]
+    # Not of the configs: what is changed in one is changed for all.
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    layers = [copy.deepcopy(model.get_submodule(full.layers[index]), dict(configs)) for index in chosen]
     setattr(model.get_submodule(owner), name, nn.ModuleList(layers))
+    config = model.config.get_text_config()
+    config.num_hidden_layers = len(chosen)  # some take as many from their list, and the kind of each from another one
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in chosen]
     new = tuple(f"{stacks[0]}.{index}" for index in range(len(chosen)))
     absent = {
         place + module.removeprefix(full.layers[index]): outputs

@@ -7,7 +7,7 @@ structure are alike, so a model of any depth is put together from pieces (:class
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from .shallow import shallow_model
 from .shapes import config_key, shapes_of
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
-_ATTENTION = "hf_sdp_flash_on_meta"
+_ATTENTION = "hf_sdp_on_meta"  # a name with "flash" would be looked up on the hub
 _AUTOCAST = "_hf_sdp_autocast"
 _aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ def trace_subnetwork(
     return [alike[structure] for structure in of_layer], traced(0, attends[0] if attends else 0, len(of_layer) - 1)
 
 
-def _first(structures: Sequence[tuple]) -> dict[tuple, int]:
+def _first(structures: Sequence[Hashable]) -> dict[Hashable, int]:
     """Of each structure the number of the first layer that has it."""
     return {structure: structures.index(structure) for structure in structures}
 
@@ -269,9 +269,10 @@ def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, drop
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.shape[-1] != value.shape[-1]:  # latent attention: CUDA has another kernel, which saves the same
-        output, *_ = _aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
-    output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
+        kernel = _aten._scaled_dot_product_efficient_attention
+        output, *_ = kernel(query, key, value, None, True, 0.0, True, scale=scaling)
+    else:
+        output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

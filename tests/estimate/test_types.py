@@ -1,4 +1,4 @@
-"""Estimates of model types of other structures than Llama's, against what the real engines allocate, send and compute."""
+"""Estimates of model types of other structures than Llama's, against what real engines allocate, send and compute."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ SIZES = dict(
     word_embed_proj_dim=128, n_embd=128, n_positions=256, use_cache=False,
 )  # fmt: skip
 """Under whatever name. Memory is more than what an allocator rounds up."""
-SHORT = ("gpt2", "bert", "gemma2", "mixtral")
+SHORT = ("gpt2", "gemma2", "mixtral")
 OF_ONE_STACK = [
     pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
-    for name in (*SHORT, "opt", "phi3", "gpt_neox", "qwen3_moe", "gemma3_text", "olmo2", "falcon", "modernbert")
+    for name in (*SHORT, "bert", "opt", "phi3", "gpt_neox", "qwen3_moe", "gemma3_text", "olmo2", "falcon", "modernbert")
 ]
 
 
