@@ -73,7 +73,7 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, *parameters):
         ctx.shapes = [(p.shape, p.dtype, p.device) for p in parameters]
-        return output.view_as(output)
+        return output.clone()  # not a view: layers may add to it in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable

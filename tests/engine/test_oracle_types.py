@@ -28,6 +28,10 @@ def test_variants_equal_the_oracle(name, changes):
     compare(block_config(name, **changes), MODELS[name], accumulation=2, steps=3)
 
 
+def test_a_layer_that_adds_in_place_learns_under_backward_masking():
+    compare(block_config("falcon", masking="backward"), MODELS["falcon"], steps=2, world_size=2)
+
+
 def evaluate_and_reload(name: str, folder):
     options, sdp = MODELS[name], SDPConfig(**block_config(name))
     task, auto_class = options["task"], getattr(transformers, TASKS[options["task"]][1])
