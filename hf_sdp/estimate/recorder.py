@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry
 
 from ..compat import TorchDispatchMode, tree_flatten, tree_leaves, tree_unflatten
+from ..families.recording import without_values
 
 _aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = without_values(func, args, kwargs)
         self._segment.flops += _flops(func, args, kwargs, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):

@@ -1,8 +1,10 @@
 """Names and shapes of the full model of a config, asked for once."""
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ..families import Structure, structure_of
@@ -12,10 +14,12 @@ from ..plan.region import Shape
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """``tensors``: full parameter name -> shape, tied parameters once."""
+    """``tensors``: full parameter name -> shape, tied parameters once. ``layer_types``: equal for layers that compute
+    alike."""
 
     structure: Structure
     tensors: dict[str, Shape]
+    layer_types: tuple[Hashable, ...]
 
 
 _cache: dict[str, ModelShapes] = {}
@@ -32,5 +36,17 @@ def shapes_of(model_config: PreTrainedConfig) -> ModelShapes:
     if key not in _cache:
         model = meta_model(model_config)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        _cache[key] = ModelShapes(structure_of(model), shapes)
+        structure = structure_of(model)
+        _cache[key] = ModelShapes(structure, shapes, _layer_types(model, structure))
     return _cache[key]
+
+
+def _layer_types(model: nn.Module, structure: Structure) -> tuple[Hashable, ...]:
+    """The modules of each layer, and the shapes of their parameters."""
+    return tuple(
+        tuple(
+            (type(module), *(tuple(p.shape) for p in module.parameters(recurse=False)))
+            for module in model.get_submodule(layer).modules()
+        )
+        for layer in structure.layers
+    )

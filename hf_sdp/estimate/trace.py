@@ -1,13 +1,13 @@
 """What a step of one worker computes, traced on the meta device: bytes that live between two points, and FLOPs.
 
-Forward and backward of the real (sub)network run without memory, on three decoder layers (``recorder.py``). Layers of
-one structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``.
+Forward and backward of the real (sub)network run without memory, on three layers (``recorder.py``). Layers of one
+structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``.
 """
 
-import copy
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import checkpoint_activations, is_within_backward
-from ..families import Structure, structure_of
-from ..families.meta_model import meta_model
+from ..families import Structure
 from ..model.backward_masking import mask_weight_gradients
 from ..model.cut import cut
 from ..model.state import Cursor, Run
@@ -27,11 +26,13 @@ from ..plan.plan import Plan
 from ..plan.subnetwork import subnetwork_of, whole_model
 from ..plan.units import MaskableModule
 from ..workload import Workload
+from .grouped_products import grouped_products_on_meta
 from .recorder import Mark, Recorder, Segment, watch
+from .shallow import shallow_model
 from .shapes import config_key, shapes_of
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
-_ATTENTION = "hf_sdp_flash_on_meta"
+_ATTENTION = "hf_sdp_on_meta"  # a name with "flash" would be looked up on the hub
 _AUTOCAST = "_hf_sdp_autocast"
 _aten = torch.ops.aten
 
@@ -77,8 +78,13 @@ def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool 
             _autocast_linear_layers(model, getattr(torch, workload.dtype))
         return [*structure.layers, ROOT]
 
-    one = _cached(model_config, workload, ("autocast",) if autocast else (), prepare)
-    return [one] * len(shapes_of(model_config).structure.layers)
+    def traced(layer: int) -> Trace:
+        chosen = (layer,) * TRACED_LAYERS
+        return _cached(model_config, workload, chosen, ("autocast",) if autocast else (), prepare)
+
+    types = shapes_of(model_config).layer_types
+    alike = {of_type: traced(layer) for of_type, layer in _first(types).items()}
+    return [alike[of_type] for of_type in types]
 
 
 def trace_subnetwork(
@@ -90,7 +96,7 @@ def trace_subnetwork(
     Returns: these, and one for what is outside of the layers.
     """
     layers = shapes_of(model_config).structure.layers
-    of_layer: list[tuple] = [()] * len(layers)
+    of_layer: list[tuple] = [(of_type,) for of_type in shapes_of(model_config).layer_types]
     for module, structure_of_module in _structures(plan, index):
         of_layer[module.layer] += (module.kind, structure_of_module)
 
@@ -104,16 +110,21 @@ def trace_subnetwork(
             cut(model, subnetwork, structure, Run(Cursor(index), evaluates_full=False))
             return shardable_modules(subnetwork, structure)
 
-        return _cached(model_config, workload, (plan.level, plan.masking, *(of_layer[i] for i in chosen)), prepare)
+        structures = (plan.level, plan.masking, *(of_layer[i] for i in chosen))
+        return _cached(model_config, workload, chosen, structures, prepare)
 
-    some = {structure: layer for layer, structure in enumerate(of_layer)}
-    alike = {structure: traced(layer, layer, layer) for structure, layer in some.items()}
+    alike = {structure: traced(layer, layer, layer) for structure, layer in _first(of_layer).items()}
     if plan.level == "neuron":  # every layer has something of everything
         return [alike[structure] for structure in of_layer], alike[of_layer[-1]]
     # What is freed after the last layer depends on what the first one saves (the embedded tokens). It also depends on
     # whether any has attention, and so saves the rotary embeddings.
     attends = [m.layer for m in plan.modules if m.of_kind.attends and plan.held_runs(m, index)]
     return [alike[structure] for structure in of_layer], traced(0, attends[0] if attends else 0, len(of_layer) - 1)
+
+
+def _first(structures: Sequence[Hashable]) -> dict[Hashable, int]:
+    """Of each structure the number of the first layer that has it."""
+    return {structure: structures.index(structure) for structure in structures}
 
 
 def _structures(plan: Plan, index: int) -> Iterator[tuple[MaskableModule, tuple]]:
@@ -126,28 +137,23 @@ def _structures(plan: Plan, index: int) -> Iterator[tuple[MaskableModule, tuple]
             yield local.module, (*(part.part.numel for part in local.parts), local.has_parts)
 
 
-def _cached(model_config: PreTrainedConfig, workload: Workload, structure: tuple, prepare) -> Trace:
-    """``prepare(model, structure)`` changes a shallow model on the meta device, and names the modules to watch."""
+def _cached(
+    model_config: PreTrainedConfig, workload: Workload, chosen: tuple[int, ...], structure: tuple, prepare
+) -> Trace:
+    """``prepare(model, structure)`` changes a model on the meta device that has the layers of these numbers, and names
+    the modules to watch. ``structure``: what decides the result, beside the types of these layers."""
+    types = shapes_of(model_config).layer_types
     key = (
         config_key(model_config),
         *(workload.batch, workload.sequence, workload.dtype, workload.gradient_checkpointing),
+        tuple(types[index] for index in chosen),
         structure,
     )
     if key not in _cache:
-        model = meta_model(shallow_config(model_config))
-        names = structure_of(model)
+        model, names = shallow_model(model_config, chosen)
         watched = prepare(model, names)
         _cache[key] = _cut(_trace_stream(model, workload, watched), names.layers)
     return _cache[key]
-
-
-def shallow_config(model_config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same model with few decoder layers."""
-    config = copy.deepcopy(model_config)
-    config.num_hidden_layers = TRACED_LAYERS
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * TRACED_LAYERS
-    return config
 
 
 def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: Structure) -> Plan:
@@ -183,14 +189,16 @@ def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[
         for p in model.parameters():
             p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
     model.config.use_cache = False
-    model.config._attn_implementation = _ATTENTION
+    if model.config._attn_implementation != "eager":  # as of models whose scores no kernel computes
+        with contextlib.suppress(ValueError):  # those that have their own
+            model.set_attn_implementation(_ATTENTION)
     if workload.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
     ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
     recorder = Recorder([*model.parameters(), *model.buffers(), ids])
     watch(model, watched, recorder)
-    with recorder:
+    with recorder, grouped_products_on_meta():
         loss = model(input_ids=ids, labels=ids).loss
         vars(model).get(_AUTOCAST, {}).clear()  # as autocast does when it is left
         recorder.mark("end_of_forward", "")
@@ -263,7 +271,11 @@ def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, drop
     dtype = getattr(module.config, "_hf_sdp_attention_dtype", None)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
+    if query.shape[-1] != value.shape[-1]:  # latent attention: CUDA has another kernel, which saves the same
+        kernel = _aten._scaled_dot_product_efficient_attention
+        output, *_ = kernel(query, key, value, None, True, 0.0, True, scale=scaling)
+    else:
+        output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

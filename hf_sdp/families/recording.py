@@ -185,7 +185,7 @@ class _WithoutValues(TorchDispatchMode):
     """Operations that ask for a value on the meta device get one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return _without_values(func, args, kwargs or {})
+        return without_values(func, args, kwargs or {})
 
 
 class _Recorder(TorchDispatchMode):
@@ -241,7 +241,7 @@ class _Recorder(TorchDispatchMode):
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         inputs = tuple(dict.fromkeys(n for t in read if (n := self._operation(t)) is not None))
         parameters = tuple(self.names[id(t)] for t in read if id(t) in self.names)
-        result = _without_values(func, args, kwargs)
+        result = without_values(func, args, kwargs)
         written = [
             value
             for argument, value in zip(func._schema.arguments, args, strict=False)
@@ -271,7 +271,7 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _without_values(func, args: tuple, kwargs: dict[str, Any]):
+def without_values(func, args: tuple, kwargs: dict[str, Any]):
     """The result of an operation; where it is made of values, that of ones."""
     first = args[0] if args else None
     if isinstance(first, torch.Tensor) and first.is_meta:

@@ -7,7 +7,8 @@ import pytest
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.cli.tables import short, short_bytes
 from tests.support.cli import refused
-from tests.support.models import tiny_config
+from tests.support.models import tiny_config, tiny_model
+from tests.support.types import MODELS
 
 
 def test_plan_as_json_has_every_figure(run, tiny):
@@ -27,6 +28,19 @@ def test_plan_as_json_has_every_figure(run, tiny):
         "bytes_sent_per_step", "bytes_sent_straggler_ratio", "num_components", "spectral_gap",
     }  # fmt: skip
     assert result["summary"]["num_components"] == 1 and 0 < result["summary"]["spectral_gap"] <= 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert", "t5", "whisper"])
+def test_models_of_other_structures(run, tmp_path, name):
+    model = tiny_model(**MODELS[name])
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    code, out, err = run("plan", tmp_path, "--workers", 2, "--level", "block", "--seq", 32, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["summary"]["parameters_full"] == sum(p.numel() for p in model.parameters())
+    assert result["plan_hash"] == make_plan(model, SDPConfig(level="block"), 2).hash
+    assert result["summary"]["flops_per_token"]["max"] < result["summary"]["flops_per_token_full"]
 
 
 def test_plan_as_tables(run, tiny):

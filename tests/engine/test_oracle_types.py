@@ -40,6 +40,10 @@ def test_variants_of_the_neuron_level_equal_the_oracle(name, changes):
     compare(NEURON | changes, MODELS[name], accumulation=2, steps=3)
 
 
+def test_a_layer_that_adds_in_place_learns_under_backward_masking():
+    compare(BLOCK | dict(masking="backward"), MODELS["falcon"], steps=2, world_size=2)
+
+
 def evaluate_and_reload(name: str, config: dict, folder):
     options, sdp = MODELS[name], SDPConfig(**config)
     task, auto_class = options["task"], getattr(transformers, TASKS[options["task"]][1])

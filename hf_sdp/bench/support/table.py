@@ -125,11 +125,11 @@ _REFUSALS = (
 
 
 def _notes(model) -> str:
-    """What is in the layers and cannot be left out."""
-    from ...families import structure_of
+    """What is in the layers and cannot be left out, or cut."""
+    from ...families import cuts_of, structure_of
 
     try:
-        structure = structure_of(model)
+        structure, cuts = structure_of(model), cuts_of(model)
     except Exception:
         return ""
     inside = {name: p.numel() for name, p in model.named_parameters() if name.startswith(_below(structure.layers))}
@@ -145,6 +145,10 @@ def _notes(model) -> str:
     for why, names in list(kept.items())[:_MOST_NOTES]:
         which = ", ".join(f"{name} ({number})" for name, number in list(names.items())[:_MOST_NOTES])
         notes.append(f"all hold {which}: {_alike(why)[:120]}")
+    cut_kinds = {cut.kind for of_block in cuts.values() if not isinstance(of_block, str) for cut in of_block}
+    whole = dict.fromkeys(block.kind for block in structure.blocks if isinstance(cuts[block.main], str))
+    if cut_kinds and whole:
+        notes.append(f"neurons: {', '.join(whole)} held whole{' in some layers' if set(whole) <= cut_kinds else ''}")
     return "; ".join(notes)
 
 
