@@ -12,20 +12,6 @@ from torch import nn
 from .layers import TensorsOfPart
 
 
-class _Touched(torch.autograd.Function):
-    """Passes ``output`` on, and gives the parameters zero gradients."""
-
-    @staticmethod
-    def forward(ctx, output, *parameters):
-        ctx.save_for_backward(*parameters)
-        return output.view_as(output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        return grad_output, *(torch.zeros_like(p) for p in ctx.saved_tensors)
-
-
 class HeldExperts(nn.Module):
     """Mixed into the class of a module of experts.
 
@@ -64,9 +50,7 @@ class HeldExperts(nn.Module):
     def _of_held(self, held: list[int], hidden_states, top_k_index, top_k_weights):
         index, weights = routed(held, self.sdp_num_experts, top_k_index, top_k_weights)
         output = super().forward(hidden_states, index, weights)
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output = output + 0.0 * hidden_states  # nothing is routed to what is held
-        return _Touched.apply(output, *self._parameters.values()) if _may_miss(self) else output
+        return output if output.requires_grad else output + 0.0 * hidden_states  # nothing is routed to what is held
 
 
 def routed(
@@ -78,8 +62,3 @@ def routed(
     place[torch.tensor(held, device=place.device)] = torch.arange(len(held), dtype=place.dtype, device=place.device)
     index = place[top_k_index]
     return index, top_k_weights.masked_fill(index == len(held), 0)
-
-
-def _may_miss(experts: nn.Module) -> bool:
-    """Whether experts without tokens are not computed with, and have no gradient. All holders must reduce theirs."""
-    return torch.is_grad_enabled() and getattr(experts.config, "_experts_implementation", None) in (None, "eager")

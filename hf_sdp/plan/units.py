@@ -93,7 +93,8 @@ def why_whole(model: nn.Module, level: str, block_granularity: str = "sub-block"
     structure = structure_of(model)
     if level == "neuron":
         reasons = {block.main: cut for block in structure.blocks if isinstance(cut := cuts_of(model)[block.main], str)}
-        reasons |= {name: reason for name, reason in structure.kept.items() if name not in structure.layers}
+        of_blocks = {name: reason for name, reason in structure.kept.items() if name not in structure.layers}
+        reasons |= of_blocks if structure.blocks else structure.kept
     elif block_granularity == "layer":
         reasons = {layer: structure.kept[layer] for layer in structure.layers if layer in structure.kept}
     else:

@@ -91,13 +91,16 @@ def llama(**overrides) -> str:
 
 
 BAD_CONFIGS = {
-    "unsupported family": ('{"model_type": "gpt2"}', "Unknown model family: model_type='gpt2'.*Supported"),
+    "unsupported family": (
+        '{"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}',
+        "residual blocks of ResNetForImageClassification.*cannot be found",
+    ),
     "unknown model_type": ('{"model_type": "nonsense"}', "config.json cannot be read.*nonsense"),
     "no model_type": ("{}", "config.json cannot be read"),
     "no JSON": ("hello", "config.json cannot be read.*not a valid JSON"),
     "negative size": (llama(hidden_size=-32), "No model can be made of the config.*negative"),
     "text for a number": (llama(hidden_size="wide"), "config.json cannot be read.*hidden_size"),
-    "no layers": (llama(num_hidden_layers=0), "Nothing in LlamaForCausalLM"),
+    "no layers": (llama(num_hidden_layers=0), "LlamaForCausalLM.*has no stack of layers"),
 }
 
 
