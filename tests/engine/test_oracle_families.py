@@ -21,7 +21,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SHORT = ("norms of a head, held by all", "tied embeddings, norms plus one", "layer norms with biases")
+PARAMS = [pytest.param(case, marks=() if case in SHORT else pytest.mark.long) for case in CASES]
+
+
+@pytest.mark.parametrize("case", PARAMS)
 def test_workers_equal_the_oracle(case):
     model_type, config = CASES[case]
     compare(config, dict(model_type=model_type, num_attention_heads=8), optimizer="sgd", accumulation=2, steps=4)
@@ -44,6 +48,6 @@ def evaluate_and_reload(model_type: str, sdp: dict, folder):
         assert torch.equal(again(**batch(9)).logits, found)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARAMS)
 def test_evaluation_is_that_of_the_saved_model(tmp_path, case):
     run_workers(evaluate_and_reload, *CASES[case], tmp_path / "saved")

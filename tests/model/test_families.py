@@ -11,7 +11,12 @@ LIKE_LLAMA = (
     "arcee", "cwm", "ernie4_5", "gemma", "granite", "helium", "internlm3", "jais2", "llama", "ministral3", "mistral",
     "nanochat", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
-MODEL_TYPES = [name for name in LIKE_LLAMA if name in CONFIG_MAPPING]  # older versions have fewer
+SHORT = ("gemma", "granite", "llama", "qwen3", "starcoder2")
+MODEL_TYPES = [
+    pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
+    for name in LIKE_LLAMA
+    if name in CONFIG_MAPPING  # older versions have fewer
+]
 LEVELS = {
     "neuron": dict(level="neuron"),
     "several parts": dict(level="neuron", coverage=0.75),
