@@ -11,7 +11,7 @@ from hf_sdp.bench.support.models import made
 from hf_sdp.bench.support.tiny import tiny_config
 from hf_sdp.estimate.memory import fsdp_step, sdp_step
 from hf_sdp.workload import Workload
-from tests.support.types import MODELS, block_config
+from tests.support.types import BLOCK, MODELS
 
 CPU, BATCH, WORLD = torch.device("cpu"), (2, 128), 4
 SIZES = dict(
@@ -39,25 +39,28 @@ def made_of(config: PreTrainedConfig, name: str):
     return model
 
 
-@pytest.mark.parametrize("engine", ["FSDP2", "SDP"])
+ENGINES = {"FSDP2": None, "SDP, blocks": SDPConfig(**BLOCK), "SDP, neurons": SDPConfig(coverage=0.5)}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", OF_ONE_STACK)
 def test_memory_and_traffic_are_those_of_a_step(name, engine):
     """State and traffic to the byte, the peak within 2%."""
     config, workload = config_of(name), Workload(batch=BATCH[0], sequence=BATCH[1])
-    sdp = SDPConfig(**block_config(name))
-    if engine == "SDP":
+    sdp = ENGINES[engine]
+    if sdp is not None:
         step = sdp_step(config, make_plan(config, sdp, WORLD), 1, workload)
     else:
         step = fsdp_step(config, workload, WORLD)
     with fake_world(WORLD, 1):
-        model, optimizer = parallelize(made_of(config, name), sdp if engine == "SDP" else engine, CPU)
+        model, optimizer = parallelize(made_of(config, name), sdp or engine, CPU)
         (measured,) = measure_steps(model, optimizer, [BATCH], CPU)
     memory = step.memory
     assert (memory.parameters, memory.gradients, memory.optimizer) == tuple(
         measured[kind] for kind in ("parameters", "gradients", "optimizer")
     )
     assert memory.peak == pytest.approx(measured["parameters"] + measured["optimizer"] + measured["step"], rel=0.02)
-    if engine == "SDP":
+    if sdp is not None:
         assert step.bytes_sent == measured["bytes_sent"]
 
 
