@@ -134,6 +134,8 @@ class _Layer:
             through = [i for i in operation.inputs if self.before.get(i)]
             if len(through) != 1 or not (operation.name in _SAME or self._only_scales(operation)):
                 return
+            if operation.parameters and n in self.norms:  # the last operation of a norm
+                return
             n = through[0]
             yield n
 

@@ -12,6 +12,7 @@ from hf_sdp.bench.support.tiny import tiny_config
 
 SAMPLE = {
     ("bert", "masked"): "",  # norms after the sums
+    ("deberta", "masked"): "",  # the same, with norms of several operations
     ("deepseek_v3", "causal"): "",  # latent attention; dense layers, then experts
     ("falcon", "causal"): "",  # one norm for both branches, which are added in place
     ("funnel", "masked"): "all hold .*attention",  # a norm after the sum, within the attention

@@ -12,7 +12,9 @@ WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 8, 8, 4, 128
 
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "encoder_hidden_size"), WIDTH),
-    **dict.fromkeys(("embedding_size", "lru_width", "projection_dim", "model_dim", "attention_hidden_size"), WIDTH),
+    **dict.fromkeys(
+        ("embedding_size", "lru_width", "projection_dim", "model_dim", "emb_dim", "attention_hidden_size"), WIDTH
+    ),
     **dict.fromkeys(
         ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH
     ),
