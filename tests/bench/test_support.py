@@ -12,16 +12,16 @@ from hf_sdp.bench.support.tiny import tiny_config
 
 SAMPLE = {
     ("bert", "masked"): "",  # norms after the sums
-    ("deberta", "masked"): "",  # the same, with norms of several operations
+    ("deberta", "masked"): "attention held whole",  # the same, with norms of several operations
     ("deepseek_v3", "causal"): "",  # latent attention; dense layers, then experts
-    ("falcon", "causal"): "",  # one norm for both branches, which are added in place
+    ("falcon", "causal"): "attention held whole",  # one norm for both branches, which are added in place
     ("funnel", "masked"): "all hold .*attention",  # a norm after the sum, within the attention
     ("gemma4_text", "causal"): "computes is used outside of it",  # keys and values that later layers use
     ("gpt2", "causal"): "",  # Conv1D, fused projections
     ("hrm_text", "causal"): "",  # each layer is called several times
     ("llama", "causal"): "",
     ("mamba", "causal"): "",  # weights that are read without a call
-    ("nllb-moe", "sequence to sequence"): "",  # experts by name; cross-attention
+    ("nllb-moe", "sequence to sequence"): "experts held whole",  # experts by name; cross-attention
     ("openai-gpt", "causal"): "all hold .*attn",  # lists instead of tuples
     ("t5", "sequence to sequence"): "all hold .*SelfAttention",  # the first layer's position bias is used by all
 }
