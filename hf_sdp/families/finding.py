@@ -17,6 +17,7 @@ from .absent import ZERO, ZEROS, Absent, Outputs
 from .base import Block
 from .branches import Branch, NotASum, branches, stream_of
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, MIXER, MLP, Kind
+from .layers import likeness
 from .recording import Call, Recording, call_again
 from .registered import Family
 
@@ -251,7 +252,7 @@ class _Finder:
         """What happens when a layer is called without them; None when it returns what it did."""
         module = self.modules[layer]
         what = tuple((name.removeprefix(layer), outputs) for name, outputs in absent.items())
-        key = (type(module), tuple(module._modules), what)
+        key = (likeness(module), what)
         if key not in self.tried:
             self.tried[key] = self._call_without(module, call, absent)
         return self.tried[key]

@@ -1,6 +1,7 @@
 """What is known of single modules: linear layers, experts, attributes that are sizes."""
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ def is_experts(module: nn.Module) -> bool:
         and number > 1
         and any(p.dim() == 3 for p in own)
         and all(p.shape[0] == number for p in own)
+    )
+
+
+def likeness(layer: nn.Module) -> tuple:
+    """Equal for layers that compute alike: classes, shapes, and numbers that modules keep, but for their place."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((n, None if p is None else tuple(p.shape)) for n, p in module._parameters.items()),
+            tuple(
+                (n, value)
+                for n, value in vars(module).items()
+                if isinstance(value, int | float | str) and not re.search("idx|index|layer_id|layer_number", n)
+            ),
+        )
+        for name, module in layer.named_modules()
     )
 
 

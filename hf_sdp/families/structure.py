@@ -13,6 +13,7 @@ from .absent import Absent
 from .base import Block, CannotCut, Cut, Structure
 from .cuts import find_cuts
 from .finding import Found, find_blocks
+from .layers import likeness
 from .recording import Recording, record
 from .registered import Family, family_of
 
@@ -55,8 +56,7 @@ def cuts_of(model: "PreTrainedModel") -> dict[str, tuple[Cut, ...] | str]:
         for block in known.found.blocks:
             layer = known.found.layers[block.layer]
             module = known.model.get_submodule(layer)
-            shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-            key = (type(module), shapes, tuple(name.removeprefix(layer) for name in block.modules))
+            key = (likeness(module), tuple(name.removeprefix(layer) for name in block.modules))
             if key not in tried:
                 tried[key] = layer, _cut(known, layer, block)
             of_layer, cut = tried[key]

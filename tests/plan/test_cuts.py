@@ -1,0 +1,68 @@
+"""How blocks are cut, where the shapes of their weights do not say it."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_sdp import SDPConfig, make_plan
+from hf_sdp.bench.support.tiny import tiny_config
+from hf_sdp.families import cuts_of
+from hf_sdp.families.layers import likeness
+from hf_sdp.families.meta_model import meta_model
+
+THREE = ((0, 64), (64, 128), (128, 192))
+
+
+def cut(model_type: str, kind: str):
+    """Of the first block of a kind."""
+    cuts = cuts_of(meta_model(tiny_config(model_type)))
+    return next(c for of_block in cuts.values() if not isinstance(of_block, str) for c in of_block if c.kind == kind)
+
+
+def last_names(of: dict) -> dict:
+    return {name.partition(".0.")[2]: value for name, value in of.items()}
+
+
+def test_fused_projections_are_cut_as_they_are_read():
+    """GPT-2 has all queries, then all keys, then all values; GPT-NeoX has them head by head."""
+    one_by_one, by_head = cut("gpt2", "attention"), cut("gpt_neox", "attention")
+    assert last_names(one_by_one.packed) == {"attn.c_attn.weight": THREE, "attn.c_attn.bias": THREE}
+    assert not by_head.packed and one_by_one.units == by_head.units == 8
+    assert last_names(cut("phi3", "mlp").packed) == {"mlp.gate_up_proj.weight": ((0, 128), (128, 256))}
+
+
+def test_transposed_weights_are_cut_along_the_other_dim():
+    dims = last_names(cut("gpt2", "mlp").dims)
+    assert dims == {"mlp.c_fc.weight": 1, "mlp.c_fc.bias": 0, "mlp.c_proj.weight": 0}
+
+
+def test_latent_attention_is_cut_where_heads_come_apart():
+    dims = last_names(cut("deepseek_v3", "attention").dims)
+    assert {name.split(".")[1] for name in dims} == {"q_b_proj", "kv_b_proj", "o_proj"}
+
+
+def test_experts_are_rows_and_those_beside_them_have_neurons():
+    experts, beside = cut("qwen2_moe", "experts"), cut("qwen2_moe", "mlp")
+    assert last_names(experts.dims) == {"mlp.experts.gate_up_proj": 0, "mlp.experts.down_proj": 0}
+    assert experts.units == 4 and beside.name.endswith("shared_expert")
+
+
+@pytest.mark.parametrize(("model_type", "why"), [("olmo2", "not apart"), ("bloom", "not apart"), ("t5", "not apart")])
+def test_heads_that_are_not_apart_are_held_whole_and_said_so(model_type, why, caplog):
+    config = tiny_config(model_type)
+    plan = make_plan(config, SDPConfig(), 2)
+    assert {module.kind for module in plan.modules} == {"mlp"}
+    reasons = [cut for cut in cuts_of(meta_model(config)).values() if isinstance(cut, str)]
+    assert reasons and all(why in reason for reason in reasons)
+
+
+def test_layers_are_alike_when_all_but_their_place_is_the_same():
+    first, second, *_ = meta_model(tiny_config("llama")).model.layers
+    assert likeness(first) == likeness(second) and first.self_attn.layer_idx != second.self_attn.layer_idx
+    other = copy.deepcopy(second)
+    other.self_attn.head_dim *= 2
+    assert likeness(other) != likeness(second)
+    other = copy.deepcopy(second)
+    other.mlp.up_proj = torch.nn.Linear(64, 3, device="meta")
+    assert likeness(other) != likeness(second)
