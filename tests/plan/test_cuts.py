@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.support.tiny import tiny_config
@@ -11,6 +13,7 @@ from hf_sdp.families import cuts_of
 from hf_sdp.families.layers import likeness
 from hf_sdp.families.meta_model import meta_model
 
+IS_OLD = Version(transformers.__version__) < Version("5.23")
 THREE = ((0, 64), (64, 128), (128, 192))
 
 
@@ -42,6 +45,7 @@ def test_latent_attention_is_cut_where_heads_come_apart():
     assert {name.split(".")[1] for name in dims} == {"q_b_proj", "kv_b_proj", "o_proj"}
 
 
+@pytest.mark.skipif(IS_OLD, reason="this transformers has no experts that know of expert parallelism: all hold them")
 def test_experts_are_rows_and_those_beside_them_have_neurons():
     experts, beside = cut("qwen2_moe", "experts"), cut("qwen2_moe", "mlp")
     assert last_names(experts.dims) == {"mlp.experts.gate_up_proj": 0, "mlp.experts.down_proj": 0}
