@@ -89,8 +89,15 @@ def train_and_reload(kind: str, folder, sdp: dict):
     return loss, saved.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize(
+    ("kind", "level"),
+    [
+        ("sft", "neuron"),
+        ("dpo", "block"),
+        pytest.param("sft", "block", marks=pytest.mark.long),
+        pytest.param("dpo", "neuron", marks=pytest.mark.long),
+    ],
+)
 def test_evaluation_is_that_of_the_saved_model(tmp_path, kind, level):
     for loss, of_saved in run_workers(train_and_reload, kind, tmp_path, dict(level=level, coverage=0.5)):
         assert loss == pytest.approx(of_saved, rel=1e-6)
