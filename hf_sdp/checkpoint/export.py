@@ -117,7 +117,7 @@ def _narrow_config(config, plan: Plan, subnetwork: int) -> None:
     """Fewer key/value heads with their query heads, and fewer neurons: the same in every layer."""
     widths: dict[str, set[tuple[int, int]]] = {}
     for module in plan.modules:
-        held = sum(last - first for first, last, _ in plan.held_runs(module, subnetwork))
+        held = plan.held_units(module, subnetwork)
         widths.setdefault(module.kind, set()).add((held, module.num_units))
     for kind, found in widths.items():
         if len(found) > 1:

@@ -1,6 +1,5 @@
 """Names and shapes of the full model of a config, asked for once."""
 
-import json
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..families import Structure, structure_of
 from ..families.meta_model import meta_model
+from ..families.model_config import config_key
 from ..plan.region import Shape
 
 
@@ -23,11 +23,6 @@ class ModelShapes:
 
 
 _cache: dict[str, ModelShapes] = {}
-
-
-def config_key(model_config: PreTrainedConfig) -> str:
-    """Equal for equal configs."""
-    return json.dumps(model_config.to_dict(), sort_keys=True, default=str)
 
 
 def shapes_of(model_config: PreTrainedConfig) -> ModelShapes:

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import checkpoint_activations, is_within_backward
 from ..families import Structure
+from ..families.model_config import config_key
 from ..model.backward_masking import mask_weight_gradients
 from ..model.cut import cut
 from ..model.state import Cursor, Run
@@ -29,7 +30,7 @@ from ..workload import Workload
 from .grouped_products import grouped_products_on_meta
 from .recorder import Mark, Recorder, Segment, watch
 from .shallow import shallow_model
-from .shapes import config_key, shapes_of
+from .shapes import shapes_of
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
 _ATTENTION = "hf_sdp_on_meta"  # a name with "flash" would be looked up on the hub

@@ -1,7 +1,6 @@
 """What the modules of a model compute, counted in a recording of it."""
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ import torch
 
 from ..errors import SDPConfigError
 from .inputs import BATCH
+from .model_config import config_key
 from .recording import Recording, record
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def flops_of(model: "PreTrainedModel", length: int) -> ModelFlops:
 
     Raises: SDPConfigError when the class of the model cannot run on the meta device.
     """
-    key = (type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str), length)
+    key = (type(model), config_key(model.config), length)
     if key not in _cache:
         try:
             with torch.device("meta"):

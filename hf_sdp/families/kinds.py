@@ -92,12 +92,5 @@ MIXER = Kind(
     narrow=_cannot_narrow,
 )
 EXPERTS = dataclasses.replace(MIXER, name="experts", title="experts", unit_name="experts", num_units=_all)
-LAYER = Kind(
-    name="layer",
-    title="layer",
-    attends=True,
-    num_units=_one,
-    unit_name="layers",
-    narrow=_cannot_narrow,
-)
+LAYER = dataclasses.replace(MIXER, name="layer", title="layer", attends=True, unit_name="layers")
 KINDS = {kind.name: kind for kind in (ATTENTION, CROSS_ATTENTION, MLP, EXPERTS, MIXER, LAYER)}

@@ -3,6 +3,7 @@
 Keys that every config has (those of ``PreTrainedConfig``) say how a model is called, named and saved; they never count.
 """
 
+import json
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -15,6 +16,11 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
     """All values that are the model's own, by path (``rope_parameters.rope_theta``)."""
     common = PreTrainedConfig().to_dict().keys()
     return _flat({key: value for key, value in config.to_dict().items() if key not in common})
+
+
+def config_key(config: PreTrainedConfig) -> str:
+    """Equal for equal configs."""
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)
 
 
 def differences(config: PreTrainedConfig, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,6 @@
 """``structure_of``: the structure of a model, found once for each class and config."""
 
 import copy
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from .base import Block, CannotCut, Cut, Structure
 from .cuts import find_cuts
 from .finding import Found, find_blocks
 from .layers import likeness
+from .model_config import config_key
 from .recording import Recording, record
 from .registered import Family, family_of
 
@@ -80,7 +80,7 @@ def _cut(known: _Known, layer: str, block: Block) -> tuple[Cut, ...] | str:
 
 
 def _known(cls: type["PreTrainedModel"], config) -> _Known:
-    key = (cls, family_of(config.model_type), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    key = (cls, family_of(config.model_type), config_key(config))
     if key not in _cache:
         try:
             with torch.device("meta"):

@@ -158,11 +158,7 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
         return mask_blocks(model, plan, cursor, subnetworks)
     held = held_ranges(plan, subnetworks)
     for module_plan in plan.modules:
-        by_owner: dict[str, dict[str, int]] = {}
-        for name, dim in module_plan.dims.items():
-            owner, _, last = name.rpartition(".")
-            by_owner.setdefault(owner, {})[last] = dim
-        for owner, dims in by_owner.items():
+        for owner, dims in module_plan.by_owner.items():
             module = model.get_submodule(owner)
             if is_linear(module):
                 mix_in(module, HeldLinear)

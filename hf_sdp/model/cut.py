@@ -91,11 +91,7 @@ def cut(model: nn.Module, subnetwork: Subnetwork, structure: Structure, run: Run
 
 
 def _narrow(model: nn.Module, local: LocalModule) -> None:
-    dims: dict[str, dict[str, int]] = {}
-    for full, dim in local.module.dims.items():
-        owner, _, name = full.rpartition(".")
-        dims.setdefault(owner, {})[name] = dim
-    for owner, of_owner in dims.items():
+    for owner, of_owner in local.module.by_owner.items():
         regions = [{name: held.part.regions[f"{owner}.{name}"] for name in of_owner} for held in local.parts]
         narrow(model.get_submodule(owner), regions, of_owner, has_parts=local.has_parts)
     if local.units == local.module.num_units:

@@ -126,18 +126,15 @@ def _scale(plan: Plan, name: str, num_dims: int) -> float | torch.Tensor:
 def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     held = held_ranges(plan, range(plan.num_subnetworks))
     for module in plan.modules:
-        by_owner: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
-        for name, dim in module.dims.items():
-            owner, _, last = name.rpartition(".")
-            by_owner.setdefault(owner, {})[last] = dim
-        for owner, dims in by_owner.items():
+        without_tensors: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
+        for owner, dims in (without_tensors | module.by_owner).items():
             own = model.get_submodule(owner)
             mix_in(own, VirtualExperts if module.of_kind is EXPERTS else VirtualTensors)
             virtual = cast(VirtualTensors, own)
             virtual.dims, virtual.cursor = dims, cursor
             virtual.held = {name: held[f"{owner}.{name}"] for name in dims}
             virtual.sizes = {
-                subnetwork: _sizes(own, module, owner, _units(plan, module, subnetwork))
+                subnetwork: _sizes(own, module, owner, plan.held_units(module, subnetwork))
                 for subnetwork in range(plan.num_subnetworks)
             }
             if isinstance(virtual, VirtualExperts):
@@ -148,10 +145,6 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
                     subnetwork: [expert for start, stop, _ in ranges for expert in range(start, stop)]
                     for subnetwork, ranges in some.items()
                 }
-
-
-def _units(plan: Plan, module: MaskableModule, subnetwork: int) -> int:
-    return sum(last - first for first, last, _ in plan.held_runs(module, subnetwork))
 
 
 def _sizes(own: nn.Module, module: MaskableModule, name: str, units: int) -> dict[str, Any]:

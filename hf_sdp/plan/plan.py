@@ -179,6 +179,10 @@ class Plan:
                 found.append((first, last, scale))
         return found
 
+    def held_units(self, module: MaskableModule, subnetwork: int) -> int:
+        """How many units of a module ``subnetwork`` holds."""
+        return sum(last - first for first, last, _ in self.held_runs(module, subnetwork))
+
     @cached_property
     def split_modules(self) -> frozenset[str]:
         """Modules of which some subnetwork holds several parts, and so computes their sum."""

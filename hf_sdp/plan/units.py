@@ -28,7 +28,7 @@ class MaskableModule:
         packed: full name -> ranges along that dim, each of which is cut into ``num_units`` equal parts (fused
             projections). The whole dim is one range where a tensor is not named here.
         members: names of the modules that have its tensors, in forward order.
-        sizes: name of a module -> its attributes that are proportional to the units held (``families.cuts.Cut``).
+        sizes: name of a module -> its attributes that are proportional to the units held (``families.base.Cut``).
     """
 
     name: str
@@ -47,6 +47,15 @@ class MaskableModule:
     @property
     def of_kind(self) -> Kind:
         return KINDS[self.kind]
+
+    @property
+    def by_owner(self) -> dict[str, dict[str, int]]:
+        """``dims`` of each module that has tensors itself: its name -> the tensor's own name -> dim."""
+        result: dict[str, dict[str, int]] = {}
+        for full, dim in self.dims.items():
+            owner, _, name = full.rpartition(".")
+            result.setdefault(owner, {})[name] = dim
+        return result
 
     def region(self, name: str, shape: Shape, first: int, last: int) -> Region:
         """What units ``first`` to ``last`` (exclusive) are of the tensor ``name``, of this full shape."""

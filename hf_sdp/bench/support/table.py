@@ -119,7 +119,6 @@ _REFUSALS = (
     (r"has no stack of layers", "no stack of layers is found"),
     (r"Nothing in .* can be held in part at [^:]*: (.*?)(?: Use level=.*)?$", "{}"),
     (r"coverage=\S+ of (.*) is less than one unit per worker", "too few: {}"),
-    (r"has tensor-parallel style ('\S+')", "tensor-parallel style {} is not cut"),
 )
 """Pattern of a message -> in a few words."""
 
