@@ -167,9 +167,17 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
             packed = {new + n.removeprefix(old): ranges for n, ranges in module.packed.items()}
             members = tuple(new + n.removeprefix(old) for n in module.members)
             sizes = {new + n.removeprefix(old): attributes for n, attributes in module.sizes.items()}
+            arguments = {new + n.removeprefix(old): of_heads for n, of_heads in module.arguments.items()}
             modules.append(
                 dataclasses.replace(
-                    module, name=name, layer=index, dims=dims, packed=packed, members=members, sizes=sizes
+                    module,
+                    name=name,
+                    layer=index,
+                    dims=dims,
+                    packed=packed,
+                    members=members,
+                    sizes=sizes,
+                    arguments=arguments,
                 )
             )
             unit_holders[name] = plan.unit_holders[module.name]

@@ -8,6 +8,8 @@ from .absent import Outputs
 T = TypeVar("T")
 Ranges = tuple[tuple[int, int], ...]
 """``(start, stop)`` along one dim."""
+OfHeads = dict[str, tuple[int, int]]
+"""Argument of a module -> the dim of its heads, and their number. There, batch and heads may be one dim."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Cut:
         dims: parameter -> the dim that is cut.
         packed: parameter -> ranges along it, each of which is cut, where it is not one.
         sizes: module -> its attributes that are proportional to what is held; ``config.x`` is one of its config's.
+        arguments: module -> those of its arguments that have something for each head.
     """
 
     kind: str
@@ -64,6 +67,7 @@ class Cut:
     dims: dict[str, int]
     packed: dict[str, Ranges] = field(default_factory=dict)
     sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    arguments: dict[str, OfHeads] = field(default_factory=dict)
 
     def renamed(self, old: str, new: str) -> "Cut":
         """The same of another layer."""
@@ -72,7 +76,15 @@ class Cut:
             return {new + name.removeprefix(old): value for name, value in values.items()}
 
         name = new + self.name.removeprefix(old)
-        return Cut(self.kind, name, self.units, of_new(self.dims), of_new(self.packed), of_new(self.sizes))
+        return Cut(
+            self.kind,
+            name,
+            self.units,
+            of_new(self.dims),
+            of_new(self.packed),
+            of_new(self.sizes),
+            of_new(self.arguments),
+        )
 
 
 class CannotCut(Exception):

@@ -2,15 +2,20 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from .absent import Absent
-from .base import Ranges
+from .arguments import by_name, of_held_heads
+from .base import OfHeads, Ranges
 from .layers import is_linear, narrowed
 
 _LARGEST = 2**24  # elements of a parameter or buffer that is given values
@@ -18,6 +23,23 @@ _LARGEST = 2**24  # elements of a parameter or buffer that is given values
 
 class _Done(Exception):
     """The rows have their inputs; the rest of the layer is not needed."""
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """What of a layer is narrower where some units are held. Names are relative to the layer.
+
+    Attributes:
+        num_units, units: how many there are, and which of them are held.
+        vectors: parameter -> the dim that is cut.
+        sizes, arguments: as those of ``base.Cut``.
+    """
+
+    num_units: int = 1
+    units: Sequence[int] = (0,)
+    vectors: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    arguments: dict[str, OfHeads] = field(default_factory=dict)
 
 
 class DryRun:
@@ -46,27 +68,34 @@ class DryRun:
             vars(self.layer.get_submodule(self.own(other)))["forward"] = absent.forward
         generator = torch.Generator().manual_seed(0)
         self.arguments = tree_map(lambda value: _values(value, generator), arguments)
+        self.signatures = {
+            own: inspect.signature(type(module).forward) for own, module in self.layer.named_modules() if own
+        }
 
     def own(self, name: str) -> str:
         """A full name, relative to the layer."""
         return name.removeprefix(self.name).removeprefix(".")
 
-    def inputs_of_rows(self, outputs, vectors, sizes, share: float = 1.0) -> dict[str, torch.Tensor]:
+    def inputs_of_rows(self, outputs: dict[str, torch.Tensor], narrow: Narrow) -> dict[str, torch.Tensor]:
         """Run the layer with these outputs of its linear layers, until its rows have their inputs."""
         found: dict[str, torch.Tensor] = {}
         with contextlib.ExitStack() as stack:
             for name in self.linears:
                 forward = self._forward_of(name, outputs[name], found)
                 stack.enter_context(_attribute(self.layer.get_submodule(self.own(name)), "forward", forward))
-            for name, (dim, units, some) in vectors.items():
+            for name, dim in narrow.vectors.items():
                 owner, _, last = name.rpartition(".")
                 module = self.layer.get_submodule(owner)
                 p = module.get_parameter(last)
-                index = torch.tensor(indices(((0, p.shape[dim]),), units, some))
+                index = torch.tensor(indices(((0, p.shape[dim]),), narrow.num_units, narrow.units))
                 stack.enter_context(_item(module._parameters, last, p.index_select(dim, index)))
-            for name, attributes in sizes.items():
+            for name, attributes in narrow.sizes.items():
+                share = len(narrow.units) / narrow.num_units
                 for attribute, value in narrowed(self.layer.get_submodule(name), attributes, share).items():
                     stack.enter_context(_attribute(self.layer.get_submodule(name), attribute, value))
+            for name in narrow.arguments:
+                hook = functools.partial(self._cut_arguments, name, narrow)
+                stack.enter_context(self._hook(name, hook))
             args, kwargs = self.arguments
             with torch.no_grad(), contextlib.suppress(_Done):
                 self.layer(*args, **kwargs)
@@ -74,6 +103,31 @@ class DryRun:
         if missing:
             raise RuntimeError(f"{missing[0]} is not called")
         return found
+
+    def arguments_with(self, outputs: dict[str, torch.Tensor], heads: int) -> list[tuple[str, str, int]]:
+        """The arguments of modules that have something for each of so many heads: module, argument and dim."""
+        found: dict[tuple[str, str, int], None] = {}
+
+        def look(name: str, module: nn.Module, args, kwargs) -> None:
+            for argument, value in by_name(self.signatures[name], (args, kwargs)).items():
+                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 2:
+                    dims = [dim for dim, size in enumerate(value.shape[:2]) if size % heads == 0]
+                    found.update(dict.fromkeys((name, argument, dim) for dim in dims))
+
+        with contextlib.ExitStack() as stack:
+            for name in self.signatures:
+                stack.enter_context(self._hook(name, functools.partial(look, name)))
+            self.inputs_of_rows(outputs, Narrow())
+        return list(found)
+
+    def _hook(self, name: str, hook) -> RemovableHandle:
+        return self.layer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _cut_arguments(self, name: str, narrow: Narrow, module: nn.Module, args, kwargs):
+        given, _ = of_held_heads(
+            self.signatures[name], (args, kwargs), narrow.arguments[name], narrow.num_units, narrow.units
+        )
+        return given
 
     def _forward_of(self, name: str, output: torch.Tensor, found: dict[str, torch.Tensor]):
         def forward(x, *args, **kwargs):
@@ -101,7 +155,7 @@ def _with_values(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def indices(ranges: Ranges, units: int, some: tuple[int, ...]) -> list[int]:
+def indices(ranges: Ranges, units: int, some: Sequence[int]) -> list[int]:
     return [
         index
         for start, stop in ranges

@@ -93,12 +93,14 @@ class Output:
 @dataclass
 class Recording:
     """Operations and calls, each in the order in which they began; ``matrices``: parameters of two dims or more;
-    ``attention``: for each attention the call in which it is, and its numbers of query and of key/value heads."""
+    ``attention``: for each attention the call in which it is, and its numbers of query and of key/value heads;
+    ``replaced``: modules that the forward put others in the place of (BigBird's attention, for short sequences)."""
 
     operations: list[Operation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     matrices: set[str] = field(default_factory=set)
     attention: list[tuple[int, int, int]] = field(default_factory=list)
+    replaced: set[str] = field(default_factory=set)
 
     def forget_arguments(self, but: set[str]) -> None:
         """Let go of the arguments of all calls but those of these modules."""
@@ -122,12 +124,15 @@ def record(model: "PreTrainedModel", length: int = LENGTH) -> Recording:
     _choose_implementations(model)
     model.eval()
     recorder = _Recorder(model)
-    handles = [handle for name, module in model.named_modules() for handle in recorder.watch(name, module)]
+    modules = dict(model.named_modules())
+    handles = [handle for name, module in modules.items() for handle in recorder.watch(name, module)]
     arguments = example_inputs(model, length)
     with torch.no_grad(), _KNOWN_SIZES(), _NumbersInNames(), recorder:
         model(**arguments)
     for handle in handles:
         handle.remove()
+    now = dict(model.named_modules())
+    recorder.recording.replaced = {name for name, module in modules.items() if now.get(name) is not module}
     return recorder.recording
 
 

@@ -8,6 +8,7 @@ numbers of heads and widths that a module keeps as attributes, or reads from its
 each head.
 """
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .absent import Absent
-from .base import Block, CannotCut, Cut, Ranges
-from .dry_run import DryRun, indices
+from .base import Block, CannotCut, Cut, OfHeads, Ranges
+from .dry_run import DryRun, Narrow, indices
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER
 from .layers import in_features, is_linear, out_features
 from .recording import Recording
@@ -35,6 +36,10 @@ class Trial:
     ) -> None:
         if KINDS[block.kind] in (EXPERTS, MIXER):
             raise CannotCut(f"{block.main} ({block.kind}) is not known how to be cut")
+        for member in block.modules:
+            for replaced in recording.replaced:  # it would be of the full width again
+                if f"{replaced}.".startswith(f"{member}.") or member.startswith(f"{replaced}."):
+                    raise CannotCut(f"the model's forward puts another module in the place of {replaced}")
         self.block, self.layer_name = block, layer
         self.recording = recording
         self.number = next(n for n, call in enumerate(recording.calls) if call.module == layer)
@@ -129,17 +134,18 @@ class Trial:
         outputs = {name: self._random_output(name, generator) for name in self.linears}
         problem = None
         try:
-            expected = self.run.inputs_of_rows({name: outputs[name] for name in self.linears}, {}, {})
+            expected = self.run.inputs_of_rows(outputs, Narrow())
+            given = self.run.arguments_with(outputs, self.heads[0]) if attends and self.heads[0] > 1 else []
         except Exception as error:  # whatever the host's code says
             raise CannotCut(f"{self.block.main} cannot be tried: {type(error).__name__}: {error}") from error
         chosen = [tuple(range(units // 2)), (units - 1,), (0,)]
-        for packed, vectors, sizes in self._candidates(inner, units, attends):
+        for packed, narrow in self._candidates(inner, units, attends, given):
             for some in chosen:
-                problem = self._compare(outputs, expected, units, some, packed, vectors, sizes)
+                problem = self._compare(outputs, expected, packed, dataclasses.replace(narrow, units=some))
                 if problem:
                     break
             else:
-                return self._cut(units, packed, vectors, sizes)
+                return self._cut(packed, narrow)
         raise CannotCut(
             f"{self.block.main}: what its heads or neurons compute is not apart from each other ({problem})"
         )
@@ -148,7 +154,9 @@ class Trial:
         shape = next((call.shape for call in self.recording.calls if call.module == name), None)
         return torch.randn(shape or (), generator=generator)
 
-    def _candidates(self, inner: int, units: int, attends: bool) -> Iterator[tuple[dict, dict, dict]]:
+    def _candidates(
+        self, inner: int, units: int, attends: bool, given: list[tuple[str, str, int]]
+    ) -> Iterator[tuple[dict[str, Ranges], Narrow]]:
         layouts = []
         for name in self.columns:
             width = out_features(self.linears[name])
@@ -165,22 +173,25 @@ class Trial:
             if not of_one:
                 raise CannotCut(f"{name}: its {width} outputs cannot be cut into {units} units")
             layouts.append(list(dict.fromkeys(of_one)))
+        of_heads: list[dict[str, OfHeads]] = [{module: {name: (dim, self.heads[0])}} for module, name, dim in given]
         for layout in itertools.islice(itertools.product(*layouts), 16):
             packed = dict(zip(self.columns, layout, strict=True))
-            for vectors in self._vectors(units, attends):
-                for sizes in self._sizes(inner, units):
-                    yield packed, vectors, sizes
+            for arguments in ({}, *of_heads):
+                for vectors in self._vectors(units, attends):
+                    for sizes in self._sizes(inner, units):
+                        yield packed, Narrow(units, (), vectors, sizes, arguments)
 
     def _vectors(self, units: int, attends: bool) -> list[dict[str, int]]:
-        """Parameters with an element for each head (or neuron): name relative to the layer -> dim."""
+        """Parameters with something for each head (or neuron): name relative to the layer -> dim."""
         sizes = {*self.heads} if attends else {units}
-        found = {}
+        first, last = {}, {}
         for container in self._containers():
             for name, p in self.run.layer.get_submodule(container).named_parameters(recurse=False):
                 dims = [dim for dim, size in enumerate(p.shape) if size in sizes and size > 1]
-                if len(dims) == 1 and p.numel() == p.shape[dims[0]]:
-                    found[f"{container}.{name}" if container else name] = dims[0]
-        return [{}, found] if found else [{}]
+                if dims:
+                    own = f"{container}.{name}" if container else name
+                    first[own], last[own] = dims[0], dims[-1]
+        return [found for n, found in enumerate(({}, last, first)) if found not in ({}, last, first)[:n]]
 
     def _sizes(self, inner: int, units: int) -> Iterator[dict[str, tuple[str, ...]]]:
         heads, widths, of_config = {}, {}, {}
@@ -210,15 +221,14 @@ class Trial:
         """Also groups, where all query heads are in the one of a single key/value head."""
         return bool(_HEADS.search(attribute)) or (self.heads[1] == 1 and attribute.endswith("groups"))
 
-    def _compare(self, outputs, expected, units: int, some: tuple[int, ...], packed, vectors, sizes) -> str | None:
+    def _compare(self, outputs, expected, packed: dict[str, Ranges], narrow: Narrow) -> str | None:
         """What is wrong when only some units are held; None if nothing is."""
+        units, some = narrow.num_units, narrow.units
         held = dict(outputs)
         for name, ranges in packed.items():
             held[name] = outputs[name][..., indices(ranges, units, some)]
         try:
-            found = self.run.inputs_of_rows(
-                held, {n: (dim, units, some) for n, dim in vectors.items()}, sizes, len(some) / units
-            )
+            found = self.run.inputs_of_rows(held, narrow)
         except Exception as error:  # whatever the host's code says
             return f"{type(error).__name__}: {error}"
         for name, full in expected.items():
@@ -229,7 +239,7 @@ class Trial:
                 return f"the input of {name} differs"
         return None
 
-    def _cut(self, units: int, packed: dict[str, Ranges], vectors: dict[str, int], sizes: dict) -> Cut:
+    def _cut(self, packed: dict[str, Ranges], narrow: Narrow) -> Cut:
         prefix = self.layer_name + "."
         dims: dict[str, int] = {}
         for name, linear in self.linears.items():
@@ -240,15 +250,16 @@ class Trial:
                     dims[f"{name}.bias"] = 0
             elif name in self.rows:
                 dims[f"{name}.weight"] = 0 if transposed else 1
-        dims |= {prefix + name: dim for name, dim in vectors.items()}
+        dims |= {prefix + name: dim for name, dim in narrow.vectors.items()}
         fused = {
             f"{name}.{last}": ranges
             for name, ranges in packed.items()
             for last in ("weight", "bias")
             if len(ranges) > 1 and f"{name}.{last}" in dims
         }
-        of_modules = {prefix + name: attributes for name, attributes in sizes.items()}
-        return Cut(self.block.kind, self.block.main, units, dims, fused, of_modules)
+        sizes = {prefix + name: attributes for name, attributes in narrow.sizes.items()}
+        arguments = {prefix + name: of_heads for name, of_heads in narrow.arguments.items()}
+        return Cut(self.block.kind, self.block.main, narrow.num_units, dims, fused, sizes, arguments)
 
 
 def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:

@@ -17,6 +17,7 @@ from ..families.kinds import EXPERTS
 from ..families.layers import narrowed
 from ..plan.subnetwork import LocalModule, Subnetwork
 from ..plan.units import MaskableModule
+from .arguments import cut_arguments
 from .experts import HeldExperts
 from .layers import COLUMN_WIDTHS, ROW_WIDTHS, narrow
 from .mixin import mix_in
@@ -79,6 +80,8 @@ def cut(model: nn.Module, subnetwork: Subnetwork, structure: Structure, run: Run
         full = {name: _tensors_on_meta(module, name, local.module) for name, module in members.items() if is_cut}
         if subnetwork.plan.level == "neuron":
             _narrow(model, local)
+            if is_cut and local.parts:
+                cut_arguments(model, local, run)
         for name, module in members.items():
             absent = None
             if not local.parts:

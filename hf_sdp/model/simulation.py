@@ -18,6 +18,7 @@ from ..families.kinds import EXPERTS
 from ..families.layers import LINEAR, narrowed
 from ..plan.plan import Plan
 from ..plan.units import MaskableModule
+from .arguments import virtual_arguments
 from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
 from .experts import routed
 from .layers import COLUMN_WIDTHS, ROW_WIDTHS, linear_dim
@@ -126,6 +127,7 @@ def _scale(plan: Plan, name: str, num_dims: int) -> float | torch.Tensor:
 def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     held = held_ranges(plan, range(plan.num_subnetworks))
     for module in plan.modules:
+        virtual_arguments(model, plan, module, cursor)
         without_tensors: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
         for owner, dims in (without_tensors | module.by_owner).items():
             own = model.get_submodule(owner)

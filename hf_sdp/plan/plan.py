@@ -32,13 +32,14 @@ class Part:
     Attributes:
         module: the maskable module that it is a part of.
         holder_set: index of its holder set in ``Plan.holder_sets``; ``holders``: the set.
-        units: how many units it consists of.
+        first, units: number of its first unit, and how many it consists of.
         regions: full name of a parameter or buffer -> what the part is of it.
     """
 
     module: MaskableModule
     holder_set: int
     holders: Holders
+    first: int
     units: int
     regions: dict[str, Region]
 
@@ -152,7 +153,7 @@ class Plan:
         for module in self.modules:
             for number, first, last in sorted(self.runs(module)):
                 regions = {name: module.region(name, self.shapes[name], first, last) for name in module.dims}
-                result.append(Part(module, number, self.holder_sets[number], last - first, regions))
+                result.append(Part(module, number, self.holder_sets[number], first, last - first, regions))
         return tuple(result)
 
     def runs(self, module: MaskableModule) -> list[tuple[int, int, int]]:
@@ -256,8 +257,8 @@ class Plan:
         modules = []
         for module in self.modules:
             entry = dataclasses.asdict(module)
-            default = vars(dataclasses.replace(module, packed={}, members=(), sizes={}))
-            for name in ("packed", "members", "sizes"):
+            default = vars(dataclasses.replace(module, packed={}, members=(), sizes={}, arguments={}))
+            for name in ("packed", "members", "sizes", "arguments"):
                 if entry[name] == default[name]:
                     del entry[name]  # as without it
             modules.append({**entry, "holder_set_of_unit": list(self.set_of_unit[module.name])})
@@ -279,6 +280,10 @@ class Plan:
         for module in data["modules"]:
             packed = module.get("packed", {})
             module["sizes"] = {name: tuple(attributes) for name, attributes in module.get("sizes", {}).items()}
+            module["arguments"] = {
+                name: {argument: tuple(of_heads) for argument, of_heads in arguments.items()}
+                for name, arguments in module.get("arguments", {}).items()
+            }
             module["members"] = tuple(module.get("members", ()))
             module["packed"] = {name: tuple(map(tuple, ranges)) for name, ranges in packed.items()}
         return cls(

@@ -72,6 +72,11 @@ class LocalModule:
         """How many are held."""
         return sum(part.part.units for part in self.parts)
 
+    @property
+    def unit_numbers(self) -> list[int]:
+        """Those that are held, in the order in which the worker's tensors have them."""
+        return [unit for local in self.parts for unit in range(local.part.first, local.part.first + local.part.units)]
+
 
 @dataclass(frozen=True)
 class Subnetwork:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import SDPConfigError
 from ..families import Structure, cuts_of, structure_of
-from ..families.base import Cut
+from ..families.base import Cut, OfHeads
 from ..families.kinds import KINDS, LAYER, Kind
 from ..families.layers import LINEAR, is_linear
 from .region import Ranges, Region, Shape
@@ -29,6 +29,7 @@ class MaskableModule:
             projections). The whole dim is one range where a tensor is not named here.
         members: names of the modules that have its tensors, in forward order.
         sizes: name of a module -> its attributes that are proportional to the units held (``families.base.Cut``).
+        arguments: name of a module -> its arguments that have something for each head (``families.base.Cut``).
     """
 
     name: str
@@ -39,6 +40,7 @@ class MaskableModule:
     packed: dict[str, Ranges] = field(default_factory=dict)
     members: tuple[str, ...] = ()
     sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    arguments: dict[str, OfHeads] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.members:
@@ -146,9 +148,9 @@ def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[Mas
         for cut in () if isinstance(of_block, str) else of_block:  # else all hold it
             _refuse_unknown_layers(model, cut)
             num_units = KINDS[cut.kind].num_units(cut.units, chunks)
-            members = _outermost([*_owners(cut.name, cut.dims), *cut.sizes])
+            members = _outermost([*_owners(cut.name, cut.dims), *cut.sizes, *cut.arguments])
             module = MaskableModule(
-                cut.name, cut.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes
+                cut.name, cut.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes, cut.arguments
             )
             found.append(module)
     return found

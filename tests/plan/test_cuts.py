@@ -52,7 +52,33 @@ def test_experts_are_rows_and_those_beside_them_have_neurons():
     assert experts.units == 4 and beside.name.endswith("shared_expert")
 
 
-@pytest.mark.parametrize(("model_type", "why"), [("olmo2", "not apart"), ("bloom", "not apart"), ("t5", "not apart")])
+@pytest.mark.parametrize(
+    ("model_type", "argument", "of_heads"),
+    [
+        ("t5", "position_bias", (1, 8)),
+        ("mpt", "position_bias", (0, 8)),
+        ("bloom", "alibi", (0, 8)),  # batch and heads are one dim
+        ("mpnet", "position_bias", (1, 8)),
+    ],
+)
+def test_position_biases_of_all_layers_are_cut_where_a_layer_gets_them(model_type, argument, of_heads):
+    arguments = cut(model_type, "attention").arguments
+    assert list(arguments.values()) == [{argument: of_heads}]
+
+
+def test_a_table_of_position_biases_is_cut_where_each_layer_has_its_own():
+    found = cut("umt5", "attention")
+    table = next(name for name in found.dims if "bias" in name)
+    assert found.dims[table] == 1 and not found.arguments
+
+
+def test_what_the_models_forward_replaces_is_not_cut():
+    """BigBird has another attention for short sequences, and makes it when it is called."""
+    reasons = [why for why in cuts_of(meta_model(tiny_config("big_bird"))).values() if isinstance(why, str)]
+    assert reasons and all("attention.self" in why and "in the place of" in why for why in reasons)
+
+
+@pytest.mark.parametrize(("model_type", "why"), [("olmo2", "not apart"), ("codegen", "not apart")])
 def test_heads_that_are_not_apart_are_held_whole_and_said_so(model_type, why, caplog):
     config = tiny_config(model_type)
     plan = make_plan(config, SDPConfig(), 2)

@@ -1,0 +1,93 @@
+"""What is given to a module for each of its heads is cut as the heads are, where the module begins.
+
+A model may make position biases once for all layers (T5, MPT). Layers hold different heads, so that each takes its own.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..families.arguments import of_held_heads
+from ..families.base import OfHeads
+from ..plan.plan import Plan
+from ..plan.subnetwork import LocalModule
+from ..plan.units import MaskableModule
+from .mixin import mix_in
+from .state import Cursor, Run
+
+
+class HeldArguments(nn.Module):
+    """Mixed into the class of a module with such arguments. What it passes on of them is what was given.
+
+    Attributes:
+        sdp_of_heads: those arguments.
+        sdp_num_units: into how many units the heads are cut.
+        sdp_signature: of the module's own forward.
+    """
+
+    sdp_of_heads: OfHeads
+    sdp_num_units: int
+    sdp_signature: inspect.Signature
+
+    def sdp_held_units(self) -> Sequence[int] | None:
+        """Those held, in order; None while the module is the full one."""
+        raise NotImplementedError
+
+    def forward(self, *args, **kwargs):
+        units = self.sdp_held_units()
+        if units is None:
+            return super().forward(*args, **kwargs)
+        (args, kwargs), before = of_held_heads(
+            self.sdp_signature, (args, kwargs), self.sdp_of_heads, self.sdp_num_units, units
+        )
+        output = super().forward(*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return before.get(id(output), output)
+        return tuple(before.get(id(item), item) for item in output)
+
+
+class CutArguments(HeldArguments):
+    """Of a worker's subnetwork."""
+
+    sdp_run: Run
+    sdp_units: Sequence[int]
+
+    def sdp_held_units(self) -> Sequence[int] | None:
+        return None if self.sdp_run.computes == "full" else self.sdp_units
+
+
+class VirtualArguments(HeldArguments):
+    """Of a simulation."""
+
+    cursor: Cursor
+    sdp_units_of: dict[int, Sequence[int]]
+
+    def sdp_held_units(self) -> Sequence[int] | None:
+        return self.sdp_units_of[self.cursor.subnetwork] if self.training else None
+
+
+def cut_arguments(model: nn.Module, local: LocalModule, run: Run) -> None:
+    """Of one maskable module, in place, for a worker."""
+    for owner in _mixed(model, local.module, CutArguments):
+        vars(owner).update(sdp_run=run, sdp_units=local.unit_numbers)
+
+
+def virtual_arguments(model: nn.Module, plan: Plan, module: MaskableModule, cursor: Cursor) -> None:
+    """Of one maskable module, in place, for a simulation."""
+    units = {
+        subnetwork: [unit for first, last, _ in plan.held_runs(module, subnetwork) for unit in range(first, last)]
+        for subnetwork in range(plan.num_subnetworks)
+    }
+    for owner in _mixed(model, module, VirtualArguments):
+        vars(owner).update(cursor=cursor, sdp_units_of=units)
+
+
+def _mixed(model: nn.Module, module: MaskableModule, cls: type[HeldArguments]) -> list[nn.Module]:
+    owners = [model.get_submodule(name) for name in module.arguments]
+    for owner, of_heads in zip(owners, module.arguments.values(), strict=True):
+        signature = inspect.signature(type(owner).forward)
+        mix_in(owner, cls)
+        vars(owner).update(sdp_of_heads=of_heads, sdp_num_units=module.num_units, sdp_signature=signature)
+    return owners
