@@ -4,6 +4,7 @@ Workers are launched as those of the benchmarks (hf_sdp/bench/workers.py), and l
 A worker that raises sends its traceback; one that does not answer in time ends its pool.
 """
 
+import gc
 import os
 import tempfile
 import time
@@ -97,6 +98,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     import torch.distributed as dist
 
     join_world(rank, world_size, rendezvous, timeout_s=COLLECTIVE_TIMEOUT_S)
+    _leave_out_of_collections()
     while True:
         try:
             function, args = pipe.recv()
@@ -104,6 +106,11 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
             break
         answer(pipe, _call_afresh, (function, args))
     dist.destroy_process_group()
+
+
+def _leave_out_of_collections() -> None:
+    """All that exists: a Trainer collects garbage, and would look through all modules of the hosts, half a second."""
+    gc.freeze()
 
 
 def _call_afresh(function: Callable, args: tuple):
