@@ -11,16 +11,16 @@ UNEQUAL = [0.75, 0.5, 0.5, 0.25]
     ("level", "masking", "sharding"),
     [
         ("neuron", "forward", "full"),
-        ("neuron", "backward", "none"),
-        ("block", "forward", "none"),
-        ("block", "backward", "full"),
+        ("block", "backward", "none"),
         *(
             pytest.param(*choices, marks=pytest.mark.long)
             for choices in (
                 ("neuron", "forward", "none"),
                 ("neuron", "backward", "full"),
+                ("neuron", "backward", "none"),
                 ("block", "forward", "full"),
-                ("block", "backward", "none"),
+                ("block", "forward", "none"),
+                ("block", "backward", "full"),
             )
         ),
     ],
@@ -32,12 +32,14 @@ def test_unequal_workers_equal_the_oracle(level, masking, sharding):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(level="neuron", depth_profile="linear"),
+        pytest.param(dict(level="neuron", depth_profile="linear"), marks=pytest.mark.long),
         dict(level="block", depth_profile="linear", masking="backward"),
         dict(level="neuron", always_held=[0, -1], coverage=[0.25, 0.25, 0.5, 0.75], reshard_after_forward=True),
         dict(level="block", always_held=[-1], coverage=[1.0, 0.5, 0.5, 0.5], balance="compute"),
         # Units with one and with two holders in one module: the mean is over another number for each slice.
-        dict(level="neuron", coverage=[0.75, 0.25, 0.25, 0.25], masking="backward"),
+        pytest.param(
+            dict(level="neuron", coverage=[0.75, 0.25, 0.25, 0.25], masking="backward"), marks=pytest.mark.long
+        ),
         dict(level="neuron", coverage=[0.75, 0.25, 0.25, 0.25]),
     ],
     ids=str,

@@ -11,10 +11,15 @@ from tests.support.training import EVERYTHING
     "config",
     [
         dict(coverage=0.75, reshard_after_forward=True),
-        dict(coverage=0.25),
-        dict(level="block", coverage=0.75, reshard_after_forward=True),
         dict(level="block", block_granularity="layer", seed=1),
-        dict(coverage=0.75, sharding="none"),
+        *(
+            pytest.param(config, marks=pytest.mark.long)
+            for config in (
+                dict(coverage=0.25),
+                dict(level="block", coverage=0.75, reshard_after_forward=True),
+                dict(coverage=0.75, sharding="none"),
+            )
+        ),
     ],
     ids=str,
 )
@@ -24,7 +29,14 @@ def test_model_variants_equal_the_oracle(config, masking):
 
 
 @pytest.mark.parametrize(
-    "config", [dict(), dict(level="block"), dict(sharding="none"), dict(masking="backward")], ids=str
+    "config",
+    [
+        dict(),
+        dict(level="block"),
+        pytest.param(dict(sharding="none"), marks=pytest.mark.long),
+        pytest.param(dict(masking="backward"), marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_replicas_of_subnetworks_equal_the_oracle(config):
     """Two subnetworks on four workers: workers 0 and 2 hold the same one."""

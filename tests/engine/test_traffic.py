@@ -60,7 +60,7 @@ def count_collectives(config, micro_batches, model_options=None):
     return find_sharded(model).traffic.bytes_sent - before, seen[0], calls
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("config", [dict(), dict(level="block"), dict(sharding="none"), dict(coverage=0.75)], ids=str)
 def test_bytes_sent_are_what_the_formula_says(config, micro_batches):
     """2·C·(r-1)/r of the maskable bytes and 2·(W-1)/W of the shared ones, however long the accumulation window."""
@@ -99,8 +99,8 @@ def order_of_collectives(config, frozen, on_embeddings):
 ORDERS = [
     dict(coverage=0.75, reshard_after_forward=True),
     dict(level="block", reshard_after_forward=True),
-    dict(level="block", coverage=0.75),
-    dict(coverage=0.5),
+    pytest.param(dict(level="block", coverage=0.75), marks=pytest.mark.long),
+    pytest.param(dict(coverage=0.5), marks=pytest.mark.long),
 ]
 LEARNED = {
     "all": ((), False),

@@ -16,6 +16,7 @@ def best_after_moving(folder):
     return trainer.state.best_model_checkpoint, trainer.state.best_global_step
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tmp_path):
     run_workers(train_with_best, tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")

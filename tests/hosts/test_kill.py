@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "kill_and_resum
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [1, 4])
 def test_a_killed_run_ends_with_the_weights_of_the_undisturbed_one(tmp_path, kills):
     """A few moments here; the script alone does more."""
     command = [sys.executable, SCRIPT, "--kills", str(kills), "--seed", "1", "--output", tmp_path / "kills.json"]

@@ -100,7 +100,7 @@ def train_until_sigterm(folder, rank: int, save_strategy: str) -> int:
     return step
 
 
-@pytest.mark.parametrize("save_strategy", ["no", "epoch"])
+@pytest.mark.parametrize("save_strategy", [pytest.param("no", marks=pytest.mark.long), "epoch"])
 def test_sigterm_to_one_worker_ends_all_after_the_same_step_with_a_checkpoint(tmp_path, save_strategy):
     steps = run_workers(train_until_sigterm, tmp_path, 1, save_strategy)
     assert 2 < steps[0] < 3000 and steps == [steps[0]] * 4
@@ -109,6 +109,7 @@ def test_sigterm_to_one_worker_ends_all_after_the_same_step_with_a_checkpoint(tm
     assert run_workers(live, tmp_path, steps[0] + 1) == [steps[0] + 1] * 4  # and goes on from there
 
 
+@pytest.mark.long
 def test_sigterm_to_the_launcher_ends_the_run_with_a_checkpoint(tmp_path):
     """As a scheduler does it: its agent sends SIGTERM on to all workers."""
     config = ROOT / "configs" / "accelerate" / "cpu_2.yaml"

@@ -21,7 +21,7 @@ def test_full_coverage_equals_ddp(tmp_path):
         assert sdp[0][1] == pytest.approx(ddp[0][1], abs=1e-5)
 
 
-@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("average", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_token_counts_that_differ_between_workers_weigh_as_in_ddp(tmp_path, average):
     """The Trainer multiplies the loss by the number of processes when it averages tokens across devices."""
     arguments = dict(max_steps=6, average_tokens_across_devices=average)
@@ -43,11 +43,10 @@ SUBNETWORKS = {
     ("variant", "subnetwork"),
     [
         ("gradient_checkpointing", "parts"),
-        ("gradient_checkpointing", "backward"),
-        *(pytest.param("gradient_checkpointing", s, marks=pytest.mark.long) for s in ("neuron", "block")),
+        *(pytest.param("gradient_checkpointing", s, marks=pytest.mark.long) for s in ("backward", "neuron", "block")),
         ("bf16", "parts"),
         pytest.param("bf16", "backward", marks=pytest.mark.long),
-        ("torch_compile", "neuron"),  # a minute: one is enough
+        pytest.param("torch_compile", "neuron", marks=pytest.mark.long),  # a minute: one is enough
     ],
 )
 def test_training_variants_keep_the_losses(tmp_path, variant, subnetwork):
@@ -198,6 +197,7 @@ def simulate_with_a_wrong_window(folder):
         trainer.train()
 
 
+@pytest.mark.long
 def test_virtual_workers_under_the_plain_trainer_are_the_real_ones(tmp_path):
     for sdp in (dict(), dict(level="block"), dict(masking="backward")):
         # Ragged rows: micro-batches have different numbers of tokens.

@@ -60,7 +60,10 @@ def plans(kv_heads: int, layers: int, neurons: int):
             yield make_plan(config, sdp, n), r, n
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+LARGE = list(SHAPES)[3:]  # many seconds each
+
+
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=pytest.mark.long if s in LARGE else ()) for s in SHAPES])
 def test_every_plan_keeps_the_rules(shape):
     num_plans = 0
     for plan, r, n in plans(*shape):
