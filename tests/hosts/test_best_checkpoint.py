@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.resume import NEURON, RUN
 from tests.support.trainer import make_trainer
 from tests.support.workers import run_workers
