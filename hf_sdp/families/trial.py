@@ -251,6 +251,7 @@ class Trial:
             elif name in self.rows:
                 dims[f"{name}.weight"] = 0 if transposed else 1
         dims |= {prefix + name: dim for name, dim in narrow.vectors.items()}
+        self._refuse_what_is_read_elsewhere(dims)
         fused = {
             f"{name}.{last}": ranges
             for name, ranges in packed.items()
@@ -260,6 +261,14 @@ class Trial:
         sizes = {prefix + name: attributes for name, attributes in narrow.sizes.items()}
         arguments = {prefix + name: of_heads for name, of_heads in narrow.arguments.items()}
         return Cut(self.block.kind, self.block.main, narrow.num_units, dims, fused, sizes, arguments)
+
+    def _refuse_what_is_read_elsewhere(self, dims: dict[str, int]) -> None:
+        """A tensor that is cut has to be read by its own module: there it is put together, and its gradient masked."""
+        for operation in self.recording.operations:
+            for name in dims.keys() & set(operation.parameters):
+                owner = name.rpartition(".")[0]
+                if all(self.recording.calls[n].module != owner for n in self.recording.within(operation.call)):
+                    raise CannotCut(f"{name} is read where {owner} is not called")
 
 
 def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:

@@ -1,11 +1,13 @@
 """How blocks are cut, where the shapes of their weights do not say it."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers.models.umt5 import modeling_umt5 as umt5
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.support.tiny import tiny_config
@@ -70,6 +72,30 @@ def test_a_table_of_position_biases_is_cut_where_each_layer_has_its_own():
     found = cut("umt5", "attention")
     table = next(name for name in found.dims if "bias" in name)
     assert found.dims[table] == 1 and not found.arguments
+
+
+def test_a_table_that_is_read_without_its_module_is_not_cut(monkeypatch):
+    """Nobody would put its parts together, or mask its gradient."""
+
+    def read(embedding, index):
+        return torch.nn.functional.embedding(index, embedding.weight)
+
+    compute_bias = umt5.UMT5Attention.compute_bias
+
+    def without_a_call(self, *args, **kwargs):
+        embedding = self.relative_attention_bias
+        del self._modules["relative_attention_bias"]
+        vars(self)["relative_attention_bias"] = functools.partial(read, embedding)
+        self.relative_attention_bias.weight = embedding.weight
+        try:
+            return compute_bias(self, *args, **kwargs)
+        finally:
+            del vars(self)["relative_attention_bias"]
+            self.relative_attention_bias = embedding
+
+    monkeypatch.setattr(umt5.UMT5Attention, "compute_bias", without_a_call)
+    found = cuts_of(meta_model(tiny_config("umt5", initializer_factor=1.5)))  # not the one that is known
+    assert any("is read where" in why for why in found.values() if isinstance(why, str))
 
 
 def test_what_the_models_forward_replaces_is_not_cut():
