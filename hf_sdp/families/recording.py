@@ -127,7 +127,7 @@ def record(model: "PreTrainedModel", length: int = LENGTH) -> Recording:
     modules = dict(model.named_modules())
     handles = [handle for name, module in modules.items() for handle in recorder.watch(name, module)]
     arguments = example_inputs(model, length)
-    with torch.no_grad(), _KNOWN_SIZES(), _NumbersInNames(), recorder:
+    with torch.no_grad(), _KNOWN_SIZES(), _PythonOfValues(), recorder:
         model(**arguments)
     for handle in handles:
         handle.remove()
@@ -138,7 +138,7 @@ def record(model: "PreTrainedModel", length: int = LENGTH) -> Recording:
 
 def call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Call a module of a model that was recorded, without recording it."""
-    with torch.no_grad(), _KNOWN_SIZES(), _NumbersInNames(), _WithoutValues():
+    with torch.no_grad(), _KNOWN_SIZES(), _PythonOfValues(), _WithoutValues():
         return module(*args, **kwargs)
 
 
@@ -177,10 +177,13 @@ _KNOWN_SIZES = functools.partial(meta_config.patch, meta_nonzero_assume_all_nonz
 """What is chosen by a mask is all there is."""
 
 
-class _NumbersInNames(TorchFunctionMode):
-    """Experts may be called by the value of a tensor: ``self[f"expert_{index}"]``. All are the first."""
+class _PythonOfValues(TorchFunctionMode):
+    """What Python asks of values. Experts may be called by them (``self[f"expert_{index}"]``): all are the first. Nor
+    is any token in a batch (``pad_token_id in input_ids``)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__contains__ and args[0].is_meta:
+            return False
         if func is torch.Tensor.__format__ and args[0].is_meta:
             return format(0, *args[1:])
         return func(*args, **(kwargs or {}))
@@ -289,4 +292,6 @@ def without_values(func, args: tuple, kwargs: dict[str, Any]):
         if func is _aten.masked_select.default:
             numel = math.prod(torch.broadcast_shapes(first.shape, args[1].shape))
             return torch.empty(numel, dtype=first.dtype, device="meta")
+        if func is _aten.unique_consecutive.default:
+            return first.new_empty(1), *(first.new_empty(0, dtype=torch.long) for _ in range(2))
     return func(*args, **kwargs)
