@@ -31,7 +31,7 @@ def models(types, tasks, output, as_json, processes, limit) -> None:
 
     Each TYPE (llama, t5, ...; all by default) is tried at a tiny size: two subnetworks, at block level (sub-blocks,
     layers) and at neuron level, with both maskings, are compared with the dense model without what they do not hold.
-    All types take a quarter of an hour.
+    All types of all tasks take about three quarters of an hour; --task chooses some of them.
     """
     wanted = _wanted(types, tasks or list(TASKS))
     if output is not None and not output.absolute().parent.is_dir():

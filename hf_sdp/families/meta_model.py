@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _AUTO_CLASSES = (
-    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq", "AutoModel",
+    "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq",
+    "AutoModelForImageTextToText", "AutoModel",
 )  # fmt: skip
 
 

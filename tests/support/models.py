@@ -50,4 +50,4 @@ def batch(index: int, size: int = 2, length: int = 16) -> dict[str, torch.Tensor
 
 def batch_for(model: PreTrainedModel, index: int, task: str | None = None) -> dict[str, torch.Tensor]:
     """``task``: of which :func:`tiny_model` has made the model."""
-    return batch(index) if task is None else support.tiny_batch(model, index)
+    return batch(index) if task is None else support.tiny_batch(model, index, task=task)

@@ -5,7 +5,7 @@ layer's output is put aside for its input.
 """
 
 import functools
-from collections.abc import Callable
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,15 @@ class _Learned:
     gradients: dict[str, torch.Tensor]
 
 
-def check(config: PreTrainedConfig, task: str, sdp: SDPConfig, *, world: int = 2, ranks: tuple[int, ...] = ()) -> Plan:
+def check(
+    config: PreTrainedConfig,
+    task: str,
+    sdp: SDPConfig,
+    *,
+    world: int = 2,
+    ranks: tuple[int, ...] = (),
+    batch: dict[str, torch.Tensor] | None = None,
+) -> Plan:
     """Loss and gradients of subnetworks, and of virtual workers, against those of the dense model.
 
     Under forward masking: of the dense model without what they do not hold. Under backward masking the loss is the
@@ -46,27 +54,29 @@ def check(config: PreTrainedConfig, task: str, sdp: SDPConfig, *, world: int = 2
     Args:
         task: one of ``TASKS``.
         ranks: those that are compared; all by default.
+        batch: what is learned; that of ``tiny_batch`` by default.
     Returns: the plan.
     Raises: Differs; SDPConfigError when the model is not supported; what the model raises.
     """
     make = functools.partial(tiny_model, config, task)
+    batch = batch or tiny_batch(make(), task=task)
     plan = make_plan(make(), sdp, world)
     simulated = patch_model(make(), SDPConfig(**_choices(sdp), simulate=world))
     for rank in range(world):
-        virtual = learn(simulated)
+        virtual = learn(simulated, batch)
         if ranks and rank not in ranks:
             continue
         dense = make()
         if sdp.masking == "forward":
             leave_out(dense, plan, rank)
-        expected = learn(dense)
+        expected = learn(dense, batch)
         held = {name: _held(plan, name, p, expected, rank) for name, p in dense.named_parameters()}
         _compare(f"rank {rank}, the loss", virtual.loss, expected.loss, simulated=True)
         for name, p in simulated.named_parameters():
             found = virtual.gradients.get(name, torch.zeros_like(p))
             _compare(f"rank {rank}, {name}", found, held[name], simulated=True)
         model = patch_model(make(), sdp, rank=rank, world_size=world)
-        found_all = learn(model)
+        found_all = learn(model, batch)
         _compare(f"rank {rank}, the loss", found_all.loss, expected.loss)
         _check_size(model, plan, rank)
         for local_name, p in model.named_parameters():
@@ -101,12 +111,11 @@ def _choices(sdp: SDPConfig) -> dict:
     return {name: getattr(sdp, name) for name in names}
 
 
-def learn(model: PreTrainedModel) -> _Learned:
+def learn(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _Learned:
     """One forward and backward, of the next subnetwork if it is simulated."""
-    forward: Callable = type(model).forward
-    batch = tiny_batch(model)
     # The full model would make a cache, and compute otherwise with it.
-    without_cache = {"use_cache": False} if "use_cache" in forward.__code__.co_varnames else {}
+    has_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    without_cache = {"use_cache": False} if has_cache else {}
     torch.manual_seed(1)
     model.zero_grad()
     loss = model(**batch, **without_cache).loss

@@ -9,13 +9,29 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ...families.inputs import BATCH, LENGTH, example_inputs
-from .tiny import VOCAB
+from .tiny import END, VOCAB
 
 TASKS = {
     "causal": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM"),
     "masked": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "AutoModelForMaskedLM"),
     "sequence to sequence": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM"),
     "speech": (modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "AutoModelForSpeechSeq2Seq"),
+    "sequence classification": (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForSequenceClassification",
+    ),
+    "token classification": (
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForTokenClassification",
+    ),
+    "question answering": (
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "AutoModelForQuestionAnswering",
+    ),
+    "image-text-to-text": (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "AutoModelForImageTextToText",
+    ),
 }
 """Task -> model types, name of the class that makes their models."""
 
@@ -40,16 +56,34 @@ def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrained
     return model
 
 
-def tiny_batch(model: PreTrainedModel, index: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens, or sound, with their labels."""
+def tiny_batch(model: PreTrainedModel, index: int = 0, *, task: str | None = None) -> dict[str, torch.Tensor]:
+    """Random tokens, or sound, with the labels of a task; by default those of a language model. Images are left out."""
     generator = torch.Generator().manual_seed(1000 + index)
     inputs = example_inputs(model)
     batch = {name: torch.randn(t.shape, generator=generator) for name, t in inputs.items() if _is_sound(t)}
-    labels = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
+    ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
+    if task == "sequence classification":
+        ids[:, -1] = END  # BART's head reads the stream there
     if "input_ids" in inputs:
-        batch["input_ids"] = labels.clone()
-    return {**batch, "labels": labels}
+        batch["input_ids"] = ids.clone()
+    return {**batch, **_labels(model, task, ids, generator)}
 
 
 def _is_sound(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _labels(
+    model: PreTrainedModel, task: str | None, ids: torch.Tensor, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Those of a task, by the names of the model's arguments; of one class they are numbers (a reward)."""
+    batch, length = ids.shape
+    if task == "question answering":
+        names = ("start_positions", "end_positions")
+        return {name: torch.randint(length, (batch,), generator=generator) for name in names}
+    if task not in ("sequence classification", "token classification"):
+        return {"labels": ids}
+    shape = (batch,) if task == "sequence classification" else (batch, length)
+    if model.config.num_labels == 1:
+        return {"labels": torch.randn(shape, generator=generator)}
+    return {"labels": torch.randint(model.config.num_labels, shape, generator=generator)}

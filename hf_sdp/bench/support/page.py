@@ -8,13 +8,13 @@ HEADER = ("model type", "task", *COLUMNS, "notes")
 
 _TOP = """# Which models work
 
-Every model type of transformers {version} with a causal, masked, sequence-to-sequence or speech head, at a tiny size.
+Every model type of transformers {version} that has a model for one of these tasks, at a tiny size: {tasks}.
 Made by `hf-sdp models --output SUPPORT.md`.
 
 For each, two subnetworks of two are compared with the dense model without what they do not hold: the loss and all
 gradients, under forward and under backward masking, and so are the two virtual workers of a simulation. "yes": all of
 them agree. "forward only": they do under forward masking. All else says why not. "not tried": no tiny model of it could
-be made here.
+be made here. Models that take images as well are given text alone: what sees images is held by all workers.
 
 - sub-blocks: `level="block"`. Attention, MLP, experts and mixers are units.
 - layers: `level="block", block_granularity="layer"`.
@@ -55,10 +55,9 @@ def counts(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def markdown(rows: Sequence[Row], version: str) -> str:
     """``version``: of transformers."""
+    top = _TOP.format(version=version, tasks=", ".join(dict.fromkeys(row.task for row in rows)))
     wide = [HEADER, *(cells(row) for row in rows)]
-    return "\n".join(
-        [_TOP.format(version=version), *_table(wide), "", "## How many work", "", *_table(counts(rows)), ""]
-    )
+    return "\n".join([top, *_table(wide), "", "## How many work", "", *_table(counts(rows)), ""])
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:

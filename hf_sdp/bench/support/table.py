@@ -69,7 +69,7 @@ def tried(model_type: str, task: str) -> Row:
 
     from ...config import SDPConfig
     from .check import check, learn
-    from .models import made, tiny_model
+    from .models import made, tiny_batch, tiny_model
     from .tiny import tiny_config
 
     row, begin = Row(model_type, task), time.monotonic()
@@ -80,7 +80,7 @@ def tried(model_type: str, task: str) -> Row:
         if row.numel > MOST_NUMEL:
             return without(row, f"{_NOT_TRIED}{row.numel / 1e6:.0f} M parameters at the smallest sizes known here")
         model = tiny_model(config, task)
-        loss = learn(model).loss
+        loss = learn(model, tiny_batch(model, task=task)).loss
         if not torch.isfinite(loss):
             return without(row, f"{_NOT_TRIED}the loss of a tiny model is {loss}")
     except Exception as error:  # whatever the class says

@@ -9,6 +9,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from .special import SPECIAL
 
 WIDTH, HEADS, HEAD_DIM, LAYERS, VOCAB = 64, 8, 8, 4, 128
+END, PADDING = 1, 0
+"""Token ids."""
 
 _SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "encoder_hidden_size"), WIDTH),
@@ -67,14 +69,19 @@ _SIZES: dict[str, int] = {
     "topk_group": 1,
     "first_k_dense_replace": 2,
     "num_mel_bins": 16,
+    "num_filters": 4,
+    "base_channels": 32,
     "index_topk": 8,
     "index_n_heads": 4,
     "index_head_dim": 16,
+    **dict.fromkeys(("out_hidden_size", "text_hidden_size", "audio_hidden_size", "hidden_size_global"), WIDTH),
+    "depth": 2,
 }
 _OFF = {"dropout", "drop", "layerdrop", "jitter"}
-_TOKENS = dict.fromkeys(
-    ("bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "forced_eos_token_id"), 1
-) | {"pad_token_id": 0}
+_TOKENS = {
+    "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id", "forced_eos_token_id",
+    "blank_token_id",
+}  # fmt: skip
 _LISTS = {"layer_types", "layers_block_type", "block_types", "mlp_layer_types"}
 """The kind of each layer."""
 
@@ -113,12 +120,17 @@ def _values(config: PreTrainedConfig) -> dict[str, Any]:
             values[name] = _SIZES[name]
         elif isinstance(value, float) and (_OFF & set(name.split("_")) or "pdrop" in name):
             values[name] = 0.0
+        elif name == "pad_token_id":
+            values[name] = PADDING  # heads that read the last token need it
         elif name in _TOKENS and isinstance(value, int):
-            values[name] = _TOKENS[name]
+            values[name] = END
         elif name == "apply_spec_augment":
             values[name] = False  # it masks at random
+    rope = given.get("rope_parameters") or {}
+    if "rope_theta" in rope and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        values["rope_parameters"] = _sectioned(rope)
     if given.get("is_encoder_decoder"):
-        values["decoder_start_token_id"] = 1  # not all have a default
+        values["decoder_start_token_id"] = END  # not all have a default
     for name in getattr(config, "sub_configs", {}):
         sub = getattr(config, name, None)
         if isinstance(sub, PreTrainedConfig):
@@ -130,6 +142,12 @@ def _values(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(types := given[name], (list, tuple)) and name not in values:
             values[name] = _of_every_kind(list(types), LAYERS)
     return values
+
+
+def _sectioned(rope_parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of the half of a head that turns: how much of it with time, with height and with width."""
+    half = int(HEAD_DIM * rope_parameters.get("partial_rotary_factor", 1)) // 2
+    return {**rope_parameters, "mrope_section": [half // 4, half // 4, half - 2 * (half // 4)]}
 
 
 def _arguments(cls: type[PreTrainedConfig]) -> set[str]:
