@@ -28,7 +28,7 @@ class Workload:
     """
 
     batch: int = option("Sequences of a worker's micro-batch.", positive=True, most=MOST)
-    sequence: int = option("Tokens of a sequence.", positive=True, most=MOST)
+    sequence: int = option("Tokens of a sequence, of an encoder and of a decoder alike.", positive=True, most=MOST)
     dtype: Dtype = option("Number format of computation, activations and gathered parameters.", default="float32")
     param_dtype: Dtype = option("Number format of stored parameters, gradients and optimizer state.", default="float32")
     optimizer: Optimizer = option("Decides how many tensors of state a parameter has.", default="adamw")

@@ -5,7 +5,7 @@ Collectives run on torch's fake process group: buffers are allocated as ever, no
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -71,10 +71,13 @@ def measure_steps(
     device: torch.device,
     *,
     autocast: bool = False,
+    batch_of: Callable[[int, int], dict[str, torch.Tensor]] | None = None,
 ) -> list[dict[str, int]]:
     """Bytes for each batch (sequences, tokens of each).
 
     Two small steps come first: moments exist then, and DDP has rebuilt its buckets.
+    Args:
+        batch_of: (sequences, tokens of each) -> arguments of the model; default: tokens and their labels.
     Returns: for each batch the state by kind (of ``metrics.state_bytes``); ``buckets``: DDP's, which are not measured
         but are as large as the gradients; ``step``: the peak of a step above what was allocated before it;
         ``bytes_sent`` (SDP).
@@ -82,10 +85,14 @@ def measure_steps(
     sharded = find_sharded(model)
     stored: dict[str, int] = {}
 
-    def step(num_sequences: int, length: int) -> None:
+    def tokens(num_sequences: int, length: int) -> dict[str, torch.Tensor]:
         ids = torch.zeros(num_sequences, length, dtype=torch.long, device=device)
+        return {"input_ids": ids, "labels": ids}
+
+    def step(num_sequences: int, length: int) -> None:
+        inputs = (batch_of or tokens)(num_sequences, length)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**inputs).loss
         loss.backward()
         stored["gradients"] = state_bytes(model, None)["gradients"]
         optimizer.step()

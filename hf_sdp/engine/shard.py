@@ -27,6 +27,7 @@ from .evaluation import Shadow, guard_forward
 from .frozen import let_inputs_need_gradients
 from .fsdp import fsdp_modules, fully_shard_groups, gather_with_root, mixed_precision_policy
 from .meshes import make_meshes, world_mesh
+from .passed_on import pass_on_views
 from .presence import come_to, find_roll_call, open_roll_call
 from .sharded import Sharded, find_sharded, set_sharded
 from .traffic import Traffic
@@ -68,6 +69,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     with together(control_group()):
         fully_shard_groups(model, held.groups, meshes, reshard_after_forward=reshards, mp_policy=policy)
         gather_with_root(model, [modules[0] for modules in held.structure.outer])
+        pass_on_views(model, held.groups, held.structure.absent)
         # Nothing is prefetched but a module itself. By the root neither: with inputs_embeds and a tied head FSDP2 takes
         # the worker's last block for what was gathered before it.
         for module in fsdp_modules(model):

@@ -121,9 +121,9 @@ class FullyShard(Allocator):
         self.with_root = tuple(with_root)
         self.reshards = reshard_after_forward  # also the root: only reshard_after_forward=None makes an exception of it
         self.stored_bytes, self.computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
-        numel = sum(group.stored_numel for group in groups)
-        self.parameters = self.gradients_stored = numel * self.stored_bytes
-        self.optimizer = self.parameters * OPTIMIZER_STATES[workload.optimizer]
+        self.parameters = sum(group.stored_numel for group in groups) * self.stored_bytes
+        self.gradients_stored = sum(group.learned_numel for group in groups) * self.stored_bytes
+        self.optimizer = self.gradients_stored * OPTIMIZER_STATES[workload.optimizer]
         self._by_module: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             for module in group.group.modules:
@@ -236,7 +236,7 @@ class FullyShard(Allocator):
         self._last_reduce_input = 0
         if not self._gradients[index]:
             return
-        shard = group.shard_numel * self.computed_bytes
+        shard = group.reduced_numel * self.computed_bytes
         self._last_reduce_input = group.members * shard
         self.gradients += self._last_reduce_input
         self.note()
@@ -247,7 +247,7 @@ class FullyShard(Allocator):
         sent = (group.members - 1) * shard + 2 * (group.replicas - 1) * shard // group.replicas
         self.actions.append(Action("reduce", sent, index))
         if self.stored_bytes != self.computed_bytes:
-            self.gradients += group.shard_numel * self.stored_bytes
+            self.gradients += group.reduced_numel * self.stored_bytes
             self.note()
             if group.replicas > 1:
                 self._kept_for_all_reduce += shard  # until the end of backward
@@ -263,28 +263,29 @@ class Replicated(Allocator):
         self.world_size, self.zero_stage = world_size, zero_stage
         self._untraced_copies = 0
         numel = sum(map(math.prod, shapes.tensors.values()))
+        learned = sum(math.prod(shape) for name, shape in shapes.tensors.items() if name not in shapes.frozen)
         stored_bytes, computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
         mixed = stored_bytes != computed_bytes
         num_states = OPTIMIZER_STATES[workload.optimizer]
         if zero_stage == 0:
-            self.parameters = self.gradients_stored = numel * stored_bytes
-            self.optimizer = self.parameters * num_states
+            self.parameters, self.gradients_stored = numel * stored_bytes, learned * stored_bytes
+            self.optimizer = self.gradients_stored * num_states
             self.gradients = self.gradients_stored  # the buckets
             self.share = 1
-            if mixed and workload.gradient_checkpointing:
+            if mixed and workload.gradient_checkpointing and not shapes.is_traced_whole:
                 # Autocast's copies of the weights go when forward ends; the trace has seen those of few layers.
                 layers = shapes.structure.layers
                 of_first = (s for name, s in shapes.tensors.items() if name.startswith(layers[0] + ".") and len(s) == 2)
                 self._untraced_copies = (len(layers) - TRACED_LAYERS) * sum(map(math.prod, of_first)) * computed_bytes
         else:
             # ZeRO: parameters and gradients in the dtype of computation; the sharded optimizer has the stored ones
-            shard = -(-numel // world_size)
+            shard = -(-learned // world_size)
             self.parameters = numel * computed_bytes
-            self.gradients_stored = (numel if zero_stage == 1 else shard) * computed_bytes
+            self.gradients_stored = (learned if zero_stage == 1 else shard) * computed_bytes
             self.optimizer = shard * stored_bytes * (num_states + mixed)
             self.share = 1 if zero_stage == 1 else world_size
         self._bucket = 0
-        self.parameter_bytes = numel * computed_bytes
+        self.updated_bytes = learned * computed_bytes
 
     def gradient(self, name: str, nbytes: int) -> None:
         self.gradients += nbytes
@@ -307,4 +308,4 @@ class Replicated(Allocator):
         if self._bucket:
             self._send()
         if self.zero_stage > 0:  # the updated parameters, after the optimizer's step
-            self.actions.append(Action("reduce", self.parameter_bytes * (self.world_size - 1) // self.world_size))
+            self.actions.append(Action("reduce", self.updated_bytes * (self.world_size - 1) // self.world_size))

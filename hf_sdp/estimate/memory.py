@@ -59,8 +59,9 @@ def sdp_step(
     """
     placement = Placement(world_size or plan.num_subnetworks, plan.num_subnetworks, sharding)
     local = subnetwork_of(plan, subnetwork) if plan.masking == "forward" else whole_model(plan)
-    structure = shapes_of(model_config).structure
-    groups = stored_groups(sharding_groups(local, structure), placement, subnetwork)
+    shapes = shapes_of(model_config)
+    structure = shapes.structure
+    groups = stored_groups(sharding_groups(local, structure), placement, subnetwork, shapes.frozen)
     layers, outside = trace_subnetwork(model_config, workload, plan, subnetwork)
     with_root = [modules[0] for modules in structure.outer]
     allocator = FullyShard(groups, workload, reshard_after_forward, prefetches=False, with_root=with_root)
@@ -73,10 +74,9 @@ def fsdp_step(
     """Plain FSDP2 (ZeRO-3), layer by layer, with its default prefetching."""
     shapes = shapes_of(model_config)
     groups = data_parallel_groups(shapes.structure, shapes.tensors, world_size)
-    stored = stored_groups(groups, Placement(world_size, world_size, "full"), rank=0)
-    layers = trace(model_config, workload)
+    stored = stored_groups(groups, Placement(world_size, world_size, "full"), 0, shapes.frozen)
     allocator = FullyShard(stored, workload, reshard_after_forward, prefetches=True)
-    return _walk(shapes.structure, layers, layers[0], allocator)
+    return _walk(shapes.structure, *trace(model_config, workload), allocator)
 
 
 def replicated_step(model_config: PreTrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
@@ -86,8 +86,8 @@ def replicated_step(model_config: PreTrainedConfig, workload: Workload, world_si
     that dtype.
     """
     shapes = shapes_of(model_config)
-    layers = trace(model_config, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)
-    return _walk(shapes.structure, layers, layers[0], Replicated(shapes, workload, world_size, zero_stage))
+    traces = trace(model_config, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)
+    return _walk(shapes.structure, *traces, Replicated(shapes, workload, world_size, zero_stage))
 
 
 def _stream(structure: Structure, layers: list[Trace], outside: Trace) -> Iterator[tuple[Segment | Mark, str]]:

@@ -99,7 +99,8 @@ def watch(model: nn.Module, modules: Iterable[str], recorder: Recorder) -> None:
     for name in modules:
         _watch_module(model.get_submodule(name), name, recorder)
     for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: recorder.gradient(name, p))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: recorder.gradient(name, p))
 
 
 def _watch_module(module: nn.Module, name: str, recorder: Recorder) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -14,12 +15,28 @@ from ..plan.region import Shape
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """``tensors``: full parameter name -> shape, tied parameters once. ``layer_types``: equal for layers that compute
-    alike."""
+    """Of a full model.
+
+    Attributes:
+        tensors: full parameter name -> shape, tied parameters once.
+        frozen: names of those that the model's class freezes.
+        layer_types: equal for layers that compute alike.
+    """
 
     structure: Structure
     tensors: dict[str, Shape]
+    frozen: frozenset[str]
     layer_types: tuple[Hashable, ...]
+
+    @cached_property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the lists that have the layers."""
+        return tuple(dict.fromkeys(layer.rpartition(".")[0] for layer in self.structure.layers))
+
+    @property
+    def is_traced_whole(self) -> bool:
+        """And not put together from pieces (``trace.py``)."""
+        return len(self.stacks) > 1
 
 
 _cache: dict[str, ModelShapes] = {}
@@ -31,8 +48,9 @@ def shapes_of(model_config: PreTrainedConfig) -> ModelShapes:
     if key not in _cache:
         model = meta_model(model_config)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        frozen = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         structure = structure_of(model)
-        _cache[key] = ModelShapes(structure, shapes, _layer_types(model, structure))
+        _cache[key] = ModelShapes(structure, shapes, frozen, _layer_types(model, structure))
     return _cache[key]
 
 

@@ -1,7 +1,9 @@
 """What a step of one worker computes, traced on the meta device: bytes that live between two points, and FLOPs.
 
 Forward and backward of the real (sub)network run without memory, on three layers (``recorder.py``). Layers of one
-structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``.
+structure are alike, so a model of any depth is put together from pieces (:class:`Trace`) in ``memory.py``. A model with
+two stacks (encoder and decoder) is traced whole: what all layers of the one read of the other lives until the last of
+them.
 """
 
 import contextlib
@@ -14,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import checkpoint_activations, is_within_backward
 from ..families import Structure
@@ -27,15 +28,15 @@ from ..plan.plan import Plan
 from ..plan.subnetwork import subnetwork_of, whole_model
 from ..plan.units import MaskableModule
 from ..workload import Workload
+from .attention import ATTENTION
+from .batch import training_batch
 from .grouped_products import grouped_products_on_meta
 from .recorder import Mark, Recorder, Segment, watch
 from .shallow import shallow_model
 from .shapes import shapes_of
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
-_ATTENTION = "hf_sdp_on_meta"  # a name with "flash" would be looked up on the hub
 _AUTOCAST = "_hf_sdp_autocast"
-_aten = torch.ops.aten
 
 Stream = tuple[Segment | Mark, ...]
 
@@ -45,7 +46,7 @@ class Trace:
     """One step in pieces, in the order of the fields; names in the pieces of a layer are relative to it.
 
     Attributes:
-        before: up to the first decoder layer.
+        before: up to the first decoder layer; the whole step of a model with several stacks.
         layer_forward: forward of a layer.
         to_second_layer, to_next_layer: between the first layer and the second, and other neighbours: inputs are freed,
             except for the first layer's, which transformers keeps.
@@ -55,19 +56,20 @@ class Trace:
     """
 
     before: Stream
-    layer_forward: Stream
-    to_second_layer: Stream
-    to_next_layer: Stream
-    head: Stream
-    layer_backward: Stream
-    after: Stream
+    layer_forward: Stream = ()
+    to_second_layer: Stream = ()
+    to_next_layer: Stream = ()
+    head: Stream = ()
+    layer_backward: Stream = ()
+    after: Stream = ()
 
 
 _cache: dict[tuple, Trace] = {}
 
 
-def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool = False) -> list[Trace]:
-    """For each layer the trace of the full model. Kept: asking again costs nothing.
+def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool = False) -> tuple[list[Trace], Trace]:
+    """For each layer the trace of the full model, and one for what is outside of the layers. Kept: asking again costs
+    nothing. Of a model with several stacks the second is all.
 
     Args:
         autocast: parameters and the residual stream stay float32, linear layers and attention compute in
@@ -79,13 +81,15 @@ def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool 
             _autocast_linear_layers(model, getattr(torch, workload.dtype))
         return [*structure.layers, ROOT]
 
-    def traced(layer: int) -> Trace:
-        chosen = (layer,) * TRACED_LAYERS
+    def traced(*chosen: int) -> Trace:
         return _cached(model_config, workload, chosen, ("autocast",) if autocast else (), prepare)
 
     types = shapes_of(model_config).layer_types
-    alike = {of_type: traced(layer) for of_type, layer in _first(types).items()}
-    return [alike[of_type] for of_type in types]
+    if shapes_of(model_config).is_traced_whole:
+        return [], traced(*range(len(types)))
+    alike = {of_type: traced(layer, layer, layer) for of_type, layer in _first(types).items()}
+    layers = [alike[of_type] for of_type in types]
+    return layers, layers[0]
 
 
 def trace_subnetwork(
@@ -94,7 +98,7 @@ def trace_subnetwork(
     """For each layer the trace of subnetwork ``index`` in a model whose layers are all like it.
 
     Layers of one structure, of whatever plan, are traced once.
-    Returns: these, and one for what is outside of the layers.
+    Returns: as :func:`trace`.
     """
     layers = shapes_of(model_config).structure.layers
     of_layer: list[tuple] = [(of_type,) for of_type in shapes_of(model_config).layer_types]
@@ -114,6 +118,8 @@ def trace_subnetwork(
         structures = (plan.level, plan.masking, *(of_layer[i] for i in chosen))
         return _cached(model_config, workload, chosen, structures, prepare)
 
+    if shapes_of(model_config).is_traced_whole:
+        return [], traced(*range(len(of_layer)))
     alike = {structure: traced(layer, layer, layer) for structure, layer in _first(of_layer).items()}
     if plan.level == "neuron":  # every layer has something of everything
         return [alike[structure] for structure in of_layer], alike[of_layer[-1]]
@@ -153,7 +159,9 @@ def _cached(
     if key not in _cache:
         model, names = shallow_model(model_config, chosen)
         watched = prepare(model, names)
-        _cache[key] = _cut(_trace_stream(model, workload, watched), names.layers)
+        stream = _trace_stream(model, workload, watched)
+        whole = shapes_of(model_config).is_traced_whole
+        _cache[key] = Trace(tuple(stream)) if whole else _cut(stream, names.layers)
     return _cache[key]
 
 
@@ -197,18 +205,20 @@ def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[
     if _AUTOCAST not in vars(model):
         for p in model.parameters():
             p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
-    model.config.use_cache = False
+    for module in model.modules():
+        if (config := getattr(module, "config", None)) is not None:
+            config.use_cache = False  # each stack may have its own
     if model.config._attn_implementation != "eager":  # as of models whose scores no kernel computes
         with contextlib.suppress(ValueError):  # those that have their own
-            model.set_attn_implementation(_ATTENTION)
+            model.set_attn_implementation(ATTENTION)
     if workload.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
-    ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long, device="meta")
-    recorder = Recorder([*model.parameters(), *model.buffers(), ids])
+    inputs = training_batch(model, workload.batch, workload.sequence)
+    recorder = Recorder([*model.parameters(), *model.buffers(), *inputs.values()])
     watch(model, watched, recorder)
     with recorder, grouped_products_on_meta():
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**inputs).loss
         vars(model).get(_AUTOCAST, {}).clear()  # as autocast does when it is left
         recorder.mark("end_of_forward", "")
         loss.backward()
@@ -272,20 +282,3 @@ def _autocast_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if type(module) is nn.Linear:
             module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
     model.config._hf_sdp_attention_dtype = dtype
-
-
-def _flash_on_meta(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention that saves query, key, value, output and the logarithms of the sums, as the flash kernels of CPU and
-    CUDA do; on the meta device PyTorch would take the path that saves the scores."""
-    dtype = getattr(module.config, "_hf_sdp_attention_dtype", None)
-    if dtype is not None:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.shape[-1] != value.shape[-1]:  # latent attention: CUDA has another kernel, which saves the same
-        kernel = _aten._scaled_dot_product_efficient_attention
-        output, *_ = kernel(query, key, value, None, True, 0.0, True, scale=scaling)
-    else:
-        output, _ = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _flash_on_meta)

@@ -25,6 +25,11 @@ class Outputs:
     items: tuple[str | None, ...]
     is_tuple: bool = False
 
+    @property
+    def passed_on(self) -> list[str]:
+        """Arguments that are returned."""
+        return [item for item in self.items if item is not None and item not in (ZERO, ZEROS)]
+
 
 class Absent(nn.Module):
     """Called in the place of a module of the class ``cls``, with its arguments."""

@@ -5,10 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from hf_sdp import SDPConfig, SDPConfigError, make_plan
+from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
 from hf_sdp.bench.support.models import made
 from hf_sdp.bench.support.tiny import tiny_config
+from hf_sdp.estimate.batch import training_batch
 from hf_sdp.estimate.memory import fsdp_step, sdp_step
 from hf_sdp.workload import Workload
 from tests.support.types import BLOCK, MODELS
@@ -16,14 +17,15 @@ from tests.support.types import BLOCK, MODELS
 CPU, BATCH, WORLD = torch.device("cpu"), (2, 128), 4
 SIZES = dict(
     vocab_size=512, hidden_size=128, intermediate_size=256, ffn_dim=256, n_inner=256, max_position_embeddings=256,
-    word_embed_proj_dim=128, n_embd=128, n_positions=256, use_cache=False,
+    word_embed_proj_dim=128, n_embd=128, n_positions=256, d_model=128, d_ff=256, encoder_ffn_dim=256,
+    decoder_ffn_dim=256, max_target_positions=256, use_cache=False,
 )  # fmt: skip
 """Under whatever name. Memory is more than what an allocator rounds up."""
-SHORT = ("gpt2", "gemma2", "mixtral")
-OF_ONE_STACK = [
-    pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
-    for name in (*SHORT, "bert", "opt", "phi3", "gpt_neox", "qwen3_moe", "gemma3_text", "olmo2", "falcon", "modernbert")
-]
+SHORT = ("gpt2", "gemma2", "mixtral", "bart")
+LONG = (
+    "bert", "opt", "phi3", "gpt_neox", "qwen3_moe", "gemma3_text", "olmo2", "falcon", "modernbert", "t5", "whisper"
+)  # fmt: skip
+TYPES = [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -43,7 +45,7 @@ ENGINES = {"FSDP2": None, "SDP, blocks": SDPConfig(**BLOCK), "SDP, neurons": SDP
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", OF_ONE_STACK)
+@pytest.mark.parametrize("name", TYPES)
 def test_memory_and_traffic_are_those_of_a_step(name, engine):
     """State and traffic to the byte, the peak within 2%."""
     config, workload = config_of(name), Workload(batch=BATCH[0], sequence=BATCH[1])
@@ -52,9 +54,11 @@ def test_memory_and_traffic_are_those_of_a_step(name, engine):
         step = sdp_step(config, make_plan(config, sdp, WORLD), 1, workload)
     else:
         step = fsdp_step(config, workload, WORLD)
+    full = made_of(config, name)
+    batches = {shape: training_batch(full, *shape, CPU) for shape in (BATCH, (1, 16))}
     with fake_world(WORLD, 1):
-        model, optimizer = parallelize(made_of(config, name), sdp or engine, CPU)
-        (measured,) = measure_steps(model, optimizer, [BATCH], CPU)
+        model, optimizer = parallelize(full, sdp or engine, CPU)
+        (measured,) = measure_steps(model, optimizer, [BATCH], CPU, batch_of=lambda *shape: batches[shape])
     memory = step.memory
     assert (memory.parameters, memory.gradients, memory.optimizer) == tuple(
         measured[kind] for kind in ("parameters", "gradients", "optimizer")
@@ -64,7 +68,7 @@ def test_memory_and_traffic_are_those_of_a_step(name, engine):
         assert step.bytes_sent == measured["bytes_sent"]
 
 
-@pytest.mark.parametrize("name", OF_ONE_STACK)
+@pytest.mark.parametrize("name", TYPES)
 def test_flops_are_those_of_a_step(name):
     """Within 2%: attention in one kernel computes its scores again in backward."""
     config = config_of(name)
@@ -73,13 +77,7 @@ def test_flops_are_those_of_a_step(name):
     model.set_attn_implementation("eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    ids = torch.zeros(2, 16, dtype=torch.long)
+    inputs = training_batch(model, 2, 16, CPU)
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**inputs).loss.backward()
     assert step.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
-
-
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
-def test_two_stacks_are_refused_and_the_plan_is_named(name):
-    with pytest.raises(SDPConfigError, match="2 stacks of layers.*hf-sdp plan"):
-        fsdp_step(config_of(name), Workload(batch=1, sequence=16), WORLD)
