@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import checkpoint_activations, is_within_backward
 from ..families import Structure
+from ..families.attention import set_attention
 from ..families.model_config import config_key
 from ..model.backward_masking import mask_weight_gradients
 from ..model.cut import cut
@@ -210,7 +211,7 @@ def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[
             config.use_cache = False  # each stack may have its own
     if model.config._attn_implementation != "eager":  # as of models whose scores no kernel computes
         with contextlib.suppress(ValueError):  # those that have their own
-            model.set_attn_implementation(ATTENTION)
+            set_attention(model, ATTENTION)
     if workload.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import set_attention
 from .inputs import LENGTH, example_inputs
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
 def _choose_implementations(model: "PreTrainedModel") -> None:
     """Attention without masks, and experts without loops over those that have tokens, where there is a choice."""
     with contextlib.suppress(ValueError, AttributeError, ImportError):
-        model.set_attn_implementation(_ATTENTION)
+        set_attention(model, _ATTENTION)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None:

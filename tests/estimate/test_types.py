@@ -11,6 +11,7 @@ from hf_sdp.bench.support.models import made
 from hf_sdp.bench.support.tiny import tiny_config
 from hf_sdp.estimate.batch import training_batch
 from hf_sdp.estimate.memory import fsdp_step, sdp_step
+from hf_sdp.families.attention import set_attention
 from hf_sdp.workload import Workload
 from tests.support.types import BLOCK, MODELS
 
@@ -74,7 +75,7 @@ def test_flops_are_those_of_a_step(name):
     config = config_of(name)
     step = fsdp_step(config, Workload(batch=2, sequence=16), WORLD)
     model = made_of(config, name).train()
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     inputs = training_batch(model, 2, 16, CPU)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.families import structure_of
+from hf_sdp.families.attention import set_attention
 from hf_sdp.families.flops import flops_of
 from hf_sdp.plan.flops import forward_flops, training_flops
 from tests.support.models import batch_for, tiny_model
@@ -18,10 +17,8 @@ LENGTH = 32  # of batch_for
 
 @pytest.mark.parametrize("name", short("gpt2", "deepseek_v3", "t5"))
 def test_a_forward_takes_what_was_counted(name):
-    if name in ("deepseek_v3", "t5") and Version(transformers.__version__) < Version("5.23"):
-        pytest.skip("the two counts differ by a few percent with this transformers, and why is not known")
     model = tiny_model(**MODELS[name]).eval()
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     inputs = batch_for(model, 0, MODELS[name]["task"])
@@ -30,7 +27,9 @@ def test_a_forward_takes_what_was_counted(name):
     layers = structure_of(model).layers
     counted = flops_of(model, LENGTH)
     total = counted.within(layers) + counted.outside(layers, layers)
-    assert 2 * LENGTH * total.all == counter.get_total_flops()
+    # Angles of positions are not counted; older versions of transformers compute them with a product.
+    angles = sum(sum(of.values()) for module, of in counter.get_flop_counts().items() if "rotary_emb" in module)
+    assert 2 * LENGTH * total.all == counter.get_total_flops() - angles
 
 
 def test_six_for_each_weight_and_twelve_for_attention():
