@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compat import checkpoint_activations, is_within_backward
+from ..errors import SDPConfigError
 from ..families import Structure
 from ..families.attention import set_attention
 from ..families.model_config import config_key
@@ -219,13 +220,23 @@ def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[
     recorder = Recorder([*model.parameters(), *model.buffers(), *inputs.values()])
     watch(model, watched, recorder)
     with recorder, grouped_products_on_meta():
-        loss = model(**inputs).loss
+        loss = _loss(model, inputs)
         vars(model).get(_AUTOCAST, {}).clear()  # as autocast does when it is left
         recorder.mark("end_of_forward", "")
         loss.backward()
         del loss
         recorder.mark("end", "")
     return recorder.stream
+
+
+def _loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    try:
+        return model(**inputs).loss
+    except Exception as error:  # whatever the class says
+        raise SDPConfigError(
+            f"A step of {type(model).__name__} cannot be estimated: on the meta device it raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _cut(stream: list[Segment | Mark], layers: tuple[str, ...]) -> Trace:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
-from hf_sdp import SDPConfig, make_plan
+from hf_sdp import SDPConfig, SDPConfigError, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
 from hf_sdp.bench.support.models import made
 from hf_sdp.bench.support.tiny import tiny_config
@@ -67,6 +67,13 @@ def test_memory_and_traffic_are_those_of_a_step(name, engine):
     assert memory.peak == pytest.approx(measured["parameters"] + measured["optimizer"] + measured["step"], rel=0.02)
     if sdp is not None:
         assert step.bytes_sent == measured["bytes_sent"]
+
+
+def test_what_a_model_says_of_its_config_is_told():
+    config = config_of("t5")
+    del config.decoder_start_token_id
+    with pytest.raises(SDPConfigError, match="T5ForConditionalGeneration cannot be estimated.*decoder_start_token_id"):
+        fsdp_step(config, Workload(batch=1, sequence=16), WORLD)
 
 
 @pytest.mark.parametrize("name", TYPES)
