@@ -70,8 +70,8 @@ _cache: dict[tuple, Trace] = {}
 
 
 def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool = False) -> tuple[list[Trace], Trace]:
-    """For each layer the trace of the full model, and one for what is outside of the layers. Kept: asking again costs
-    nothing. Of a model with several stacks the second is all.
+    """For each layer the trace of the full model, and one for what is outside of the layers; of a model with several
+    stacks no layers, and one for all. Kept: asking again costs nothing.
 
     Args:
         autocast: parameters and the residual stream stay float32, linear layers and attention compute in

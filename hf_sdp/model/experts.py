@@ -2,8 +2,12 @@
 
 The router is shared, and chooses among all. A token that it sends to an expert that is not held gets nothing from it,
 as from an expert whose weights are zero: compute falls with what is held, and the weight of a held expert is what it is
-in the full model. Experts that are not held take the place that transformers gives to those of other devices under
-expert parallelism, the number after the last one. Source: transformers/integrations/moe.py.
+in the full model. A router that chose among the held ones would make every worker compute k experts for every token.
+Measured, that learns more in a step and less for its FLOPs (examples/benchmarks/routing.py). Losses that balance the
+load are left to the model: it computes them from the router's logits of all experts.
+
+Experts that are not held take the place that transformers gives to those of other devices under expert parallelism, the
+number after the last one. Source: transformers/integrations/moe.py.
 """
 
 import torch

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 
 from hf_sdp import SDPAccelerator, SDPConfig, make_plan, patch_model
+from hf_sdp.bench.fake_world import fake_world, parallelize
 from hf_sdp.engine.sharded import find_sharded
-from tests.support.models import batch, tiny_config, tiny_model
+from tests.support.models import batch, batch_for, tiny_config, tiny_model
 from tests.support.oracle import freeze
 from tests.support.training import EVERYTHING, one_step, prepared
+from tests.support.types import BLOCK, MODELS
 from tests.support.workers import run_workers
 
 
@@ -70,6 +72,16 @@ def test_bytes_sent_are_what_the_formula_says(config, micro_batches):
     formula = 2 * plan.coverage * (r - 1) / r * maskable + 2 * 3 / 4 * plan.shared_numel * 4
     for counted, seen, _ in run_workers(count_collectives, config, micro_batches, thirds):
         assert counted == seen == pytest.approx(formula, abs=1e-6)
+
+
+def test_what_layers_hand_on_is_gathered_and_reduced_once():
+    """T5's attention returns the position biases that it is given. Their gradient comes last."""
+    collectives = []
+    with fake_world(4, 1):
+        model, _ = parallelize(tiny_model(**MODELS["t5"]), SDPConfig(**BLOCK), torch.device("cpu"))
+        find_sharded(model).traffic.watch = lambda kind, module, *_: collectives.append((kind, module))
+        model(**batch_for(model, 0, "sequence to sequence")).loss.backward()
+    assert len(collectives) > 10 and len(collectives) == len(set(collectives))
 
 
 def test_gathering_twice_is_the_only_extra_traffic_of_resharding():
