@@ -15,9 +15,10 @@ def training_batch(
     Sound is as long as the config of the model has it. ``model``: not patched, on any device.
     """
     ids = torch.zeros(num_sequences, length, dtype=torch.long, device=device)
+    inputs = example_inputs(model, length)
     sound = {
         name: torch.zeros(num_sequences, *value.shape[1:], dtype=model.dtype, device=device)
-        for name, value in example_inputs(model, length).items()
+        for name, value in inputs.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
-    return {**(sound or {"input_ids": ids}), "labels": ids}
+    return {**sound, **{name: ids for name in ("input_ids",) if name in inputs}, "labels": ids}
