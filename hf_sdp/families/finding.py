@@ -285,8 +285,19 @@ class _Finder:
         what = tuple((name.removeprefix(layer), outputs) for name, outputs in absent.items())
         key = (likeness(module), what)
         if key not in self.tried:
-            self.tried[key] = self._call_without(module, call, absent)
+            problem = self._call_without(module, call, absent)
+            if problem is None and not self._trains_without(module, call, {}):  # else it does not, whatever is absent
+                problem = self._trains_without(module, call, absent)
+            self.tried[key] = problem
         return self.tried[key]
+
+    def _trains_without(self, module: nn.Module, call: Call, absent: dict[str, Outputs]) -> str | None:
+        """As :meth:`_call_without`, in training mode: what drops whole samples asks for their number."""
+        module.train()
+        try:
+            return self._call_without(module, call, absent)
+        finally:
+            module.eval()
 
     def _call_without(self, module: nn.Module, call: Call, absent: dict[str, Outputs]) -> str | None:
         args, kwargs = tree_map(lambda x: x, call.given)

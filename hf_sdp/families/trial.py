@@ -222,7 +222,7 @@ class Trial:
 
     def _sizes(self, inner: int, units: int) -> Iterator[dict[str, tuple[str, ...]]]:
         heads, widths, of_config = {}, {}, {}
-        outputs = {out_features(self.linears[name]) for name in self.columns}
+        outputs = {out_features(self.linears[name]) for name in self.columns} - {*self.heads}
         for container in self._containers():
             module = self.run.layer.get_submodule(container)
             own = {a: v for a, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}

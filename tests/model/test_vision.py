@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from hf_sdp import SDPConfig, make_plan
+from hf_sdp import SDPConfig, make_plan, patch_model
 from hf_sdp.bench.support.check import check
-from hf_sdp.bench.support.models import made
+from hf_sdp.bench.support.models import made, tiny_batch, tiny_model
 from hf_sdp.bench.support.tiny import tiny_config
 from hf_sdp.families import structure_of
 
@@ -33,6 +33,16 @@ def test_blocks_that_are_not_held_add_nothing(model_type, granularity, masking):
     sdp = SDPConfig(level="block", block_granularity=granularity, masking=masking)
     plan = check(tiny_config(model_type), TASK, sdp)
     assert plan.numel(0) < plan.full_numel
+
+
+@pytest.mark.parametrize("model_type", ["beit", "convnext", "dinov2", "swin"])
+def test_a_layer_that_drops_whole_samples_trains_without_its_blocks(model_type):
+    """It asks for the number of samples of what a block returns, in training only."""
+    config = tiny_config(model_type, drop_path_rate=0.5)
+    for rank in range(2):
+        model = patch_model(tiny_model(config, TASK), SDPConfig(level="block"), rank=rank, world_size=2)
+        model(**tiny_batch(model, task=TASK)).loss.backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if "layernorm" in name or "norm1" in name)
 
 
 @pytest.mark.parametrize("model_type", [t for t in TYPES if t.values[0] != "resnet"])

@@ -27,7 +27,8 @@ IMAGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("convnext", "convnextv2"), dict(image_size=32, num_stages=2, hidden_sizes=[16, 32], depths=[2, 2])
     ),
-    **dict.fromkeys(("resnet", "bit"), _CONVOLUTIONS),
+    "resnet": _CONVOLUTIONS,
+    "bit": dict(_CONVOLUTIONS, num_groups=8),
     "regnet": dict(_CONVOLUTIONS, groups_width=8, layer_type="x"),
     "focalnet": dict(
         image_size=32,
@@ -57,7 +58,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "mobilenet_v2": dict(image_size=32, classifier_dropout_prob=0.0),
     "mobilenet_v1": dict(image_size=32, classifier_dropout_prob=0.0),
     "mobilevit": dict(image_size=64, hidden_sizes=[32, 48, 64], neck_hidden_sizes=[8, 16, 24, 32, 40, 48, 64]),
-    "efficientnet": dict(image_size=32, width_coefficient=1.0, depth_coefficient=1.0),
+    "efficientnet": dict(image_size=32, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280),
     "levit": dict(image_size=64, hidden_sizes=[32, 48, 64], num_attention_heads=[2, 3, 4], depths=[2, 2, 2]),
     "swiftformer": dict(image_size=64, depths=[2, 2, 2, 2], embed_dims=[16, 24, 32, 48]),
 }
