@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .engine.consolidate import consolidate
     from .engine.gradients import global_norm
     from .engine.sharded import weights_changed
+    from .engine.statistics import recalibrate
     from .errors import SDPConfigError, SDPStateError
     from .families.registered import Family, register_family
     from .hosts.accelerator import SDPAccelerator
@@ -46,6 +47,7 @@ _HOMES = {
     "last_checkpoint": "hosts.trainer_checkpoint",
     "make_plan": "planner",
     "patch_model": "patch",
+    "recalibrate": "engine.statistics",
     "register_family": "families.registered",
     "save_pretrained": "checkpoint.save",
     "verify": "engine.consistency",
@@ -72,6 +74,7 @@ __all__ = [
     "last_checkpoint",
     "make_plan",
     "patch_model",
+    "recalibrate",
     "register_family",
     "save_pretrained",
     "verify",

@@ -89,6 +89,13 @@ class SDPConfig:
         "is then eval_subnetwork_loss.",
         default="full",
     )
+    recalibrate_batches: int | None = option(
+        "Models with batch norms: before each evaluation of a Trainer their running statistics are estimated anew for "
+        "the full model, from so many batches of training data on each worker. By default they are the means over the "
+        "holders.",
+        default=None,
+        positive=True,
+    )
     evaluation_timeout_s: float = option(
         "Seconds that evaluation and saving wait for a worker that does nothing. One that does something else is an "
         "error at once.",
@@ -183,6 +190,12 @@ class SDPConfig:
             refuse(
                 "evaluate='subnetwork'",
                 "masking='backward', whose forward is always the full model",
+                "Use evaluate='full'.",
+            )
+        if self.recalibrate_batches is not None and self.evaluate == "subnetwork":
+            refuse(
+                f"recalibrate_batches={self.recalibrate_batches}",
+                "evaluate='subnetwork', which never computes the full model",
                 "Use evaluate='full'.",
             )
         if self.memory_gib is None and set(_shares(self.coverage)) == {1.0}:

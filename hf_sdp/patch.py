@@ -25,6 +25,7 @@ from .model.forward import install_forward
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
 from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
+from .model.statistics import batch_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.plan import Plan
 from .plan.subnetwork import subnetwork_of, whole_model
@@ -209,7 +210,14 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     if not config.simulate:
         refuse_what_fsdp_refuses(model)
         refuse_layers_at_random(model)
+        if config.masking == "forward":
+            refuse_synced_norms(model)
     refuse_reentrant_checkpointing(model)
+    if config.recalibrate_batches is not None and not batch_norms(model):
+        raise SDPConfigError(
+            f"recalibrate_batches={config.recalibrate_batches} has no effect: {type(model).__name__} has no batch "
+            "norms with running statistics. Leave it out."
+        )
     num_subnetworks = config.simulate or config.num_subnetworks or world_size
     if not config.simulate and world_size % num_subnetworks:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]

@@ -11,7 +11,9 @@ from transformers import PreTrainedConfig
 
 from .config import MAX_WORLD, SDPConfig
 from .errors import SDPConfigError
+from .families import structure_of
 from .families.flops import flops_of
+from .families.inputs import LENGTH
 from .families.kinds import ATTENTION, EXPERTS, MIXER, MLP
 from .families.meta_model import meta_model
 from .model.fitness import refuse_what_is_no_model
@@ -21,6 +23,7 @@ from .plan.even import deal, reduced, replication
 from .plan.flops import training_flops
 from .plan.holders import Holders
 from .plan.plan import Plan
+from .plan.stages import Sized, deal_stages
 from .plan.uneven import MAX_DENOMINATOR, deal_blocks, deal_chunks, denominator, depth_shares, orders
 from .plan.units import MaskableModule, maskable_modules, why_whole
 from .plan.worker_graph import components
@@ -66,8 +69,11 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
 def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     """The plan in which subnetwork w holds the share ``coverages[w]``, whatever ``config`` says of it."""
     num_subnetworks = len(coverages)
-    if _is_even(config, coverages):
+    one_share = _is_one_share(config, coverages)
+    is_even = one_share and config.balance == "memory"
+    if one_share:
         r = replication(float(coverages[0]), num_subnetworks)
+    if is_even:
         chunks = reduced(r, num_subnetworks)[1]
     else:
         chunks = denominator(depth_shares(coverages, 3, config.depth_profile))
@@ -87,7 +93,16 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     everyone = tuple(range(num_subnetworks))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     unit_holders: dict[str, Sequence[Holders]] = {m.name: (everyone,) * m.num_units for m in modules}
-    if _is_even(config, coverages):
+    stage = structure_of(model).stage
+    if one_share and config.level == "block" and len({stage(m.layer) for m in modules}) > 1:
+        _check_evenly(list(stacks.values()), config, num_subnetworks, r)
+        blocks = [
+            Sized(m.kind, stage(m.layer), _weight(m, shapes, model, config)) for stack in stacks.values() for m in stack
+        ]
+        of_blocks = iter(deal_stages(blocks, num_subnetworks=num_subnetworks, r=r, seed=config.seed))
+        dealt = [[(next(of_blocks),) for _ in stack] for stack in stacks.values()]
+    elif is_even:
+        _check_evenly(list(stacks.values()), config, num_subnetworks, r)
         dealt = _deal_evenly(list(stacks.values()), config, num_subnetworks, r)
     else:
         weights = [_weight(stack[0], shapes, model, config) for stack in stacks.values()]
@@ -133,11 +148,10 @@ def _join_small(stacks: dict[tuple[str, int], Stack], coverage: float) -> None:
             stacks[many] = sorted([*stacks[many], *stacks.pop(few)], key=lambda module: module.layer)
 
 
-def _is_even(config: SDPConfig, coverages: np.ndarray) -> bool:
+def _is_one_share(config: SDPConfig, coverages: np.ndarray) -> bool:
     """Whether every unit of every layer has the same number of holders, and every subnetwork the same share."""
-    one_share = bool(np.all(coverages == coverages[0]))
     whole = abs(coverages.sum() - round(coverages.sum())) < 1e-6
-    return one_share and whole and config.depth_profile == "uniform" and config.balance == "memory"
+    return bool(np.all(coverages == coverages[0])) and whole and config.depth_profile == "uniform"
 
 
 def _coverages(config: SDPConfig, num_subnetworks: int) -> np.ndarray:
@@ -168,17 +182,21 @@ def _always_held(config: SDPConfig, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def _deal_evenly(stacks: list[Stack], config: SDPConfig, num_subnetworks: int, r: int) -> list:
+def _check_evenly(stacks: list[Stack], config: SDPConfig, num_subnetworks: int, r: int) -> None:
     if r < config.min_replication:
         raise SDPConfigError(
             f"coverage={config.coverage} of {num_subnetworks} subnetworks gives {r} holders per unit, "
             f"{config.min_replication - r} less than min_replication={config.min_replication}. "
             f"Nearest coverage that can be met: {min(config.min_replication / num_subnetworks, 1):g}."
         )
+    for stack in stacks:
+        _check_every_worker_gets_some(config, stack, r / num_subnetworks, 1 / num_subnetworks)
+
+
+def _deal_evenly(stacks: list[Stack], config: SDPConfig, num_subnetworks: int, r: int) -> list:
     kinds = list(dict.fromkeys(stack[0].kind for stack in stacks))
     result = []
     for stack in stacks:
-        _check_every_worker_gets_some(config, stack, r / num_subnetworks, 1 / num_subnetworks)
         result.append(
             deal(
                 num_units=stack[0].num_units,
@@ -226,7 +244,7 @@ def _weight(module: MaskableModule, shapes: dict[str, tuple[int, ...]], model, c
     """What ``config.balance`` balances, of one module."""
     if config.balance == "memory":
         return float(module.numel(shapes))
-    sequence = config.workload.sequence if config.workload else model.config.max_position_embeddings
+    sequence = config.workload.sequence if config.workload else getattr(model.config, "max_position_embeddings", LENGTH)
     return float(training_flops(module, flops_of(model, sequence)))
 
 

@@ -21,6 +21,7 @@ from .engine.sharded import control_group, stored_tensors
 from .errors import SDPConfigError
 from .families.meta_model import meta_model
 from .model.state import get_state
+from .model.statistics import batch_norms
 from .patch import patch_meta_model, patch_model
 from .plan.region import Region
 from .world.agreement import agree, process_group_is_up, together
@@ -158,7 +159,10 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint has (rotary frequencies), as transformers fills them after loading. In place."""
+    """Buffers that no checkpoint has (rotary frequencies), as transformers fills them after loading, and statistics of
+    batch norms as those of new ones. In place."""
+    for norm in batch_norms(model).values():
+        norm.reset_running_stats()
     for module in model.modules():
         if module._non_persistent_buffers_set:
             model._init_weights(module)

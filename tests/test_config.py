@@ -21,6 +21,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(SDPConfig)}
         dict(coverage=[0.5, 1.5]), dict(coverage=[]), dict(memory_gib=[-1.0]), dict(min_replication=0),
         dict(balance="time"), dict(depth_profile="quadratic"), dict(always_held="first"), dict(always_held=[0.5]),
         dict(num_subnetworks=0), dict(simulate=-1), dict(evaluation_timeout_s=0), dict(param_dtype="int8"),
+        dict(recalibrate_batches=0),
         dict(min_replication=True), dict(simulate=2.0), dict(evaluation_timeout_s="600"), dict(reduce_dtype="bf16"),
         dict(reshard_after_forward="false"), dict(block_granularity="head"), dict(seed="a"), dict(seed=1.5),
     ],
@@ -37,6 +38,7 @@ def test_values_out_of_range_are_errors_that_name_the_value(options):
     [
         dict(block_granularity="layer"), dict(sharding="none", reshard_after_forward=True),
         dict(masking="backward", evaluate="subnetwork"), dict(simulate=4, sharding="none"),
+        dict(recalibrate_batches=2, evaluate="subnetwork"),
         dict(workload=Workload(batch=1, sequence=8)), dict(coverage=1.0, depth_profile="linear"),
         dict(coverage=[1.0, 1.0], always_held=[0]),
         dict(memory_gib=[1, 1], workload=Workload(batch=1, sequence=8), coverage=0.25),

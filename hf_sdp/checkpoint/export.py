@@ -78,6 +78,8 @@ def _small_model(held: Held, subnetwork: int):
         names = {name: name for name in shapes}
     elif all(module.of_kind is LAYER for module in plan.modules):
         kept = [module for module in plan.modules if subnetwork in plan.unit_holders[module.name][0]]
+        if not isinstance(getattr(config, "num_hidden_layers", None), int):
+            raise SDPConfigError(f"{type(config).__name__} has no number of layers that could be a smaller one.")
         config.num_hidden_layers = len(kept)
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[module.layer] for module in kept]
@@ -125,4 +127,9 @@ def _narrow_config(config, plan: Plan, subnetwork: int) -> None:
                 f"Subnetwork {subnetwork} holds {sorted(found)} (units, of units) in different {kind} modules; a "
                 "config has one width for all layers. Use a coverage whose parts are equal."
             )
-        KINDS[kind].narrow(config.get_text_config(), *found.pop())
+        try:
+            KINDS[kind].narrow(config.get_text_config(), *found.pop())
+        except AttributeError as error:  # channels, or a width that is a ratio
+            raise SDPConfigError(
+                f"The config of {type(config).__name__} cannot express subnetwork {subnetwork}: {error}."
+            ) from error

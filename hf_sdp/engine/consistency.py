@@ -12,11 +12,13 @@ from ..model.state import local_tensor
 from ..world.agreement import of_everyone
 from .presence import come_to
 from .sharded import Sharded, get_sharded
+from .statistics import average_statistics, statistics_differ
 
 
 @torch.no_grad()
 def verify(model: nn.Module) -> None:
-    """Check plan and config on all workers, ownership of every element, and replicas bit for bit. Collective.
+    """Check plan and config on all workers, ownership of every element, and replicas bit for bit; running statistics of
+    batch norms too, which are averaged before. Collective.
 
     Raises: SDPStateError on every worker with the first difference, in the order of ranks and parameters.
     """
@@ -25,6 +27,8 @@ def verify(model: nn.Module) -> None:
     _raise_first([_same_plan(sharded), None])
     _raise_first([_everything_owned(sharded), _stores_what_it_should(sharded)])
     _raise_first(_replicas_equal(sharded))
+    average_statistics(model, sharded)
+    _raise_first([statistics_differ(model)])
 
 
 def _raise_first(problems: list[str | None]) -> None:

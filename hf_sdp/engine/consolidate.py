@@ -12,6 +12,7 @@ from ..world.agreement import together
 from .exchange import exchange, owned_tensors
 from .presence import come_to
 from .sharded import control_group, get_sharded
+from .statistics import average_statistics
 
 _AHEAD = 4  # tensors
 
@@ -29,6 +30,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     sharded = get_sharded(model, "Putting together the full model")
     held = sharded.held
     come_to(model, "putting together the full model")
+    average_statistics(model, sharded)
     owned = owned_tensors(model)
     device = local_tensor(next(iter(sharded.parameters.values())).detach()).device
     for number, (name, shape) in enumerate(held.plan.shapes.items()):
@@ -87,7 +89,7 @@ def consolidate(
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Those that belong into a checkpoint, on the CPU; equal on all workers."""
+    """Those that belong into a checkpoint, on the CPU; equal on all workers once statistics are averaged."""
     # Not through model.state_dict(): FSDP2 frees gathered parameters there, and this is one worker only.
     return {
         f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()

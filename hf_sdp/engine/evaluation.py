@@ -25,6 +25,7 @@ from ..plan.region import Region
 from .exchange import Route, find_route, move, owned_tensors
 from .fsdp import is_hook_of_fsdp, reshard
 from .sharded import Sharded
+from .statistics import average_statistics
 
 
 class Shadow:
@@ -168,6 +169,7 @@ def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> 
     def check(module, args):
         if module.training:
             refuse_unsafe_checkpointing(module, get_state(module))
+            sharded.has_new_statistics = True
         if roll_call is None:
             return
         if module.training:
@@ -175,6 +177,7 @@ def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> 
         elif not is_local:  # else of its subnetwork, which this worker has whole
             is_stale = shadow is not None and shadow.is_stale  # all ask for new weights, or none does
             roll_call.wait("a forward in eval mode", " with new weights" if is_stale else "")
+            average_statistics(module, sharded)
 
     @torch.compiler.disable
     def free_gathered(module, args, output):

@@ -31,6 +31,8 @@ class Sharded:
         traffic: counts the bytes that this worker sends.
         roll_call: makes sure that all workers come to the same collective; None without real communication.
         on_change: called when weights have changed.
+        has_new_statistics: whether batch norms have seen batches since their statistics were averaged; the same on all
+            workers.
     """
 
     held: Held
@@ -40,6 +42,7 @@ class Sharded:
     traffic: Traffic
     roll_call: RollCall | None
     on_change: list[Callable[[], None]] = field(default_factory=list)
+    has_new_statistics: bool = False
 
     @property
     def control_group(self) -> dist.ProcessGroup | None:

@@ -39,6 +39,7 @@ class Structure:
         blocks: of all layers, in forward order.
         absent: name of each module of a block, and of each layer that can be left out -> what it then returns.
         kept: layer or module that has to be held by all -> why.
+        summands: as blocks, but they cannot be left out: what is added to something else than the stream.
     """
 
     layers: tuple[str, ...]
@@ -46,6 +47,11 @@ class Structure:
     blocks: tuple[Block, ...] = ()
     absent: dict[str, Outputs] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    summands: tuple[Block, ...] = ()
+
+    def stage(self, layer: int) -> tuple[str, ...]:
+        """Of a layer: the numbers of the lists around it. Layers are of different shapes in different stages."""
+        return tuple(part for part in self.layers[layer].split(".")[:-1] if part.isdigit())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ output back to the input, the stream is the operand of each sum that the other o
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .recording import Call, Operation, Recording
@@ -52,6 +52,12 @@ def stream_of(call: Call) -> str:
 def branches(recording: Recording, number: int) -> list[Branch]:
     """The branches of the layer whose call is ``number``, in forward order. Raises NotASum."""
     return _Layer(recording, number).branches()
+
+
+def summands(recording: Recording, number: int) -> list[tuple[int, ...]]:
+    """Of a layer whose last sum has no stream (a shortcut that changes the shape): for each operand the numbers of the
+    outermost calls that are within it alone, in forward order. Raises NotASum."""
+    return _Layer(recording, number).summands()
 
 
 class _Layer:
@@ -121,6 +127,20 @@ class _Layer:
             around = tuple(self._around(min(sums_of_it)))
             result.append(Branch(stream, sums_of_it, tuple(self._outermost(own, others)), around))
         return sorted(result, key=lambda branch: branch.calls)
+
+    def summands(self) -> list[tuple[int, ...]]:
+        output = self.call.outputs[0].operation
+        while output is not None and self.before.get(output):
+            output = self._same(output)
+            if self.recording.operations[output].name in _SUMS:
+                operands = self._operands(output)
+                others = [_union(self.before[n] for n in operands if n != operand) for operand in operands]
+                return [
+                    tuple(self._outermost(self.before[operand] & ~other, other))
+                    for operand, other in zip(operands, others, strict=True)
+                ]
+            output = self._input(self.norms[output]) if output in self.norms else None
+        return []
 
     def _same(self, n: int) -> int:
         """Where a tensor comes from through operations that only reshape, cast or scale it."""
@@ -197,3 +217,10 @@ class _Layer:
             if n == self.number:
                 return
             yield n
+
+
+def _union(all_bits: Iterable[int]) -> int:
+    result = 0
+    for bits in all_bits:
+        result |= bits
+    return result

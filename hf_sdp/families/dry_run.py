@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .absent import Absent
 from .arguments import by_name, of_held_heads
 from .base import OfHeads, Ranges
-from .layers import is_linear, narrowed
+from .layers import STATISTICS, has_statistics, is_linear, narrowed
 
 _LARGEST = 2**24  # elements of a parameter or buffer that is given values
 
@@ -89,6 +89,8 @@ class DryRun:
                 p = module.get_parameter(last)
                 index = torch.tensor(indices(((0, p.shape[dim]),), narrow.num_units, narrow.units))
                 stack.enter_context(_item(module._parameters, last, p.index_select(dim, index)))
+                for statistics in STATISTICS if last == "weight" and has_statistics(module) else ():
+                    stack.enter_context(_item(module._buffers, statistics, module.get_buffer(statistics)[index]))
             for name, attributes in narrow.sizes.items():
                 share = len(narrow.units) / narrow.num_units
                 for attribute, value in narrowed(self.layer.get_submodule(name), attributes, share).items():
@@ -148,6 +150,7 @@ def _with_values(layer: nn.Module) -> nn.Module:
             for own, tensor in values.items():
                 if tensor is not None and not is_linear(module) and tensor.numel() <= _LARGEST:
                     new = _values(tensor, generator)
+                    new = new.abs() if own == "running_var" else new
                     values[own] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
         config = vars(module).get("config")
         if config is not None and hasattr(config, "_attn_implementation"):

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import SDPConfigError
 from .absent import ZERO, ZEROS, Absent, Outputs
 from .base import Block
-from .branches import Branch, NotASum, branches, stream_of
+from .branches import Branch, NotASum, branches, stream_of, summands
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, MIXER, MLP, Kind
 from .layers import likeness
 from .recording import Call, Recording, call_again
@@ -37,6 +37,7 @@ class Found:
     blocks: list[Block] = field(default_factory=list)
     absent: dict[str, Outputs] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    summands: list[Block] = field(default_factory=list)
 
 
 def find_blocks(model: nn.Module, recording: Recording, family: Family) -> Found:
@@ -75,6 +76,8 @@ class _Finder:
                 found = branches(self.recording, number)
             except NotASum as error:
                 self.found.kept[name] = str(error)
+                with contextlib.suppress(NotASum):
+                    self._find_summands(index, name, summands(self.recording, number))
                 continue
             self._leave_out_layer(name, call)
             for branch in found:
@@ -86,12 +89,7 @@ class _Finder:
         for name in self.family.layers:
             if name not in self.modules:
                 raise SDPConfigError(f"{type(self.model).__name__} has no module {name!r}, which is to be its layers.")
-        stacks = self.family.layers or [
-            name
-            for name, module in self.modules.items()
-            if isinstance(module, nn.ModuleList) and (self._is_stack(module) or self._is_chain(name, module))
-        ]
-        lists = {f"{name}.{child}" for name in stacks for child, _ in self.modules[name].named_children()}
+        lists = {layer for name in self.family.layers or self._stacks() for layer in self._members(name)}
         seen: set[str] = set()
         for number, call in enumerate(self.recording.calls):
             within = {self.recording.calls[outer].module for outer in self.recording.within(call.outer)}
@@ -99,16 +97,39 @@ class _Finder:
                 seen.add(call.module)
                 yield number, call.module
 
-    def _is_stack(self, module: nn.ModuleList) -> bool:
+    def _members(self, name: str) -> list[str]:
+        return [f"{name}.{child}" for child, _ in self.modules[name].named_children()]
+
+    def _stacks(self) -> list[str]:
+        """Names of lists of layers. Stages, which have lists of layers in them and change the shape, are no layers."""
+        lists = [(name, m) for name, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        found = {name for name, module in lists if self._is_stack(module) or self._is_chain(name, module)}
+        of_layers = {type(layer) for name in found for layer in self.modules[name].children()}
+        found |= {name for name, module in lists if len(module) and {type(layer) for layer in module} <= of_layers}
+
+        def is_stage(layer: str) -> bool:
+            has_layers = any(name.startswith(layer + ".") for name in found)
+            return has_layers and not any(self._adds_up(call) for call in self.calls_of.get(layer, []))
+
+        return [name for name, _ in lists if name in found and not any(map(is_stage, self._members(name)))]
+
+    def _is_stack(self, module: nn.Module) -> bool:
         no_split = {name for m in self.modules.values() for name in (getattr(m, "_no_split_modules", None) or ())}
-        return len(module) > 0 and all(
-            isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in no_split for layer in module
+        layers = list(module.children())
+        return (
+            isinstance(module, nn.ModuleList)
+            and bool(layers)
+            and all(
+                isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in no_split for layer in layers
+            )
         )
 
-    def _is_chain(self, name: str, module: nn.ModuleList) -> bool:
+    def _is_chain(self, name: str, module: nn.Module) -> bool:
         """Whether each is called once, with what the one before it returned, and adds to it."""
-        calls = [self.calls_of.get(f"{name}.{child}", []) for child in module._modules]
-        if len(calls) < 2 or any(len(of_one) != 1 for of_one in calls) or len({type(m) for m in module}) > 1:
+        calls = [self.calls_of.get(layer, []) for layer in self._members(name)]
+        if len(calls) < 2 or any(len(of_one) != 1 for of_one in calls):
+            return False
+        if len({type(layer) for layer in module.children()}) > 1:
             return False
         flat = [of_one[0] for of_one in calls]
         made = [call.outputs[0].operation if call.outputs else None for call in flat]
@@ -161,6 +182,14 @@ class _Finder:
             problems.setdefault(main, problem)
         self.found.kept |= problems
 
+    def _find_summands(self, index: int, layer: str, found: list[tuple[int, ...]]) -> None:
+        for calls in found:
+            names = tuple(self.recording.calls[n].module for n in calls if self._has_parameters(n))
+            main = next((name for name in names if self._has_matrix(name)), None)
+            if main is not None and not any(self._is_shared(layer, name) for name in names):
+                if not (self._said(main) or self._read_outside(names) or self._used_outside(names)):
+                    self.found.summands.append(Block(self._kind(layer, main).name, index, names, main))
+
     def _candidates(self, layer: str, branch: Branch) -> Iterator[list[tuple[Call, str]]]:
         """Calls to leave out, and what each then returns: only what the branch has itself, with its norms or without
         (all hold them then); or a module with the sum in it, which then passes the stream on."""
@@ -210,7 +239,9 @@ class _Finder:
         for text in (name.removeprefix(layer + "."), type(module).__name__):
             for pattern, kind in _KINDS:
                 if re.search(pattern, text, re.IGNORECASE):
-                    return other if kind is MIXER and other is EXPERTS else kind
+                    # Convolutions of images compute with each place and those beside it: no mixer of a sequence.
+                    of_images = any(isinstance(m, nn.Conv2d) for m in module.modules())
+                    return other if kind is MIXER and (other is EXPERTS or of_images) else kind
         return other
 
     def _outputs(self, call: Call, first: str, absent: tuple[str, ...] = ()) -> Outputs | str:
@@ -254,8 +285,19 @@ class _Finder:
         what = tuple((name.removeprefix(layer), outputs) for name, outputs in absent.items())
         key = (likeness(module), what)
         if key not in self.tried:
-            self.tried[key] = self._call_without(module, call, absent)
+            problem = self._call_without(module, call, absent)
+            if problem is None and not self._trains_without(module, call, {}):  # else it does not, whatever is absent
+                problem = self._trains_without(module, call, absent)
+            self.tried[key] = problem
         return self.tried[key]
+
+    def _trains_without(self, module: nn.Module, call: Call, absent: dict[str, Outputs]) -> str | None:
+        """As :meth:`_call_without`, in training mode: what drops whole samples asks for their number."""
+        module.train()
+        try:
+            return self._call_without(module, call, absent)
+        finally:
+            module.eval()
 
     def _call_without(self, module: nn.Module, call: Call, absent: dict[str, Outputs]) -> str | None:
         args, kwargs = tree_map(lambda x: x, call.given)

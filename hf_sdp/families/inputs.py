@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 2, 32
 SAMPLES = 8000
 """Of sound, for models that take it as it is."""
+IMAGE = 64
+"""Height and width, for models that take images of any size."""
 
 
 def example_inputs(model: "PreTrainedModel", length: int = LENGTH) -> dict[str, Any]:
@@ -34,6 +36,8 @@ def example_inputs(model: "PreTrainedModel", length: int = LENGTH) -> dict[str, 
         result[main] = torch.empty(_sound(model.config, main), device="meta")
     elif "input_ids" in known or main == "input_ids":
         result["input_ids"] = ids
+    elif main == "pixel_values":
+        result[main] = torch.empty(_image(model.config), device="meta")
     if "decoder_input_ids" in known:
         result["decoder_input_ids"] = ids
     if "use_cache" in known:
@@ -54,6 +58,15 @@ def _sound(config, main: str) -> tuple[int, ...]:
             if size := getattr(part, name, None):
                 return (BATCH, 4 * LENGTH, size)
     raise ValueError(f"how many features {type(config).__name__} has is not known")
+
+
+def _image(config) -> tuple[int, ...]:
+    """The shape of a batch of images."""
+    own = [part for part in _parts(config) if hasattr(part, "num_channels")]
+    channels = own[0].num_channels if own else 3
+    size = getattr(own[0] if own else config, "image_size", None) or IMAGE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return (BATCH, channels, height, width)
 
 
 def _parts(config) -> Iterator[Any]:

@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from .narrow_config import NarrowConfig
 
-LINEAR = (nn.Linear, Conv1D)
-"""Classes of layers that multiply with a matrix. That of ``Conv1D`` (GPT-2) is transposed."""
+LINEAR = (nn.Linear, Conv1D, nn.Conv2d)
+"""Classes of layers that multiply with a matrix. That of ``Conv1D`` (GPT-2) is transposed; a convolution has one for
+each place of its kernel."""
+STATISTICS = ("running_mean", "running_var")
+"""Buffers of a batch norm, with an element for each of its features."""
 
 
 @functools.cache
@@ -30,7 +34,22 @@ def _is_linear(cls: type) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies with its matrix, and does nothing else. Of subclasses, only those of transformers."""
-    return _is_linear(type(module))  # type: ignore[arg-type]
+    return _is_linear(type(module)) and not is_grouped(module)  # type: ignore[arg-type]
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Whether a module convolves groups of channels apart from each other (depthwise: each channel)."""
+    return type(module) is nn.Conv2d and module.groups > 1
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that keeps running statistics."""
+    return isinstance(module, _BatchNorm) and all(module._buffers.get(name) is not None for name in STATISTICS)
+
+
+def channel_dim(linear: nn.Module) -> int:
+    """Of what a linear layer takes and returns, the dim that it multiplies."""
+    return 1 if isinstance(linear, nn.Conv2d) else -1
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -63,10 +82,14 @@ def likeness(layer: nn.Module) -> tuple:
 
 
 def in_features(linear: Any) -> int:
+    if isinstance(linear, nn.Conv2d):
+        return linear.in_channels
     return linear.nx if isinstance(linear, Conv1D) else linear.in_features
 
 
 def out_features(linear: Any) -> int:
+    if isinstance(linear, nn.Conv2d):
+        return linear.out_channels
     return linear.nf if isinstance(linear, Conv1D) else linear.out_features
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 _AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq",
-    "AutoModelForImageTextToText", "AutoModel",
+    "AutoModelForImageTextToText", "AutoModelForImageClassification", "AutoModel",
 )  # fmt: skip
 
 

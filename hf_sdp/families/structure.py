@@ -1,5 +1,6 @@
 """``structure_of``: the structure of a model, found once for each class and config."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,11 +42,12 @@ def structure_of(model: "PreTrainedModel") -> Structure:
     Raises: SDPConfigError when the class of the model cannot run on the meta device, or no layers are found.
     """
     found = _known(type(model), model.config).found
-    return Structure(tuple(found.layers), _outer(model), tuple(found.blocks), found.absent, found.kept)
+    outer = _outer(model)
+    return Structure(tuple(found.layers), outer, tuple(found.blocks), found.absent, found.kept, tuple(found.summands))
 
 
 def cuts_of(model: "PreTrainedModel") -> dict[str, tuple[Cut, ...] | str]:
-    """For each block of a full model, by its name, how its inner widths are cut, or why they cannot be.
+    """For each block and summand of a full model, by its name, how its inner widths are cut, or why they cannot be.
 
     Raises: as :func:`structure_of`.
     """
@@ -53,7 +55,7 @@ def cuts_of(model: "PreTrainedModel") -> dict[str, tuple[Cut, ...] | str]:
     if known.cuts is None:
         known.cuts = {}
         tried: dict[tuple, tuple[str, tuple[Cut, ...] | str]] = {}
-        for block in known.found.blocks:
+        for block in (*known.found.blocks, *known.found.summands):
             layer = known.found.layers[block.layer]
             module = known.model.get_submodule(layer)
             key = (likeness(module), tuple(name.removeprefix(layer) for name in block.modules))
@@ -109,7 +111,10 @@ def _outer(model: "PreTrainedModel") -> tuple[tuple[str, ...], ...]:
     the model itself: which of its modules are called differs from class to class."""
     names = {module: name for name, module in model.named_modules()}
     by_weight: dict[int, list[nn.Module]] = {}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for find in (model.get_input_embeddings, model.get_output_embeddings):
+        module = None
+        with contextlib.suppress(NotImplementedError):  # of a model that embeds no tokens
+            module = find()
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Module) and weight is not None:
             by_weight.setdefault(id(weight), []).append(module)

@@ -5,13 +5,15 @@ A cut is right when f, given what some units have of the columns' outputs, retur
 inputs. This is tried on the processor, with random numbers in the place of the outputs of all linear layers: no weight
 is needed, and a layer of any width takes milliseconds. What is tried: fused projections as ranges, in either order;
 numbers of heads and widths that a module keeps as attributes, or reads from its config; parameters with an element for
-each head.
+each head or channel (of a norm, of a convolution of channels or groups) that lie between columns and rows.
 """
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,11 +23,12 @@ from .absent import Absent
 from .base import Block, CannotCut, Cut, OfHeads, Ranges
 from .dry_run import DryRun, Narrow, indices
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER
-from .layers import in_features, is_linear, out_features
+from .layers import channel_dim, in_features, is_grouped, is_linear, out_features
 from .recording import Recording
 
-_HEADS = re.compile(r"heads?$|n_heads?|num_.*heads|num_key_value$")
+_HEADS = re.compile(r"heads?$|(?<![a-z])n_heads?|num_.*heads|num_key_value$")
 _WIDTHS = re.compile(r"dim|size|width|inner")
+_CHANNELS = ("in_channels", "out_channels", "groups")
 
 
 class Trial:
@@ -45,6 +48,7 @@ class Trial:
         self.number = next(n for n, call in enumerate(recording.calls) if call.module == layer)
         self.linears = self._linears(model.get_submodule(layer))
         self.columns, self.rows = self._columns_and_rows()
+        self.between = self._read_between()
         given = recording.calls[self.number].given
         self.run = DryRun(model.get_submodule(layer), layer, self.linears, self.rows, given, others)
         self.heads = self._heads()
@@ -82,12 +86,26 @@ class Trial:
         fed = _union(feeds.values())
         rows = [name for name in self.linears if feeds.get(name) and name not in fed]
         before_rows = _union(feeds[name] for name in rows)
-        # What other columns are computed from is all heads' (the compressed keys and values of latent attention).
-        shared = _union(feeds.get(name) for name in before_rows)
+        # What other layers than rows are computed from is all heads' (compressed keys and values of latent attention).
+        shared = _union(of_one for name, of_one in feeds.items() if name not in rows)
         columns = [name for name in self.linears if name in before_rows - shared]
         if not rows or not columns:
             raise CannotCut(f"{self.block.main} has no linear layer after another one")
         return columns, rows
+
+    def _read_between(self) -> set[str]:
+        """Parameters from which the rows' inputs are computed, and the columns' outputs are not."""
+        recording, first = self.recording, self.recording.calls[self.number].first
+        inside = [c for c in recording.calls[self.number + 1 :] if c.first < recording.calls[self.number].last]
+        made = {o.operation for c in inside if c.module in self.columns for o in c.outputs}
+        waiting = {n for c in inside if c.module in self.rows for n in c.arguments.values() if n is not None}
+        seen: set[int] = set()
+        while waiting:
+            n = waiting.pop()
+            if n >= first and n not in seen and n not in made:
+                seen.add(n)
+                waiting.update(recording.operations[n].inputs)
+        return {name for n in seen for name in recording.operations[n].parameters}
 
     def _heads(self) -> tuple[int, int]:
         """Query heads, and key/value heads."""
@@ -122,12 +140,12 @@ class Trial:
             raise CannotCut(f"{self.block.main}: its row-wise layers have inputs of widths {sorted(width)}")
         inner = width.pop()
         attends = KINDS[self.block.kind] in (ATTENTION, CROSS_ATTENTION)
-        units = self.heads[1] if attends else inner
+        units = self.heads[1] if attends else math.gcd(inner, *self._groups())
         if attends and units == 1:  # all query heads need the one of keys and values: only they are cut
             units = self.heads[0]
             self.columns = [name for name in self.columns if out_features(self.linears[name]) >= inner]
         if units < 2 or not self.columns:
-            raise CannotCut(f"{self.block.main} has {units} head")
+            raise CannotCut(f"{self.block.main} has {units} {'head' if attends else 'neuron or group'}")
         if inner % units:
             raise CannotCut(f"{self.block.main}: {units} units do not divide its inner width of {inner}")
         generator = torch.Generator().manual_seed(2)
@@ -177,30 +195,41 @@ class Trial:
         for layout in itertools.islice(itertools.product(*layouts), 16):
             packed = dict(zip(self.columns, layout, strict=True))
             for arguments in ({}, *of_heads):
-                for vectors in self._vectors(units, attends):
+                for vectors in self._vectors({*self.heads} if attends else {units, inner}):
                     for sizes in self._sizes(inner, units):
                         yield packed, Narrow(units, (), vectors, sizes, arguments)
 
-    def _vectors(self, units: int, attends: bool) -> list[dict[str, int]]:
+    def _groups(self) -> list[int]:
+        """Of the convolutions between columns and rows that have several."""
+        modules: list[Any] = [
+            self.run.layer.get_submodule(name) for name in self._containers() if self._is_between(name)
+        ]
+        return [module.groups for module in modules if is_grouped(module)]
+
+    def _is_between(self, container: str) -> bool:
+        return f"{self.layer_name}.{container}.weight" in self.between
+
+    def _vectors(self, sizes: set[int]) -> list[dict[str, int]]:
         """Parameters with something for each head (or neuron): name relative to the layer -> dim."""
-        sizes = {*self.heads} if attends else {units}
         first, last = {}, {}
         for container in self._containers():
             for name, p in self.run.layer.get_submodule(container).named_parameters(recurse=False):
                 dims = [dim for dim, size in enumerate(p.shape) if size in sizes and size > 1]
-                if dims:
-                    own = f"{container}.{name}" if container else name
+                own = f"{container}.{name}" if container else name
+                if dims and f"{self.layer_name}.{own}" in self.between:
                     first[own], last[own] = dims[0], dims[-1]
         return [found for n, found in enumerate(({}, last, first)) if found not in ({}, last, first)[:n]]
 
     def _sizes(self, inner: int, units: int) -> Iterator[dict[str, tuple[str, ...]]]:
         heads, widths, of_config = {}, {}, {}
-        outputs = {out_features(self.linears[name]) for name in self.columns}
+        outputs = {out_features(self.linears[name]) for name in self.columns} - {*self.heads}
         for container in self._containers():
             module = self.run.layer.get_submodule(container)
             own = {a: v for a, v in vars(module).items() if isinstance(v, int) and not isinstance(v, bool)}
             by_head = tuple(a for a, v in own.items() if v in self.heads and v > 1 and self._counts_heads(a))
             by_width = tuple(a for a, v in own.items() if v in {inner, *outputs} and _WIDTHS.search(a))
+            if is_grouped(module) and self._is_between(container):
+                by_width = _CHANNELS
             config = vars(module).get("config")
             known = {} if config is None else config.to_dict()
             by_config = tuple(
@@ -226,13 +255,14 @@ class Trial:
         units, some = narrow.num_units, narrow.units
         held = dict(outputs)
         for name, ranges in packed.items():
-            held[name] = outputs[name][..., indices(ranges, units, some)]
+            held[name] = _chosen(outputs[name], self.linears[name], indices(ranges, units, some))
         try:
             found = self.run.inputs_of_rows(held, narrow)
         except Exception as error:  # whatever the host's code says
             return f"{type(error).__name__}: {error}"
         for name, full in expected.items():
-            part = full[..., indices(((0, full.shape[-1]),), units, some)]
+            row = self.linears[name]
+            part = _chosen(full, row, indices(((0, full.shape[channel_dim(row)]),), units, some))
             if found[name].shape != part.shape:
                 return f"the input of {name} has shape {tuple(found[name].shape)}, not {tuple(part.shape)}"
             if not torch.allclose(found[name], part, rtol=1e-4, atol=1e-5):
@@ -269,6 +299,11 @@ class Trial:
                 owner = name.rpartition(".")[0]
                 if all(self.recording.calls[n].module != owner for n in self.recording.within(operation.call)):
                     raise CannotCut(f"{name} is read where {owner} is not called")
+
+
+def _chosen(values: torch.Tensor, linear: nn.Module, channels: list[int]) -> torch.Tensor:
+    """Some channels of what a linear layer takes or returns."""
+    return values.index_select(channel_dim(linear), torch.tensor(channels))
 
 
 def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:

@@ -15,6 +15,7 @@ from ..engine.shard import shard
 from ..engine.sharded import find_sharded
 from ..world.agreement import agree
 from ..world.failures import failures_are_told
+from .trainer_statistics import recalibrate_before_evaluation
 
 _ORDER_OF_COLLECTIVES = (
     "max_steps", "num_train_epochs", "gradient_accumulation_steps", "max_grad_norm", "average_tokens_across_devices",
@@ -49,6 +50,7 @@ def _train(original):
 def _evaluate(original):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         with _all_here(self, "evaluate"):
+            recalibrate_before_evaluation(self)
             return original(self, eval_dataset, ignore_keys, _of_what(self.model, metric_key_prefix))
 
     return evaluate
@@ -57,6 +59,7 @@ def _evaluate(original):
 def _predict(original):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         with _all_here(self, "predict"):
+            recalibrate_before_evaluation(self)
             return original(self, test_dataset, ignore_keys, _of_what(self.model, metric_key_prefix))
 
     return predict

@@ -160,7 +160,7 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
     for module_plan in plan.modules:
         for owner, dims in module_plan.by_owner.items():
             module = model.get_submodule(owner)
-            if is_linear(module):
+            if is_linear(module) and not isinstance(module, nn.Conv2d):
                 mix_in(module, HeldLinear)
                 linear = cast(HeldLinear, module)
                 linear.dim, linear.held = linear_dim(module, dims["weight"]), held[f"{owner}.weight"]

@@ -19,7 +19,7 @@ from ..plan.subnetwork import LocalModule, Subnetwork
 from ..plan.units import MaskableModule
 from .arguments import cut_arguments
 from .experts import HeldExperts
-from .layers import COLUMN_WIDTHS, ROW_WIDTHS, narrow
+from .layers import WIDTHS, narrow
 from .mixin import mix_in
 from .state import Run
 
@@ -132,11 +132,7 @@ def _tensors_on_meta(module: nn.Module, name: str, of: MaskableModule) -> nn.Mod
     made = nn.Module()
     narrow_ones = {attribute.partition(".")[0] for attribute in of.sizes.get(name, ())}
     own = vars(module)
-    sizes = {
-        attribute: own[attribute]
-        for attribute in (*ROW_WIDTHS, *COLUMN_WIDTHS, *sorted(narrow_ones))
-        if attribute in own
-    }
+    sizes = {attribute: own[attribute] for attribute in (*WIDTHS, *sorted(narrow_ones)) if attribute in own}
     object.__setattr__(made, "sdp_sizes", sizes)
     for last, parameter in module._parameters.items():
         meta = None if parameter is None else nn.Parameter(torch.empty_like(parameter, device="meta"), False)

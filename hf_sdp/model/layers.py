@@ -1,23 +1,28 @@
 """Narrow modules: what a worker holds in part computes as the full module does, on smaller tensors.
 
 A linear layer that is held in several parts is one layer for the module around it: a column-wise one puts the outputs
-of its parts side by side, a row-wise one adds them up. The module around it computes once, with all that is held.
+of its parts side by side, a row-wise one adds them up. So do convolutions, along the dim of channels. The module around
+it computes once, with all that is held.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families.layers import LINEAR, is_experts
+from ..families.layers import channel_dim, has_statistics, is_experts, is_linear
 from ..plan.region import Region
 from .mixin import mix_in
+from .statistics import hold_statistics
 
-ROW_WIDTHS, COLUMN_WIDTHS = ("in_features", "nx"), ("out_features", "nf")
+ROW_WIDTHS, COLUMN_WIDTHS = ("in_features", "nx", "in_channels"), ("out_features", "nf", "out_channels")
 """Attributes of linear layers: sizes of their inputs and outputs."""
+WIDTHS = (*ROW_WIDTHS, *COLUMN_WIDTHS, "num_features")
+"""The same, and of batch norms."""
 
 
 def linear_dim(module: nn.Module, dim: int) -> int:
@@ -25,38 +30,43 @@ def linear_dim(module: nn.Module, dim: int) -> int:
     return 1 - dim if isinstance(module, Conv1D) else dim
 
 
-def _multiply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
+def _multiply(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(x, weight, bias)
+    return F.linear(x, weight.t() if isinstance(layer, Conv1D) else weight, bias)
 
 
 class SharedBias(nn.Module):
-    """The bias of a row-wise layer. All workers hold it, while the layer's weight is cut: hence a module of its own."""
+    """The bias of a row-wise layer. All workers hold it, while the layer's weight is cut: hence a module of its own.
 
-    def __init__(self, bias: nn.Parameter):
+    ``of_channels``: it is added to dim 1, as that of a convolution.
+    """
+
+    def __init__(self, bias: nn.Parameter, of_channels: bool):
         super().__init__()
-        self.bias = bias
+        self.bias, self.of_channels = bias, of_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.bias
+        return x + (self.bias.view(-1, 1, 1) if self.of_channels else self.bias)
 
 
 class TensorsOfPart(nn.Module):
-    """What a part has of the tensors of one module. Called for the parameter or buffer of that name, or to multiply."""
+    """What a part has of the tensors of one module. Called for the parameter or buffer of that name, or with a linear
+    layer and its input, to multiply as it does."""
 
-    def __init__(self, tensors: dict[str, nn.Parameter | torch.Tensor], is_transposed: bool):
+    def __init__(self, tensors: dict[str, nn.Parameter | torch.Tensor]):
         super().__init__()
-        self.is_transposed = is_transposed
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor)
 
-    def forward(self, asked: torch.Tensor | str) -> torch.Tensor:
+    def forward(self, asked: nn.Module | str, x: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(asked, str):
             return getattr(self, asked)
-        weight = self.get_parameter("weight")
-        return F.linear(asked, weight.t() if self.is_transposed else weight, getattr(self, "bias", None))
+        assert x is not None
+        return _multiply(asked, x, self.get_parameter("weight"), getattr(self, "bias", None))
 
 
 class HeldColumns(nn.Module):
@@ -73,12 +83,12 @@ class HeldColumns(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._parameters["weight"] is not None:  # the full layer
             return super().forward(x)
-        outputs = [part(x) for part in self.parts]
-        sizes = self.sdp_sizes_of_ranges
+        outputs = [part(self, x) for part in self.parts]
+        sizes, dim = self.sdp_sizes_of_ranges, channel_dim(self)
         if len(sizes[0]) > 1:
-            by_part = [output.split(of_part, -1) for output, of_part in zip(outputs, sizes, strict=True)]
+            by_part = [output.split(of_part, dim) for output, of_part in zip(outputs, sizes, strict=True)]
             outputs = [pieces[number] for number in range(len(sizes[0])) for pieces in by_part]
-        return torch.cat(outputs, -1)
+        return torch.cat(outputs, dim)
 
 
 class HeldRows(nn.Module):
@@ -102,9 +112,10 @@ class HeldRows(nn.Module):
             output = _multiply(self, x, weight, None)
         else:
             assert isinstance(parts, nn.ModuleList)
-            sizes = [part.get_parameter("weight").shape[0 if part.is_transposed else 1] for part in parts]
-            pieces = x.split(sizes, -1)
-            output = functools.reduce(torch.add, (part(piece) for part, piece in zip(parts, pieces, strict=True)))
+            sizes = [part.get_parameter("weight").shape[linear_dim(self, 1)] for part in parts]
+            pieces = x.split(sizes, channel_dim(self))
+            outputs = (part(self, piece) for part, piece in zip(parts, pieces, strict=True))
+            output = functools.reduce(torch.add, outputs)
         shared_bias = self._modules.get("shared_bias")
         return output if shared_bias is None else shared_bias(output)
 
@@ -139,8 +150,8 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
         dims: name -> dim along which it is cut.
         has_parts: whether each part has a module of its own; else there is one part.
     """
-    is_linear, has_experts = isinstance(owner, LINEAR), is_experts(owner)
-    bias = owner._parameters.get("bias") if is_linear else None
+    multiplies, has_experts = is_linear(owner), is_experts(owner)
+    bias = owner._parameters.get("bias") if multiplies else None
     if not has_parts:
         held = {name: _cut(owner, name, region) for name, region in regions[0].items()}
         for name, tensor in held.items():
@@ -151,11 +162,13 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
         for name in dims:
             tensors = owner._parameters if name in owner._parameters else owner._buffers
             tensors[name] = None
-        owner.add_module("parts", nn.ModuleList(TensorsOfPart(p, isinstance(owner, Conv1D)) for p in parts))
-    if not is_linear:
+        owner.add_module("parts", nn.ModuleList(map(TensorsOfPart, parts)))
+    if not multiplies:
         if has_parts and not has_experts:
             mix_in(owner, HeldTensors)
             vars(owner)["sdp_dims"] = dims
+        if has_statistics(owner) and "weight" in dims:
+            hold_statistics(owner, [one for region in regions for one in region["weight"].ranges[0]])
         return
     width = sum(region["weight"].shape[dims["weight"]] for region in regions)
     is_rows = linear_dim(owner, dims["weight"]) == 1
@@ -165,7 +178,7 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
     if is_rows:
         if bias is not None:
             owner._parameters["bias"] = None
-            owner.add_module("shared_bias", SharedBias(bias))
+            owner.add_module("shared_bias", SharedBias(bias, channel_dim(owner) == 1))
         if bias is not None or has_parts:
             mix_in(owner, HeldRows)
     elif has_parts:

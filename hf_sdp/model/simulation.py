@@ -15,7 +15,7 @@ from torch import nn
 from ..families import Structure
 from ..families.absent import Absent
 from ..families.kinds import EXPERTS
-from ..families.layers import LINEAR, narrowed
+from ..families.layers import LINEAR, has_statistics, narrowed
 from ..plan.plan import Plan
 from ..plan.units import MaskableModule
 from .arguments import virtual_arguments
@@ -24,6 +24,7 @@ from .experts import routed
 from .layers import COLUMN_WIDTHS, ROW_WIDTHS, linear_dim
 from .mixin import mix_in
 from .state import Cursor
+from .statistics import simulate_statistics
 
 
 class VirtualTensors(nn.Module):
@@ -97,6 +98,7 @@ def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor)
         _virtual_tensors(model, plan, cursor)
     else:
         _skip_blocks(model, plan, structure, cursor)
+    simulate_statistics(model, plan, cursor)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(cursor.note_gradient)
@@ -157,6 +159,8 @@ def _sizes(own: nn.Module, module: MaskableModule, name: str, units: int) -> dic
         is_rows = linear_dim(own, module.dims[f"{name}.weight"]) == 1
         of_width = ROW_WIDTHS if is_rows else COLUMN_WIDTHS
         result |= {attribute: round(vars(own)[attribute] * share) for attribute in of_width if attribute in vars(own)}
+    if has_statistics(own):
+        result["num_features"] = round(vars(own)["num_features"] * share)
     return result
 
 

@@ -162,6 +162,7 @@ class Run:
         cursor: the subnetwork that trains now; moves only under simulation.
         evaluates_full: as in ``Held``.
         version: counts changes of the weights; equal on all workers.
+        recalibrated: that for which the full model's running statistics were last estimated.
         computes: during a forward of the model, what it is of; else None.
         full_model: None before the model is sharded.
         is_sharded: whether the model must be called as a whole.
@@ -171,6 +172,7 @@ class Run:
     cursor: Cursor
     evaluates_full: bool
     version: int = 0
+    recalibrated: int | None = None
     computes: Literal["held", "full"] | None = None
     full_model: FullModel | None = None
     is_sharded: bool = False

@@ -140,6 +140,13 @@ def deal(
     return result
 
 
+def holder_sets_of(num_subnetworks: int, r: int) -> list[tuple[int, ...]]:
+    """All holder sets that :func:`deal` may use."""
+    m, k = reduced(r, num_subnetworks)
+    members = [_members(partition, m, k) for partition in partition_family(num_subnetworks, m, k)]
+    return list(dict.fromkeys(holders(chunk) for chunk in range(k) for holders in members))
+
+
 def _members(partition: Partition, m: int, k: int):
     """Window start -> the subnetworks whose m adjacent chunks, from the number of their group on, have that chunk."""
     groups: list[list[int]] = [[] for _ in range(k)]

@@ -11,7 +11,7 @@ from ..errors import SDPConfigError
 from ..families import Structure, cuts_of, structure_of
 from ..families.base import Cut, OfHeads
 from ..families.kinds import KINDS, LAYER, Kind
-from ..families.layers import LINEAR, is_linear
+from ..families.layers import LINEAR, is_grouped, is_linear
 from .region import Ranges, Region, Shape
 
 
@@ -143,7 +143,7 @@ def _blocks(model: nn.Module, structure: Structure) -> list[MaskableModule]:
 def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[MaskableModule]:
     cuts = cuts_of(model)
     found = []
-    for block in structure.blocks:
+    for block in sorted((*structure.blocks, *structure.summands), key=lambda block: block.layer):
         of_block = cuts[block.main]
         for cut in () if isinstance(of_block, str) else of_block:  # else all hold it
             _refuse_unknown_layers(model, cut)
@@ -160,10 +160,10 @@ def _refuse_unknown_layers(model: nn.Module, cut: Cut) -> None:
     """The cut was found for the classes that the model's class makes."""
     for name in cut.dims:
         owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, LINEAR) and not is_linear(owner):
+        if isinstance(owner, LINEAR) and not is_linear(owner) and not is_grouped(owner):
             raise SDPConfigError(
-                f"{name.rpartition('.')[0]} ({type(owner).__name__}): the neuron level can cut nn.Linear and Conv1D, "
-                "and no subclass. Use level='block'."
+                f"{name.rpartition('.')[0]} ({type(owner).__name__}): the neuron level can cut nn.Linear, Conv1D and "
+                "nn.Conv2d, and no subclass. Use level='block'."
             )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...config import SDPConfig
 from ...model.state import get_state
+from ...model.statistics import batch_norms
 from ...patch import patch_model
 from ...plan.plan import Plan
 from ...planner import make_plan
@@ -58,7 +59,7 @@ def check(
     Returns: the plan.
     Raises: Differs; SDPConfigError when the model is not supported; what the model raises.
     """
-    make = functools.partial(tiny_model, config, task)
+    make = functools.partial(_model, config, task)
     batch = batch or tiny_batch(make(), task=task)
     plan = make_plan(make(), sdp, world)
     simulated = patch_model(make(), SDPConfig(**_choices(sdp), simulate=world))
@@ -89,6 +90,12 @@ def check(
     return plan
 
 
+def _model(config: PreTrainedConfig, task: str) -> PreTrainedModel:
+    """In double precision where there are batch norms: many gradients are sums of large numbers that cancel out."""
+    model = tiny_model(config, task)
+    return model.double() if batch_norms(model) else model
+
+
 def leave_out(dense: PreTrainedModel, plan: Plan, rank: int) -> None:
     """Make a full model compute what it would without what subnetwork ``rank`` does not hold, in place."""
     for module in plan.modules:
@@ -113,6 +120,8 @@ def _choices(sdp: SDPConfig) -> dict:
 
 def learn(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> _Learned:
     """One forward and backward, of the next subnetwork if it is simulated."""
+    dtype = next(model.parameters()).dtype
+    batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
     # The full model would make a cache, and compute otherwise with it.
     has_cache = "use_cache" in inspect.signature(type(model).forward).parameters
     without_cache = {"use_cache": False} if has_cache else {}

@@ -32,13 +32,21 @@ TASKS = {
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         "AutoModelForImageTextToText",
     ),
+    "image classification": (
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForImageClassification",
+    ),
 }
 """Task -> model types, name of the class that makes their models."""
 
 
 def made(config: PreTrainedConfig, task: str) -> PreTrainedModel:
     """The model of a config, on the default device."""
-    return getattr(transformers, TASKS[task][1]).from_config(copy.deepcopy(config))
+    types, auto_class = TASKS[task]
+    config, classes = copy.deepcopy(config), types[config.model_type]
+    if not isinstance(classes, str):
+        config.architectures = [classes[0]]  # of several
+    return getattr(transformers, auto_class).from_config(config)
 
 
 def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrainedModel:
@@ -57,10 +65,11 @@ def tiny_model(config: PreTrainedConfig, task: str, seed: int = 0) -> PreTrained
 
 
 def tiny_batch(model: PreTrainedModel, index: int = 0, *, task: str | None = None) -> dict[str, torch.Tensor]:
-    """Random tokens, or sound, with the labels of a task; by default those of a language model. Images are left out."""
+    """Random tokens, sound or images, with the labels of a task; by default those of a language model, which gets no
+    images."""
     generator = torch.Generator().manual_seed(1000 + index)
     inputs = example_inputs(model)
-    batch = {name: torch.randn(t.shape, generator=generator) for name, t in inputs.items() if _is_sound(t)}
+    batch = {name: torch.randn(t.shape, generator=generator) for name, t in inputs.items() if _is_signal(t)}
     ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
     if task == "sequence classification":
         ids[:, -1] = END  # BART's head reads the stream there
@@ -69,7 +78,7 @@ def tiny_batch(model: PreTrainedModel, index: int = 0, *, task: str | None = Non
     return {**batch, **_labels(model, task, ids, generator)}
 
 
-def _is_sound(value) -> bool:
+def _is_signal(value) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -81,9 +90,9 @@ def _labels(
     if task == "question answering":
         names = ("start_positions", "end_positions")
         return {name: torch.randint(length, (batch,), generator=generator) for name in names}
-    if task not in ("sequence classification", "token classification"):
+    if task not in ("sequence classification", "token classification", "image classification"):
         return {"labels": ids}
-    shape = (batch,) if task == "sequence classification" else (batch, length)
+    shape = (batch, length) if task == "token classification" else (batch,)
     if model.config.num_labels == 1:
         return {"labels": torch.randn(shape, generator=generator)}
     return {"labels": torch.randint(model.config.num_labels, shape, generator=generator)}

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .images import IMAGES
+
 _ALTERNATING = ["linear_attention", "full_attention"] * 2
 
 _BERT = dict(
@@ -15,6 +17,7 @@ _SLIDING = dict(
 )  # fmt: skip
 
 SPECIAL: dict[str, dict[str, Any]] = {
+    **IMAGES,
     "bamba": dict(attn_layer_indices=[1, 3], mamba_n_heads=16),
     "blt": dict(encoder_hash_byte_group_vocab=256),
     "chameleon": dict(vocabulary_map={"<image>": 2}),
