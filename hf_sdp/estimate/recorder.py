@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import flop_registry
 
 from ..compat import TorchDispatchMode, tree_flatten, tree_leaves, tree_unflatten
-from ..families.recording import without_values
+from ..families.values import without_values
 
 _aten = torch.ops.aten
 

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import SDPConfigError
 from .absent import ZERO, ZEROS, Absent, Outputs
 from .base import Block
 from .branches import Branch, NotASum, branches, stream_of, summands
@@ -20,8 +18,10 @@ from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, MIXER, MLP, Kind
 from .layers import likeness
 from .recording import Call, Recording, call_again
 from .registered import Family
+from .stacks import layers
 
 _KINDS: tuple[tuple[str, Kind], ...] = (
+    (r"ffn|feed_?forward", MLP),
     (r"(enc|cross).*att|cross_?attention", CROSS_ATTENTION),
     (r"lin(ear)?_?att|mamba|mixer|conv|recurrent|rglru|temporal_block|lstm|delta", MIXER),
     (r"att", ATTENTION),
@@ -54,9 +54,7 @@ class _Finder:
         for number, operation in enumerate(recording.operations):
             for made in operation.inputs:
                 self.readers.setdefault(made, []).append(number)
-        self.calls_of: dict[str, list[Call]] = {}
-        for call in recording.calls:
-            self.calls_of.setdefault(call.module, []).append(call)
+        self.calls_of = recording.calls_of()
         self.read_in: dict[str, set[int]] = {}  # parameter -> innermost calls that read it
         for operation in recording.operations:
             for name in operation.parameters:
@@ -68,7 +66,7 @@ class _Finder:
         self.tried: dict[tuple, str | None] = {}
 
     def find(self) -> Found:
-        for number, name in self._layers():
+        for number, name in layers(self.model, self.recording, self.family):
             index = len(self.found.layers)
             self.found.layers.append(name)
             call = self.recording.calls[number]
@@ -83,66 +81,6 @@ class _Finder:
             for branch in found:
                 self._leave_out_branch(index, name, call, branch)
         return self.found
-
-    def _layers(self) -> Iterator[tuple[int, str]]:
-        """The calls of the layers of all stacks: neighbours in a list of modules that is called one by one."""
-        for name in self.family.layers:
-            if name not in self.modules:
-                raise SDPConfigError(f"{type(self.model).__name__} has no module {name!r}, which is to be its layers.")
-        lists = {layer for name in self.family.layers or self._stacks() for layer in self._members(name)}
-        seen: set[str] = set()
-        for number, call in enumerate(self.recording.calls):
-            within = {self.recording.calls[outer].module for outer in self.recording.within(call.outer)}
-            if call.module in lists and call.module not in seen and not within & lists:
-                seen.add(call.module)
-                yield number, call.module
-
-    def _members(self, name: str) -> list[str]:
-        return [f"{name}.{child}" for child, _ in self.modules[name].named_children()]
-
-    def _stacks(self) -> list[str]:
-        """Names of lists of layers. Stages, which have lists of layers in them and change the shape, are no layers."""
-        lists = [(name, m) for name, m in self.modules.items() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-        found = {name for name, module in lists if self._is_stack(module) or self._is_chain(name, module)}
-        of_layers = {type(layer) for name in found for layer in self.modules[name].children()}
-        found |= {name for name, module in lists if len(module) and {type(layer) for layer in module} <= of_layers}
-
-        def is_stage(layer: str) -> bool:
-            has_layers = any(name.startswith(layer + ".") for name in found)
-            return has_layers and not any(self._adds_up(call) for call in self.calls_of.get(layer, []))
-
-        return [name for name, _ in lists if name in found and not any(map(is_stage, self._members(name)))]
-
-    def _is_stack(self, module: nn.Module) -> bool:
-        no_split = {name for m in self.modules.values() for name in (getattr(m, "_no_split_modules", None) or ())}
-        layers = list(module.children())
-        return (
-            isinstance(module, nn.ModuleList)
-            and bool(layers)
-            and all(
-                isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in no_split for layer in layers
-            )
-        )
-
-    def _is_chain(self, name: str, module: nn.Module) -> bool:
-        """Whether each is called once, with what the one before it returned, and adds to it."""
-        calls = [self.calls_of.get(layer, []) for layer in self._members(name)]
-        if len(calls) < 2 or any(len(of_one) != 1 for of_one in calls):
-            return False
-        if len({type(layer) for layer in module.children()}) > 1:
-            return False
-        flat = [of_one[0] for of_one in calls]
-        made = [call.outputs[0].operation if call.outputs else None for call in flat]
-        is_chain = None not in made and all(
-            before in after.arguments.values() for before, after in zip(made, flat[1:], strict=False)
-        )
-        return is_chain and any(self._adds_up(call) for call in flat)
-
-    def _adds_up(self, call: Call) -> bool:
-        """Convolutions that follow each other do not."""
-        with contextlib.suppress(NotASum):
-            return bool(branches(self.recording, self.recording.calls.index(call)))
-        return False
 
     def _leave_out_layer(self, name: str, call: Call) -> None:
         """A layer that is left out passes the stream on."""
@@ -241,7 +179,8 @@ class _Finder:
                 if re.search(pattern, text, re.IGNORECASE):
                     # Convolutions of images compute with each place and those beside it: no mixer of a sequence.
                     of_images = any(isinstance(m, nn.Conv2d) for m in module.modules())
-                    return other if kind is MIXER and (other is EXPERTS or of_images) else kind
+                    is_other = kind is MLP or kind is MIXER and (other is EXPERTS or of_images)
+                    return other if is_other else kind
         return other
 
     def _outputs(self, call: Call, first: str, absent: tuple[str, ...] = ()) -> Outputs | str:

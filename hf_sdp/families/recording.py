@@ -5,17 +5,13 @@ A model of any size is recorded in about a second, without memory. Values do not
 """
 
 import contextlib
-import functools
 import inspect
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx.experimental._config as meta_config
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,12 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import set_attention
 from .inputs import LENGTH, example_inputs
+from .values import KNOWN_SIZES, PythonOfValues, WithoutValues, without_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = "hf_sdp_recorded"
-_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,13 @@ class Recording:
             if call.module not in but:
                 call.given = ((), {})
 
+    def calls_of(self) -> dict[str, list[Call]]:
+        """Module -> its calls."""
+        result: dict[str, list[Call]] = {}
+        for call in self.calls:
+            result.setdefault(call.module, []).append(call)
+        return result
+
     def within(self, call: int) -> Iterator[int]:
         """The calls around an operation whose innermost one is ``call``, from the inside."""
         while call >= 0:
@@ -128,7 +131,7 @@ def record(model: "PreTrainedModel", length: int = LENGTH) -> Recording:
     modules = dict(model.named_modules())
     handles = [handle for name, module in modules.items() for handle in recorder.watch(name, module)]
     arguments = example_inputs(model, length)
-    with torch.no_grad(), _KNOWN_SIZES(), _PythonOfValues(), recorder:
+    with torch.no_grad(), KNOWN_SIZES(), PythonOfValues(), recorder:
         model(**arguments)
     for handle in handles:
         handle.remove()
@@ -139,7 +142,7 @@ def record(model: "PreTrainedModel", length: int = LENGTH) -> Recording:
 
 def call_again(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Call a module of a model that was recorded, without recording it."""
-    with torch.no_grad(), _KNOWN_SIZES(), _PythonOfValues(), _WithoutValues():
+    with torch.no_grad(), KNOWN_SIZES(), PythonOfValues(), WithoutValues():
         return module(*args, **kwargs)
 
 
@@ -172,29 +175,6 @@ def _attention(module, query, key, value, attention_mask, *args, **kwargs):
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, eager_mask)  # some models read their masks themselves
-
-
-_KNOWN_SIZES = functools.partial(meta_config.patch, meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
-"""What is chosen by a mask is all there is."""
-
-
-class _PythonOfValues(TorchFunctionMode):
-    """What Python asks of values. Experts may be called by them (``self[f"expert_{index}"]``): all are the first. Nor
-    is any token in a batch (``pad_token_id in input_ids``)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__contains__ and args[0].is_meta:
-            return False
-        if func is torch.Tensor.__format__ and args[0].is_meta:
-            return format(0, *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-class _WithoutValues(TorchDispatchMode):
-    """Operations that ask for a value on the meta device get one."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return without_values(func, args, kwargs or {})
 
 
 class _Recorder(TorchDispatchMode):
@@ -278,21 +258,3 @@ class _Recorder(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def without_values(func, args: tuple, kwargs: dict[str, Any]):
-    """The result of an operation; where it is made of values, that of ones."""
-    first = args[0] if args else None
-    if isinstance(first, torch.Tensor) and first.is_meta:
-        if func is _aten._local_scalar_dense.default:
-            return {torch.bool: True}.get(first.dtype, 1.0 if first.is_floating_point() else 1)
-        if func is _aten.equal.default:
-            return True
-        if func is _aten.nonzero.default:
-            return torch.empty(first.numel(), first.dim(), dtype=torch.long, device="meta")
-        if func is _aten.masked_select.default:
-            numel = math.prod(torch.broadcast_shapes(first.shape, args[1].shape))
-            return torch.empty(numel, dtype=first.dtype, device="meta")
-        if func is _aten.unique_consecutive.default:
-            return first.new_empty(1), *(first.new_empty(0, dtype=torch.long) for _ in range(2))
-    return func(*args, **kwargs)

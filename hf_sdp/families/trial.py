@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .absent import Absent
 from .base import Block, CannotCut, Cut, OfHeads, Ranges
+from .columns import columns_and_rows, read_between, refuse_what_is_read_elsewhere
 from .dry_run import DryRun, Narrow, indices
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER
 from .layers import channel_dim, in_features, is_grouped, is_linear, out_features
@@ -47,8 +48,10 @@ class Trial:
         self.recording = recording
         self.number = next(n for n, call in enumerate(recording.calls) if call.module == layer)
         self.linears = self._linears(model.get_submodule(layer))
-        self.columns, self.rows = self._columns_and_rows()
-        self.between = self._read_between()
+        self.columns, self.rows = columns_and_rows(recording, self.number, list(self.linears))
+        if not self.columns:
+            raise CannotCut(f"{block.main} has no linear layer after another one")
+        self.between = read_between(recording, self.number, self.columns, self.rows)
         given = recording.calls[self.number].given
         self.run = DryRun(model.get_submodule(layer), layer, self.linears, self.rows, given, others)
         self.heads = self._heads()
@@ -64,48 +67,6 @@ class Trial:
                 if is_linear(module):
                     found[f"{member}.{name}" if name else member] = module
         return found
-
-    def _columns_and_rows(self) -> tuple[list[str], list[str]]:
-        """Rows: those from whose output no other one of the block is computed. Columns: the last ones before them."""
-        recording, call = self.recording, self.recording.calls[self.number]
-        made_by: dict[int, str] = {}
-        arguments: dict[str, list[int]] = {}
-        for n in range(self.number + 1, len(recording.calls)):
-            inner = recording.calls[n]
-            if inner.first >= call.last:
-                break
-            if inner.module in self.linears and inner.outputs and inner.outputs[0].operation is not None:
-                made_by[inner.outputs[0].operation] = inner.module
-                given = [i for i in inner.arguments.values() if i is not None]
-                arguments.setdefault(inner.module, []).extend(given)
-        nearest: dict[int, frozenset[str]] = {}
-        for n in range(call.first, call.last):
-            before = _union(nearest.get(i) for i in recording.operations[n].inputs)
-            nearest[n] = frozenset({made_by[n]}) if n in made_by else before
-        feeds = {name: _union(nearest.get(i) for i in given) for name, given in arguments.items()}
-        fed = _union(feeds.values())
-        rows = [name for name in self.linears if feeds.get(name) and name not in fed]
-        before_rows = _union(feeds[name] for name in rows)
-        # What other layers than rows are computed from is all heads' (compressed keys and values of latent attention).
-        shared = _union(of_one for name, of_one in feeds.items() if name not in rows)
-        columns = [name for name in self.linears if name in before_rows - shared]
-        if not rows or not columns:
-            raise CannotCut(f"{self.block.main} has no linear layer after another one")
-        return columns, rows
-
-    def _read_between(self) -> set[str]:
-        """Parameters from which the rows' inputs are computed, and the columns' outputs are not."""
-        recording, first = self.recording, self.recording.calls[self.number].first
-        inside = [c for c in recording.calls[self.number + 1 :] if c.first < recording.calls[self.number].last]
-        made = {o.operation for c in inside if c.module in self.columns for o in c.outputs}
-        waiting = {n for c in inside if c.module in self.rows for n in c.arguments.values() if n is not None}
-        seen: set[int] = set()
-        while waiting:
-            n = waiting.pop()
-            if n >= first and n not in seen and n not in made:
-                seen.add(n)
-                waiting.update(recording.operations[n].inputs)
-        return {name for n in seen for name in recording.operations[n].parameters}
 
     def _heads(self) -> tuple[int, int]:
         """Query heads, and key/value heads."""
@@ -281,7 +242,7 @@ class Trial:
             elif name in self.rows:
                 dims[f"{name}.weight"] = 0 if transposed else 1
         dims |= {prefix + name: dim for name, dim in narrow.vectors.items()}
-        self._refuse_what_is_read_elsewhere(dims)
+        refuse_what_is_read_elsewhere(self.recording, dims)
         fused = {
             f"{name}.{last}": ranges
             for name, ranges in packed.items()
@@ -292,19 +253,7 @@ class Trial:
         arguments = {prefix + name: of_heads for name, of_heads in narrow.arguments.items()}
         return Cut(self.block.kind, self.block.main, narrow.num_units, dims, fused, sizes, arguments)
 
-    def _refuse_what_is_read_elsewhere(self, dims: dict[str, int]) -> None:
-        """A tensor that is cut has to be read by its own module: there it is put together, and its gradient masked."""
-        for operation in self.recording.operations:
-            for name in dims.keys() & set(operation.parameters):
-                owner = name.rpartition(".")[0]
-                if all(self.recording.calls[n].module != owner for n in self.recording.within(operation.call)):
-                    raise CannotCut(f"{name} is read where {owner} is not called")
-
 
 def _chosen(values: torch.Tensor, linear: nn.Module, channels: list[int]) -> torch.Tensor:
     """Some channels of what a linear layer takes or returns."""
     return values.index_select(channel_dim(linear), torch.tensor(channels))
-
-
-def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:
-    return frozenset(name for some in sets if some for name in some)
