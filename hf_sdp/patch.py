@@ -1,5 +1,6 @@
 """``patch_model``: a full transformers model becomes one worker's subnetwork, in place."""
 
+import logging
 import os
 
 import torch
@@ -32,6 +33,7 @@ from .plan.subnetwork import subnetwork_of, whole_model
 from .planner import make_plan
 from .world.agreement import agree, process_group_is_up, together
 
+logger = logging.getLogger(__name__)
 _QUANTIZED = ("hf_quantizer", "hf_device_map", "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
@@ -99,8 +101,21 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         raise AssertionError(problem)
     for name, parameter in named.items():  # an optimizer made before patching refers to the full parameters
         run.replaced[parameter] = held.subnetwork.local_names[name]
+    if rank == 0:
+        _warn_of_statistics(model, held)
     set_state(model, SDPState(held, run))
     install_forward(model, *(() if config.simulate else (SavesFullModel,)))
+
+
+def _warn_of_statistics(model: nn.Module, held: Held) -> None:
+    config = held.config
+    if config.masking == "forward" and not held.plan.is_full and config.evaluate == "full" and batch_norms(model):
+        if config.recalibrate_batches is None:
+            logger.warning(
+                f"{held.model_name} has batch norms. Their running statistics are those of subnetworks, and the full "
+                "model that is evaluated and saved with them may be far worse than it is. With the Trainer use "
+                "SDPConfig(recalibrate_batches=...), else call hf_sdp.recalibrate before each evaluation."
+            )
 
 
 def _agree(

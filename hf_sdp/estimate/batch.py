@@ -12,7 +12,8 @@ def training_batch(
     """Arguments of a training forward, all zero.
 
     Sequences have ``length`` tokens, those of an encoder and those of a decoder, which the model makes of the labels.
-    Sound is as long as the config of the model has it. ``model``: not patched, on any device.
+    Sound is as long as the config of the model has it, and so large are images, which have one label each. ``model``:
+    not patched, on any device.
     """
     ids = torch.zeros(num_sequences, length, dtype=torch.long, device=device)
     inputs = example_inputs(model, length)
@@ -21,4 +22,6 @@ def training_batch(
         for name, value in inputs.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
+    if "pixel_values" in sound:
+        return {**sound, "labels": ids[:, 0]}
     return {**sound, **{name: ids for name in ("input_ids",) if name in inputs}, "labels": ids}

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
+from ..families.meta_model import meta_model
 from ..model.recomputation import recomputation_reorders
 from ..plan.plan import Plan
 from ..workload import Workload
@@ -55,7 +56,7 @@ def sdp_rows(model_config: PreTrainedConfig, plan: Plan, workload: Workload, wor
 
 
 def other_rows(model_config: PreTrainedConfig, workload: Workload, world_size: int) -> list[Row]:
-    """What everyone asks about: DDP (with and without activation checkpointing), ZeRO-1, ZeRO-2, FSDP2."""
+    """What everyone asks about: DDP (also with activation checkpointing, if the model has it), ZeRO-1, ZeRO-2, FSDP2."""
 
     def replicated(zero_stage: int, of: Workload = workload) -> tuple[Step, ...]:
         return (replicated_step(model_config, of, world_size, zero_stage=zero_stage),)
@@ -64,9 +65,10 @@ def other_rows(model_config: PreTrainedConfig, workload: Workload, world_size: i
         return (fsdp_step(model_config, workload, world_size, reshard_after_forward=reshard_after_forward),)
 
     saves_all, recomputes = (dataclasses.replace(workload, gradient_checkpointing=on) for on in (False, True))
+    can_recompute = meta_model(model_config).supports_gradient_checkpointing
     return [
         Row("DDP", replicated(0, saves_all)),
-        Row("DDP, activation checkpointing", replicated(0, recomputes)),
+        *([Row("DDP, activation checkpointing", replicated(0, recomputes))] if can_recompute else []),
         Row("ZeRO-1", replicated(1)),
         Row("ZeRO-2", replicated(2)),
         Row("FSDP2 (ZeRO-3), reshard", sharded(True)),

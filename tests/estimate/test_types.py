@@ -13,13 +13,15 @@ from hf_sdp.estimate.batch import training_batch
 from hf_sdp.estimate.memory import fsdp_step, sdp_step
 from hf_sdp.families.attention import set_attention
 from hf_sdp.workload import Workload
-from tests.support.types import BLOCK, MODELS
+from tests.support import types
+from tests.support.types import BLOCK
 
+MODELS = types.MODELS | {name: dict(task="image classification", model_type=name) for name in ("vit", "resnet")}
 CPU, BATCH, WORLD = torch.device("cpu"), (2, 128), 4
 SIZES = dict(
     vocab_size=512, hidden_size=128, intermediate_size=256, ffn_dim=256, n_inner=256, max_position_embeddings=256,
     word_embed_proj_dim=128, n_embd=128, n_positions=256, d_model=128, d_ff=256, encoder_ffn_dim=256,
-    decoder_ffn_dim=256, max_target_positions=256, use_cache=False,
+    decoder_ffn_dim=256, max_target_positions=256, image_size=128, use_cache=False,
 )  # fmt: skip
 """Under whatever name. Memory is more than what an allocator rounds up."""
 SHORT = ("gpt2", "gemma2", "mixtral", "bart")
@@ -67,6 +69,12 @@ def test_memory_and_traffic_are_those_of_a_step(name, engine):
     assert memory.peak == pytest.approx(measured["parameters"] + measured["optimizer"] + measured["step"], rel=0.02)
     if sdp is not None:
         assert step.bytes_sent == measured["bytes_sent"]
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "FSDP2"])  # of the first worker: it has most
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_of_images_too(name, engine):
+    test_memory_and_traffic_are_those_of_a_step(name, engine)
 
 
 def test_what_a_model_says_of_its_config_is_told():

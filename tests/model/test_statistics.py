@@ -92,6 +92,16 @@ def test_recalibrated_statistics_are_those_of_the_full_model():
     torch.testing.assert_close(statistics(simulated), statistics(dense), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sdp", "warns"),
+    [(dict(), True), (dict(recalibrate_batches=2), False), (dict(masking="backward"), False)],
+    ids=str,
+)
+def test_statistics_of_subnetworks_are_warned_of(sdp, warns, caplog):
+    patch_model(resnet(), SDPConfig(level="block", simulate=2, **sdp))
+    assert ("running statistics are those of subnetworks" in caplog.text) == warns
+
+
 def test_a_model_without_batch_norms_has_nothing_to_recalibrate():
     model = patch_model(tiny_model(tiny_config("vit"), TASK), SDPConfig(simulate=2))
     with pytest.raises(SDPConfigError, match="no batch norms"):
