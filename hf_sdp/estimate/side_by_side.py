@@ -56,7 +56,7 @@ def sdp_rows(model_config: PreTrainedConfig, plan: Plan, workload: Workload, wor
 
 
 def other_rows(model_config: PreTrainedConfig, workload: Workload, world_size: int) -> list[Row]:
-    """What everyone asks about: DDP (also with checkpointing, if the model has it), ZeRO-1, ZeRO-2, FSDP2."""
+    """What everyone asks about: DDP (also with activation checkpointing, if it can), ZeRO-1, ZeRO-2, FSDP2."""
 
     def replicated(zero_stage: int, of: Workload = workload) -> tuple[Step, ...]:
         return (replicated_step(model_config, of, world_size, zero_stage=zero_stage),)

@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..families.layers import is_linear
 from ..plan.plan import Plan
+from .autocast import autocast
 from .held_blocks import mask_blocks
+from .held_convolution import HeldConvolution, learns_by_channels
 from .layers import linear_dim
 from .mixin import mix_in
 from .state import Cursor
@@ -71,15 +73,6 @@ class _HeldLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _autocast(*tensors):
-    """What autocast would do to the operands of a linear layer (it does not look into autograd functions)."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # not on meta
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in tensors)
-
-
 class HeldLinear(nn.Module):
     """Mixed into the class of a full linear layer that learns only the slices its subnetwork holds.
 
@@ -101,7 +94,7 @@ class HeldLinear(nn.Module):
         if not torch.is_grad_enabled():
             return super().forward(x)
         ranges = self.held[self.cursor.subnetwork]
-        x, weight, bias = _autocast(x, self.weight, self.bias)
+        x, weight, bias = autocast(x, self.weight, self.bias)
         if isinstance(self, Conv1D):
             weight = weight.t()
         return _HeldLinearFunction.apply(x, weight, bias, self.dim, ranges, self.copy_inputs)
@@ -165,6 +158,11 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
                 linear = cast(HeldLinear, module)
                 linear.dim, linear.held = linear_dim(module, dims["weight"]), held[f"{owner}.weight"]
                 linear.cursor, linear.copy_inputs = cursor, not module_plan.of_kind.attends
+            elif learns_by_channels(module):
+                mix_in(module, HeldConvolution)
+                convolution = cast(HeldConvolution, module)
+                convolution.dim, convolution.held = dims["weight"], held[f"{owner}.weight"]
+                convolution.cursor = cursor
             else:
                 mix_in(module, HeldTensors)
                 masked = cast(HeldTensors, module)

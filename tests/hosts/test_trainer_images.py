@@ -22,6 +22,9 @@ CASES = {
     "resnet, backward": (RESNET, BLOCK | dict(masking="backward")),
     "resnet, neuron": (RESNET, dict(level="neuron", coverage=0.5)),
     "resnet, backward, neuron": (RESNET, dict(level="neuron", coverage=0.5, masking="backward")),
+    "resnet, several parts": (RESNET, dict(level="neuron", coverage=[0.75, 0.5])),
+    "groups, several parts": (dict(task=TASK, model_type="regnet"), dict(level="neuron", coverage=[0.75, 0.5])),
+    "biases, several parts": (dict(task=TASK, model_type="poolformer"), dict(level="neuron", coverage=[0.75, 0.5])),
     "vit": (dict(task=TASK, model_type="vit"), dict(level="neuron", coverage=0.5)),
     "convnext": (dict(task=TASK, model_type="convnext"), dict(level="neuron", coverage=0.5)),
     "swin": (dict(task=TASK, model_type="swin"), dict(level="neuron", coverage=0.5)),
@@ -43,7 +46,7 @@ def test_the_trainer_equals_the_simulation_and_resumes(tmp_path, name):
     assert whole[0][0] == pytest.approx(losses, rel=2e-4)
     assert whole[0][1] == pytest.approx(norms, rel=1e-3)
     # Where a model ignores the number of rows, the Trainer's loss is multiplied by the size of the world.
-    scale = 2 if model["model_type"] == "resnet" else 1
+    scale = 2 if model["model_type"] in ("poolformer", "regnet", "resnet") else 1
     assert whole[0][2] == pytest.approx(scale * loss, rel=5e-4)
 
 
