@@ -26,7 +26,7 @@ from .model.forward import install_forward
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
 from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
-from .model.statistics import batch_norms, refuse_synced_norms
+from .model.statistics import batch_norms, refuse_cast_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.plan import Plan
 from .plan.subnetwork import subnetwork_of, whole_model
@@ -225,6 +225,7 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     if not config.simulate:
         refuse_what_fsdp_refuses(model)
         refuse_layers_at_random(model)
+        refuse_cast_norms(model, config.param_dtype)
         if config.masking == "forward":
             refuse_synced_norms(model)
     refuse_reentrant_checkpointing(model)

@@ -27,6 +27,18 @@ def batch_norms(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if has_statistics(module)}
 
 
+def refuse_cast_norms(model: nn.Module, param_dtype: str | None) -> None:
+    """Raises SDPConfigError for a norm whose weights would be gathered in another dtype than its statistics are of:
+    batch norm wants one."""
+    for name, norm in batch_norms(model).items():
+        dtype = str(norm.running_mean.dtype).removeprefix("torch.")
+        if param_dtype not in (None, dtype):
+            raise SDPConfigError(
+                f"param_dtype={param_dtype!r}: {name} is a batch norm, whose running statistics are {dtype}. Use "
+                "TrainingArguments(bf16=True), which computes it in float32."
+            )
+
+
 def refuse_synced_norms(model: nn.Module) -> None:
     """Raises SDPConfigError for a norm that communicates in its forward: workers that do not hold it would be waited
     for."""

@@ -110,6 +110,12 @@ def test_a_model_without_batch_norms_has_nothing_to_recalibrate():
         patch_model(tiny_model(tiny_config("vit"), TASK), SDPConfig(simulate=2, recalibrate_batches=2))
 
 
+def test_weights_of_another_dtype_than_the_statistics_are_refused():
+    with pytest.raises(SDPConfigError, match="param_dtype='bfloat16': resnet.*a batch norm.*are float32"):
+        patch_model(resnet(), SDPConfig(level="block", param_dtype="bfloat16"), rank=0, world_size=2)
+    patch_model(resnet(), SDPConfig(level="block", param_dtype="float32"), rank=0, world_size=2)
+
+
 def test_norms_that_communicate_in_their_forward_are_refused():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(resnet())
     with pytest.raises(SDPConfigError, match="embedder.normalization is a SyncBatchNorm"):
