@@ -89,7 +89,7 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
     )
     if not config.simulate:
         refuse_mixed_groups(model, held)
-    run = Run(Cursor(index), held.evaluates_full)
+    run = Run(Cursor(index, trains=model.training), held.evaluates_full)
     if config.simulate:
         simulate(model, plan, held.structure, run.cursor)
     elif config.masking == "backward":

@@ -65,7 +65,7 @@ class VirtualArguments(HeldArguments):
     sdp_units_of: dict[int, Sequence[int]]
 
     def sdp_held_units(self) -> Sequence[int] | None:
-        return self.sdp_units_of[self.cursor.subnetwork] if self.training else None
+        return self.sdp_units_of[self.cursor.subnetwork] if self.cursor.trains else None
 
 
 def cut_arguments(model: nn.Module, local: LocalModule, run: Run) -> None:

@@ -28,6 +28,7 @@ class PatchedModel(nn.Module):
     def __call__(self, *args, **kwargs):
         held, run = get_state(self).held, get_state(self).run
         if held.simulated:
+            run.cursor.trains = self.training
             if self.training and torch.is_grad_enabled():
                 run.cursor.begin_forward(held.plan.num_subnetworks)
             return super().__call__(*args, **kwargs)
@@ -53,9 +54,10 @@ class PatchedModel(nn.Module):
     def train(self, mode: bool = True):
         # Between two evaluations anybody may write into parameters: averaged weights that are swapped in, clipping,
         # load_state_dict. Torch does not notice what is written through .data.
-        full_model = get_state(self).run.full_model
-        if full_model is not None:
-            full_model.release()
+        run = get_state(self).run
+        run.cursor.trains = mode
+        if run.full_model is not None:
+            run.full_model.release()
         return super().train(mode)
 
     def state_dict(self, *args, **kwargs):

@@ -43,7 +43,7 @@ class VirtualTensors(nn.Module):
     cursor: Cursor
 
     def forward(self, *args, **kwargs):
-        if not self.training:
+        if not self.cursor.trains:
             return super().forward(*args, **kwargs)
         current, own = self.cursor.subnetwork, vars(self)
         tensors: list[dict] = [self._parameters if name in self._parameters else self._buffers for name in self.dims]
@@ -66,7 +66,7 @@ class VirtualExperts(VirtualTensors):
     experts: dict[int, list[int]]
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        if self.training:
+        if self.cursor.trains:
             held, num_experts = self.experts[self.cursor.subnetwork], vars(self)["num_experts"]
             top_k_index, top_k_weights = routed(held, num_experts, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
@@ -85,7 +85,7 @@ class MaybeSkipped(nn.Module):
     skipped: nn.Module
 
     def forward(self, *args, **kwargs):
-        if self.training and self.cursor.subnetwork not in self.holders:
+        if self.cursor.trains and self.cursor.subnetwork not in self.holders:
             return self.skipped(*args, **kwargs)
         return super().forward(*args, **kwargs)
 

@@ -115,10 +115,12 @@ class Cursor:
     Attributes:
         subnetwork: the one that trains now.
         micro_batch: under simulation, its number within the accumulation window.
+        trains: the mode of the model. It decides what is computed: users put single modules in eval mode (batch norms).
     """
 
     subnetwork: int
     micro_batch: int = 0
+    trains: bool = True
     _has_learned: bool = False
     _host_counts: bool = False
 

@@ -127,7 +127,7 @@ class VirtualStatistics(nn.Module):
     cursor: Cursor
 
     def forward(self, *args, **kwargs):
-        if not self.training:
+        if not self.cursor.trains:
             return super().forward(*args, **kwargs)
         own: dict[str, Any] = self._buffers
         models: dict[str, torch.Tensor] = {name: own[name] for name in STATISTICS}

@@ -74,3 +74,17 @@ def test_accelerate_says_which_micro_batch_it_is():
             optimizer.step()
             optimizer.zero_grad()
     assert trained == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_a_module_in_eval_mode_computes_what_the_model_does(level):
+    """As users freeze norms: the mode of the model decides, as with real workers."""
+    expected, _ = simulated(level)
+    model, _ = simulated(level)
+    model.train()
+    expected.train()
+    for name in ("model.layers.0.mlp", "model.layers.1.self_attn", "model.layers.2"):
+        model.get_submodule(name).eval()
+    assert model.training and not model.model.layers[2].mlp.training
+    for index in range(N):
+        assert torch.equal(model(**batch(index)).loss, expected(**batch(index)).loss)
