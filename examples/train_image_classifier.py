@@ -1,112 +1,224 @@
-"""Train an image classifier with SDP in an unmodified Trainer, on drawn shapes: nothing is downloaded.
+"""Train a model that classifies images with SDP, DDP or FSDP2 under the Trainer, and write what it took to a file.
 
-    accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/train_image_classifier.py \\
-        --model resnet --sdp_level neuron --sdp_coverage 0.5 --sdp_recalibrate_batches 10
+    accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/train_image_classifier.py \\
+        --dataset_name cifar10 --augment --model_type vit_tiny --engine sdp --sdp_level block --num_train_epochs 10
 
-``--sdp_simulate 2 --gradient_accumulation_steps 2`` with plain ``python`` trains the same subnetworks in one process;
-``--sdp_coverage 1.0`` is data parallelism. Accuracy is that of the full model.
+Without a network: ``python examples/digits.py runs/digits``, then ``--image_folder runs/digits`` instead of the
+dataset. Options: the model, the data, every field of ``SDPConfig`` as ``--sdp_...``, and ``TrainingArguments``.
+Needs the extra ``bench`` and ``pip install evaluate``; torchvision only where the processor of a published model does.
 """
 
-import dataclasses
+import functools
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import datasets
+import evaluate
 import torch
+from engines import EngineArguments, initial_model, load_model, train_and_measure
+from PIL import Image, ImageOps
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
-    ConvNextConfig,
+    BaseImageProcessor,
+    EvalPrediction,
     HfArgumentParser,
-    ResNetConfig,
-    SwinConfig,
+    PreTrainedConfig,
     Trainer,
-    TrainingArguments,
-    ViTConfig,
-    set_seed,
+    ViTImageProcessorPil,
+    default_data_collator,
 )
+from transformers.utils.logging import disable_progress_bar
 
-from hf_sdp import SDPCallback, SDPConfig, patch_model
+from hf_sdp import SDPCallback, SDPConfig
 
-IMAGE, CLASSES, RADIUS = 32, 4, 6
-CONFIGS = {
-    "resnet": ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[3, 3, 3], layer_type="basic", num_labels=CLASSES
+CONFIGS: dict[str, dict[str, Any]] = {
+    "resnet18": dict(
+        model_type="resnet",
+        layer_type="basic",
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[64, 128, 256, 512],
     ),
-    "convnext": ConvNextConfig(
-        num_stages=3, hidden_sizes=[16, 32, 64], depths=[2, 2, 2], patch_size=2, image_size=IMAGE,
-        layer_scale_init_value=0.1, num_labels=CLASSES,
+    "swin_tiny": dict(  # without a fourth stage: its 2x2 patches are no window
+        model_type="swin",
+        patch_size=2,
+        window_size=4,
+        depths=[2, 6, 2],
+        num_heads=[3, 6, 12],
+        drop_path_rate=0.0,
     ),
-    "swin": SwinConfig(
-        image_size=IMAGE, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4,
-        drop_path_rate=0.0, num_labels=CLASSES,
+    "vit_tiny": dict(
+        model_type="vit",
+        patch_size=4,
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
     ),
-    "vit": ViTConfig(
-        image_size=IMAGE, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=128, num_labels=CLASSES,
-    ),
-}  # fmt: skip
+    "convnext_tiny": dict(model_type="convnext", patch_size=2),
+}
+"""Name -> its config, for images of 32x32."""
+FSDP_MODULES = {
+    "resnet": ["resnet.encoder.stages.*.layers.*"],
+    "swin": ["swin.encoder.layers.*.blocks.*"],
+    "vit": ["vit.layers.*"],
+    "convnext": ["convnext.encoder.stages.*.layers.*"],
+}
+"""Model type -> what FSDP2 gathers together."""
 
 
 @dataclass
-class Arguments(TrainingArguments):
-    """``TrainingArguments`` with the defaults of this example."""
+class ModelArguments:
+    """A published model, or one with random weights."""
 
-    model: Literal["resnet", "convnext", "swin", "vit"] = field(default="resnet", metadata={"help": "Which model."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A checkpoint, of the hub or a folder; its head may be of other classes."}
+    )
+    model_type: Literal["resnet18", "swin_tiny", "vit_tiny", "convnext_tiny"] = field(
+        default="resnet18", metadata={"help": "Without a checkpoint: random weights, in a size for small images."}
+    )
+    config_overrides: str = field(
+        default="{}", metadata={"help": """Other values of the model's config, as '{"depths": [1, 1, 1, 1]}'."""}
+    )
+
+
+@dataclass
+class DataArguments:
+    """The images, and how they are prepared."""
+
+    dataset_name: str = field(default="cifar10", metadata={"help": "Of the hub: cifar10, cifar100, imagenet-1k, ..."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Instead: a folder with train/CLASS/*.png, and test or validation likewise."}
+    )
+    image_size: int = field(
+        default=32, metadata={"help": "Pixels of a side. The processor of a checkpoint has its own."}
+    )
+    augment: bool = field(default=False, metadata={"help": "Train with random crops and horizontal flips."})
+    channels_last: bool = field(default=False, metadata={"help": "Batches in channels-last memory format."})
+    metric: str = field(
+        default=str(Path(__file__).with_name("accuracy")),
+        metadata={"help": "Of evaluate.load: the default needs no network, `accuracy` is the hub's."},
+    )
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Initial weights are kept here."})
+
+
+@dataclass
+class Arguments(EngineArguments):
+    """Defaults of this example."""
+
     output_dir: str = "runs/train_image_classifier"
-    use_cpu: bool = not torch.cuda.is_available()
-    max_steps: int = 100
-    per_device_train_batch_size: int = 16
-    learning_rate: float = 3e-3
-    logging_steps: float = 20
-    save_strategy: str = "no"
-    report_to: str = "none"
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    learning_rate: float = 1e-3
+    remove_unused_columns: bool | None = False  # images become pixel values when a batch is read
 
 
-def shapes(number: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Rows with an outlined square, a filled one, a cross or a ring, somewhere on a noisy ground."""
-    generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(IMAGE), torch.arange(IMAGE), indexing="ij")
-    rows = []
-    for _ in range(number):
-        label = torch.randint(CLASSES, (), generator=generator)
-        centre = torch.randint(RADIUS, IMAGE - RADIUS, (2,), generator=generator)
-        dy, dx = (y - centre[0]).abs(), (x - centre[1]).abs()
-        within = torch.maximum(dy, dx) <= RADIUS
-        drawn = (
-            within & (torch.maximum(dy, dx) >= RADIUS - 1),
-            within,
-            within & (torch.minimum(dy, dx) <= 1),
-            ((dy**2 + dx**2).sqrt() - RADIUS).abs() <= 1,
-        )[label]
-        colour = 1 + torch.rand(3, 1, 1, generator=generator)
-        rows.append(
-            {"pixel_values": drawn * colour + torch.randn(3, IMAGE, IMAGE, generator=generator), "labels": label}
-        )
-    return rows
+@dataclass
+class Prepare:
+    """Rows of images and labels as what a model takes: pixel values, float32 of shape (rows, 3, height, width)."""
+
+    processor: BaseImageProcessor
+    image: str
+    label: str
+    augment: bool
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in rows[self.image]]
+        if self.augment:
+            images = [augmented(image) for image in images]
+        pixels = self.processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": rows[self.label]}
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+def augmented(image: Image.Image) -> Image.Image:
+    """A random crop of the image's size out of it and a black border of an eighth, flipped as often as not.
+
+    Draws from torch's generator, whose state is in the Trainer's checkpoints.
+    """
+    border = max(image.size) // 8
+    left, top, flip = (int(torch.randint(end, ())) for end in (2 * border + 1, 2 * border + 1, 2))
+    padded = ImageOps.expand(image, border)
+    crop = padded.crop((left, top, left + image.width, top + image.height))
+    return ImageOps.mirror(crop) if flip else crop
+
+
+def load_images(arguments: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset, str, str]:
+    """Rows to train and to evaluate, and their columns of images and of labels: the first of each kind."""
+    if arguments.image_folder is None:
+        data = datasets.load_dataset(arguments.dataset_name)
+    else:
+        data = datasets.load_dataset("imagefolder", data_dir=arguments.image_folder)
+    columns = data["train"].features.items()
+    image = next(name for name, feature in columns if isinstance(feature, datasets.Image))
+    label = next(name for name, feature in columns if isinstance(feature, datasets.ClassLabel))
+    # The labels of ImageNet's test are not published.
+    return data["train"], data["validation" if "validation" in data else "test"], image, label
+
+
+def make_config(arguments: ModelArguments, image_size: int, classes: list[str]) -> PreTrainedConfig:
+    values = dict(id2label=dict(enumerate(classes)), label2id={name: i for i, name in enumerate(classes)})
+    values |= json.loads(arguments.config_overrides)
+    if arguments.model_name_or_path is not None:
+        return AutoConfig.from_pretrained(arguments.model_name_or_path, **values)
+    values = CONFIGS[arguments.model_type] | values
+    if values["model_type"] != "resnet":  # it takes images of any size
+        values["image_size"] = image_size
+    return AutoConfig.for_model(**values)
+
+
+def collate(rows: list[dict[str, Any]], memory_format: torch.memory_format) -> dict[str, torch.Tensor]:
+    batch = default_data_collator(rows)
+    return {**batch, "pixel_values": batch["pixel_values"].contiguous(memory_format=memory_format)}
 
 
 def main() -> None:
-    args, sdp = HfArgumentParser((Arguments, SDPConfig.arguments())).parse_args_into_dataclasses()
-    set_seed(args.seed)
-    model = AutoModelForImageClassification.from_config(CONFIGS[args.model])
-    config = SDPConfig.from_arguments(sdp)
-    if args.model != "resnet":  # the others have no batch norms
-        config = dataclasses.replace(config, recalibrate_batches=None)
-    trainer = Trainer(
-        model=patch_model(model, config),
-        args=args,
-        train_dataset=shapes(2000, seed=0),
-        eval_dataset=shapes(400, seed=1),
-        compute_metrics=accuracy,
-        callbacks=[SDPCallback()],
+    parser = HfArgumentParser((ModelArguments, DataArguments, SDPConfig.arguments(), Arguments))
+    model_args, data_args, sdp_args, training = parser.parse_args_into_dataclasses()
+    sdp = SDPConfig.from_arguments(sdp_args)
+    disable_progress_bar()  # of loading weights, on every worker; the Trainer's stays
+    with training.main_process_first():
+        train, test, image, label = load_images(data_args)
+        metric = evaluate.load(data_args.metric, keep_in_memory=True)
+        config = make_config(model_args, data_args.image_size, train.features[label].names)
+        if model_args.model_name_or_path is None:
+            source = initial_model(AutoModelForImageClassification, config, training.seed, data_args.cache_dir)
+            side = data_args.image_size
+            processor = ViTImageProcessorPil(size={"height": side, "width": side})
+        else:
+            source = model_args.model_name_or_path
+            processor = AutoImageProcessor.from_pretrained(source)
+    model = load_model(
+        AutoModelForImageClassification,
+        source,
+        training,
+        sdp,
+        FSDP_MODULES.get(config.model_type, ()),
+        config=config,
+        ignore_mismatched_sizes=True,  # of a head for other classes
     )
-    trainer.train()
-    metrics = trainer.evaluate()
-    if args.process_index == 0:
-        print({name: round(metrics[name], 4) for name in ("eval_loss", "eval_accuracy")})
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+    memory_format = torch.channels_last if data_args.channels_last else torch.contiguous_format
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train.with_transform(Prepare(processor, image, label, data_args.augment)),
+        eval_dataset=test.with_transform(Prepare(processor, image, label, augment=False)),
+        processing_class=processor,
+        data_collator=functools.partial(collate, memory_format=memory_format),
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        callbacks=[SDPCallback()] if training.engine == "sdp" else None,
+    )
+    # The loss is the mean of a batch. Not all models for images can take the number of images of the world instead.
+    trainer.model_accepts_loss_kwargs = False
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    train_and_measure(trainer, sdp, images_per_step=batch)
 
 
 if __name__ == "__main__":
