@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
+from transformers import LlamaForCausalLM, MobileNetV1Config, MobileNetV1ForImageClassification
 
 from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, make_plan, patch_model
 from hf_sdp.model.state import get_state
@@ -118,8 +118,8 @@ def _meta_model():
         return LlamaForCausalLM(tiny_config())
 
 
-def _resnet():
-    return ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1]))
+def _mobilenet():
+    return MobileNetV1ForImageClassification(MobileNetV1Config(depth_multiplier=0.25))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def _resnet():
         (tiny_model, SDPConfig(coverage=0.3), dict(rank=0, world_size=4), "Nearest coverage"),
         (tiny_model, SDPConfig(simulate=4), dict(rank=0, world_size=4), "simulate=4"),
         (tiny_model, {"level": "neuron"}, dict(rank=0, world_size=4), "must be an SDPConfig"),
-        (_resnet, SDPConfig(), dict(rank=0, world_size=4), "residual blocks of ResNet"),
+        (_mobilenet, SDPConfig(), dict(rank=0, world_size=4), "MobileNetV1.*has no stack of layers"),
         (_meta_model, SDPConfig(), dict(rank=0, world_size=4), "meta device"),
         (lambda: torch.nn.Linear(2, 2), SDPConfig(), dict(rank=0, world_size=4), "transformers model"),
     ],

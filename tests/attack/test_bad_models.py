@@ -9,8 +9,8 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
-    ResNetConfig,
-    ResNetForImageClassification,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
 )
 
 from hf_sdp import SDPConfig, consolidate, make_plan, patch_model
@@ -167,7 +167,7 @@ def partly_on_meta(model):
     model.model.layers[0].mlp.to("meta")
 
 
-RESNET = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], architectures=["ResNetForImageClassification"])
+MOBILENET = MobileNetV1Config(depth_multiplier=0.25, architectures=["MobileNetV1ForImageClassification"])
 REFUSED = {
     "None": (lambda: None, "transformers model.*NoneType"),
     "text": (lambda: "llama-7b", "transformers model.*str"),
@@ -175,7 +175,10 @@ REFUSED = {
     "class": (lambda: LlamaModel, "transformers model"),
     "linear": (lambda: nn.Linear(2, 2), "transformers model.*Linear"),
     "list of parameters": (lambda: nn.ParameterList([nn.Parameter(torch.ones(2))]), "transformers model"),
-    "another family": (lambda: ResNetForImageClassification(RESNET), "residual blocks of ResNet.*resnet"),
+    "another family": (
+        lambda: MobileNetV1ForImageClassification(MOBILENET),
+        "MobileNetV1.*mobilenet_v1.*has no stack of layers",
+    ),
     "wrapped": (changed(Wrapper), "Patch before wrapping"),
     "DataParallel": (changed(nn.DataParallel), "Patch before wrapping"),
     "in a sequence": (changed(nn.Sequential), "Patch before wrapping"),
@@ -239,7 +242,7 @@ def test_no_plan_is_made_of(case):
 
 
 def test_no_plan_is_made_of_a_config_of_another_family():
-    assert_refused("ResNet.*resnet.*cannot be found", lambda: make_plan(RESNET, SDPConfig(), 4))
+    assert_refused("MobileNetV1.*mobilenet_v1.*has no stack of layers", lambda: make_plan(MOBILENET, SDPConfig(), 4))
 
 
 SMALL = dict(num_attention_heads=4, num_key_value_heads=1)

@@ -92,8 +92,8 @@ def llama(**overrides) -> str:
 
 BAD_CONFIGS = {
     "unsupported family": (
-        '{"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}',
-        "residual blocks of ResNetForImageClassification.*cannot be found",
+        '{"model_type": "mobilenet_v1", "architectures": ["MobileNetV1ForImageClassification"]}',
+        "MobileNetV1ForImageClassification.*has no stack of layers",
     ),
     "unknown model_type": ('{"model_type": "nonsense"}', "config.json cannot be read.*nonsense"),
     "no model_type": ("{}", "config.json cannot be read"),
