@@ -81,6 +81,7 @@ def of(forward: str, backward: str, task: str = "causal", name: str = "some") ->
 def test_the_page():
     found = [of("", "", "masked"), of("too few: 1", "too few: 1", name="z"), of("", "no", name="a")]
     page = markdown(ordered(found, ["causal", "masked"]), "5.0")
+    assert '`hf-sdp models --task "causal" --task "masked" --output' in page  # what made it
     lines = [line for line in page.splitlines() if line.startswith("|")]
     cells = "forward only (backward: no) | " * 3
     assert lines[2] == rf"| a | causal | {cells}a \| b |"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from .models import TASKS
 from .table import COLUMNS, MASKINGS, Row
 
 HEADER = ("model type", "task", *COLUMNS, "notes")
@@ -9,7 +10,7 @@ HEADER = ("model type", "task", *COLUMNS, "notes")
 _TOP = """# Which models work
 
 Every model type of transformers {version} that has a model for one of these tasks, at a tiny size: {tasks}.
-Made by `hf-sdp models --output SUPPORT.md`.
+Made by `hf-sdp models{options} --output SUPPORT.md`.
 
 For each, two subnetworks of two are compared with the dense model without what they do not hold: the loss and all
 gradients, under forward and under backward masking, and so are the two virtual workers of a simulation. "yes": all of
@@ -55,7 +56,9 @@ def counts(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def markdown(rows: Sequence[Row], version: str) -> str:
     """``version``: of transformers."""
-    top = _TOP.format(version=version, tasks=", ".join(dict.fromkeys(row.task for row in rows)))
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    options = "" if len(tasks) == len(TASKS) else "".join(f' --task "{task}"' for task in tasks)
+    top = _TOP.format(version=version, tasks=", ".join(tasks), options=options)
     wide = [HEADER, *(cells(row) for row in rows)]
     return "\n".join([top, *_table(wide), "", "## How many work", "", *_table(counts(rows)), ""])
 
