@@ -176,6 +176,7 @@ def test_seeds_deal_other_plans_of_the_same_balance():
     assert [base.numel(s) for s in range(8)] == [other.numel(s) for s in range(8)]
 
 
+@pytest.mark.long
 def test_the_hash_is_the_same_in_every_process():
     code = (
         "from tests.support.models import tiny_config; from hf_sdp import *; "

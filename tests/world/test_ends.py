@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "clean_ends.py"
 
 
+@pytest.mark.long
 def test_processes_end_cleanly(tmp_path):
     """Each end once; the script alone does many, on a busy machine."""
     command = [sys.executable, SCRIPT, "--runs", "1", "--workers", "2", "--output", tmp_path / "ends.json"]

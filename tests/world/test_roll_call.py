@@ -23,7 +23,8 @@ if accelerator.process_index == int(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("stays", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stays", [0, 1])
 def test_waiting_for_a_worker_that_has_ended_is_an_error_at_once(tmp_path, stays):
     (tmp_path / "script.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
