@@ -27,7 +27,7 @@ def on_meta(config):
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.parametrize("granularity", ["sub-block", "layer"])
+@pytest.mark.parametrize("granularity", ["sub-block", pytest.param("layer", marks=pytest.mark.long)])
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_blocks_that_are_not_held_add_nothing(model_type, granularity, masking):
     sdp = SDPConfig(level="block", block_granularity=granularity, masking=masking)
@@ -65,7 +65,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("coverage", [0.5, 0.75])
+@pytest.mark.parametrize("coverage", [pytest.param(0.5, marks=pytest.mark.long), 0.75])
 def test_channels_of_convolutions_with_their_norms(name, masking, coverage):
     sdp = SDPConfig(level="neuron", masking=masking, coverage=coverage)
     plan = check(tiny_config(**CONVOLUTIONS[name]), TASK, sdp, world=4, ranks=(0, 3))
