@@ -41,8 +41,8 @@ def test_what_needs_no_model_imports_nothing_heavy(program):
 
 
 def test_a_plan_without_picture_imports_no_tool_of_another_room():
-    """accelerate is not among them: transformers imports it."""
+    """accelerate and scipy are not among them: transformers imports them."""
     rooms = ("hf_sdp.bench", "hf_sdp.hosts", "hf_sdp.engine", "hf_sdp.checkpoint")
-    tools = ("matplotlib", "datasets", "pandas", "scipy", "sklearn", "torchvision")
+    tools = ("matplotlib", "datasets", "pandas", "sklearn", "torchvision")
     program = "from hf_sdp.cli import main; main(['plan', 'llama-134m', '--json'])"
     assert imported_by(program, "torch", *rooms, *tools) == {"torch"}

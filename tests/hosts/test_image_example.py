@@ -56,18 +56,18 @@ def evaluate_plainly(digits: Path, folder: Path) -> tuple[float, float]:
     return loss.item(), (logits.argmax(-1) == labels).float().mean().item()
 
 
-CASES = [("resnet18", SDP["block"])]
-LONG = [(model_type, options) for options in SDP.values() for model_type in TINY]
+CASES = [(model_type, options) for options in SDP.values() for model_type in TINY]
 # Not of the ResNet: there the others evaluate with the running statistics of each worker.
-LONG += [
+CASES += [
     (model_type, ["--engine", engine]) for engine in ("ddp", "fsdp2") for model_type in ("vit_tiny", "convnext_tiny")
 ]
-LONG += [("resnet18", [*SDP["neuron"], "--augment", "--channels_last", "--bf16"])]
+CASES += [("resnet18", [*SDP["neuron"], "--augment", "--channels_last", "--bf16"])]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model_type, options",
-    CASES + [pytest.param(*case, marks=pytest.mark.long) for case in LONG if case not in CASES],
+    CASES,
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_digits_are_learned_and_the_checkpoint_is_as_good_as_the_evaluation_said(digits, tmp_path, model_type, options):
