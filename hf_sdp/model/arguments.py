@@ -5,6 +5,7 @@ A model may make position biases once for all layers (T5, MPT). Layers hold diff
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,14 +32,8 @@ class HeldArguments(nn.Module):
     sdp_num_units: int
     sdp_signature: inspect.Signature
 
-    def sdp_held_units(self) -> Sequence[int] | None:
-        """Those held, in order; None while the module is the full one."""
-        raise NotImplementedError
-
-    def forward(self, *args, **kwargs):
-        units = self.sdp_held_units()
-        if units is None:
-            return super().forward(*args, **kwargs)
+    def sdp_forward_of(self, units: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``units``: those that are held, in order."""
         (args, kwargs), before = of_held_heads(
             self.sdp_signature, (args, kwargs), self.sdp_of_heads, self.sdp_num_units, units
         )
@@ -54,8 +49,10 @@ class CutArguments(HeldArguments):
     sdp_run: Run
     sdp_units: Sequence[int]
 
-    def sdp_held_units(self) -> Sequence[int] | None:
-        return None if self.sdp_run.computes == "full" else self.sdp_units
+    def forward(self, *args, **kwargs):
+        if self.sdp_run.computes == "full":
+            return super().forward(*args, **kwargs)
+        return self.sdp_forward_of(self.sdp_units, args, kwargs)
 
 
 class VirtualArguments(HeldArguments):
@@ -64,8 +61,10 @@ class VirtualArguments(HeldArguments):
     cursor: Cursor
     sdp_units_of: dict[int, Sequence[int]]
 
-    def sdp_held_units(self) -> Sequence[int] | None:
-        return self.sdp_units_of[self.cursor.subnetwork] if self.cursor.trains else None
+    def forward(self, *args, **kwargs):
+        if not self.cursor.trains:
+            return super().forward(*args, **kwargs)
+        return self.sdp_forward_of(self.sdp_units_of[self.cursor.subnetwork], args, kwargs)
 
 
 def cut_arguments(model: nn.Module, local: LocalModule, run: Run) -> None:
