@@ -120,7 +120,7 @@ def _narrow_config(config, plan: Plan, subnetwork: int) -> None:
     widths: dict[str, set[tuple[int, int]]] = {}
     for module in plan.modules:
         held = plan.held_units(module, subnetwork)
-        widths.setdefault(module.kind, set()).add((held, module.num_units))
+        widths.setdefault(module.kind, set()).add((len(held), module.num_units))
     for kind, found in widths.items():
         if len(found) > 1:
             raise SDPConfigError(

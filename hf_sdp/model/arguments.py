@@ -70,15 +70,12 @@ class VirtualArguments(HeldArguments):
 def cut_arguments(model: nn.Module, local: LocalModule, run: Run) -> None:
     """Of one maskable module, in place, for a worker."""
     for owner in _mixed(model, local.module, CutArguments):
-        vars(owner).update(sdp_run=run, sdp_units=local.unit_numbers)
+        vars(owner).update(sdp_run=run, sdp_units=local.units)
 
 
 def virtual_arguments(model: nn.Module, plan: Plan, module: MaskableModule, cursor: Cursor) -> None:
     """Of one maskable module, in place, for a simulation."""
-    units = {
-        subnetwork: [unit for first, last, _ in plan.held_runs(module, subnetwork) for unit in range(first, last)]
-        for subnetwork in range(plan.num_subnetworks)
-    }
+    units = {subnetwork: plan.held_units(module, subnetwork) for subnetwork in range(plan.num_subnetworks)}
     for owner in _mixed(model, module, VirtualArguments):
         vars(owner).update(cursor=cursor, sdp_units_of=units)
 

@@ -97,19 +97,18 @@ def _narrow(model: nn.Module, local: LocalModule) -> None:
     for owner, of_owner in local.module.by_owner.items():
         regions = [{name: held.part.regions[f"{owner}.{name}"] for name in of_owner} for held in local.parts]
         narrow(model.get_submodule(owner), regions, of_owner, has_parts=local.has_parts)
-    if local.units == local.module.num_units:
+    if len(local.units) == local.module.num_units:
         return
     if local.module.of_kind is EXPERTS:
         _route_to_held(model.get_submodule(local.module.name), local)
     for name, attributes in local.module.sizes.items():
         module = model.get_submodule(name)
-        vars(module).update(narrowed(module, attributes, local.units / local.module.num_units))
+        vars(module).update(narrowed(module, attributes, len(local.units) / local.module.num_units))
 
 
 def _route_to_held(experts: nn.Module, local: LocalModule) -> None:
     mix_in(experts, HeldExperts)
-    rows = [next(iter(part.part.regions.values())).ranges[0] for part in local.parts]
-    held = [[expert for start, stop in of_part for expert in range(start, stop)] for of_part in rows]
+    held = [part.part.units for part in local.parts]
     vars(experts).update(sdp_held=held, sdp_num_experts=local.module.num_units)
 
 

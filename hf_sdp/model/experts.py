@@ -10,6 +10,8 @@ Experts that are not held take the place that transformers gives to those of oth
 number after the last one. Source: transformers/integrations/moe.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ class HeldExperts(nn.Module):
         parts: ``TensorsOfPart`` each, if there are several; their outputs are added.
     """
 
-    sdp_held: list[list[int]]
+    sdp_held: Sequence[Sequence[int]]
     sdp_num_experts: int
     num_experts: int
     parts: nn.ModuleList
@@ -51,14 +53,14 @@ class HeldExperts(nn.Module):
             parameters.update(before[2])
         return total
 
-    def _of_held(self, held: list[int], hidden_states, top_k_index, top_k_weights):
+    def _of_held(self, held: Sequence[int], hidden_states, top_k_index, top_k_weights):
         index, weights = routed(held, self.sdp_num_experts, top_k_index, top_k_weights)
         output = super().forward(hidden_states, index, weights)
         return output if output.requires_grad else output + 0.0 * hidden_states  # nothing is routed to what is held
 
 
 def routed(
-    held: list[int], num_experts: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    held: Sequence[int], num_experts: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers among the held experts, and weights, of shape ``(tokens, k)``: those of others are the number after the
     last one, and zero."""

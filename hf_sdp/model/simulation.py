@@ -130,6 +130,7 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     held = held_ranges(plan, range(plan.num_subnetworks))
     for module in plan.modules:
         virtual_arguments(model, plan, module, cursor)
+        units = {subnetwork: plan.held_units(module, subnetwork) for subnetwork in range(plan.num_subnetworks)}
         without_tensors: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
         for owner, dims in (without_tensors | module.by_owner).items():
             own = model.get_submodule(owner)
@@ -138,17 +139,12 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
             virtual.dims, virtual.cursor = dims, cursor
             virtual.held = {name: held[f"{owner}.{name}"] for name in dims}
             virtual.sizes = {
-                subnetwork: _sizes(own, module, owner, plan.held_units(module, subnetwork))
-                for subnetwork in range(plan.num_subnetworks)
+                subnetwork: _sizes(own, module, owner, len(held_units)) for subnetwork, held_units in units.items()
             }
             if isinstance(virtual, VirtualExperts):
                 for sizes in virtual.sizes.values():
                     sizes["_is_expert_parallel"] = True
-                some = next(iter(virtual.held.values()))
-                virtual.experts = {
-                    subnetwork: [expert for start, stop, _ in ranges for expert in range(start, stop)]
-                    for subnetwork, ranges in some.items()
-                }
+                virtual.experts = units
 
 
 def _sizes(own: nn.Module, module: MaskableModule, name: str, units: int) -> dict[str, Any]:

@@ -32,15 +32,14 @@ class Part:
     Attributes:
         module: the maskable module that it is a part of.
         holder_set: index of its holder set in ``Plan.holder_sets``; ``holders``: the set.
-        first, units: number of its first unit, and how many it consists of.
+        units: numbers of those that it consists of.
         regions: full name of a parameter or buffer -> what the part is of it.
     """
 
     module: MaskableModule
     holder_set: int
     holders: Holders
-    first: int
-    units: int
+    units: range
     regions: dict[str, Region]
 
     @property
@@ -153,7 +152,7 @@ class Plan:
         for module in self.modules:
             for number, first, last in sorted(self.runs(module)):
                 regions = {name: module.region(name, self.shapes[name], first, last) for name in module.dims}
-                result.append(Part(module, number, self.holder_sets[number], first, last - first, regions))
+                result.append(Part(module, number, self.holder_sets[number], range(first, last), regions))
         return tuple(result)
 
     def runs(self, module: MaskableModule) -> list[tuple[int, int, int]]:
@@ -180,9 +179,9 @@ class Plan:
                 found.append((first, last, scale))
         return found
 
-    def held_units(self, module: MaskableModule, subnetwork: int) -> int:
-        """How many units of a module ``subnetwork`` holds."""
-        return sum(last - first for first, last, _ in self.held_runs(module, subnetwork))
+    def held_units(self, module: MaskableModule, subnetwork: int) -> list[int]:
+        """Numbers of the units of a module that ``subnetwork`` holds, in order."""
+        return [unit for first, last, _ in self.held_runs(module, subnetwork) for unit in range(first, last)]
 
     @cached_property
     def split_modules(self) -> frozenset[str]:

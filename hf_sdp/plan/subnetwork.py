@@ -68,14 +68,9 @@ class LocalModule:
     biases: tuple[SharedBias, ...]
 
     @property
-    def units(self) -> int:
-        """How many are held."""
-        return sum(part.part.units for part in self.parts)
-
-    @property
-    def unit_numbers(self) -> list[int]:
-        """Those that are held, in the order in which the worker's tensors have them."""
-        return [unit for local in self.parts for unit in range(local.part.first, local.part.first + local.part.units)]
+    def units(self) -> list[int]:
+        """Numbers of those that are held, in the order in which the worker's tensors have them."""
+        return [unit for local in self.parts for unit in local.part.units]
 
 
 @dataclass(frozen=True)
