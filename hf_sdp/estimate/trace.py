@@ -172,25 +172,9 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
     modules, unit_holders = [], {}
     for index, (old, new) in enumerate(zip(chosen, structure.layers, strict=True)):
         for module in (m for m in plan.modules if m.name == old or m.name.startswith(old + ".")):
-            name = new + module.name.removeprefix(old)
-            dims = {new + n.removeprefix(old): dim for n, dim in module.dims.items()}
-            packed = {new + n.removeprefix(old): ranges for n, ranges in module.packed.items()}
-            members = tuple(new + n.removeprefix(old) for n in module.members)
-            sizes = {new + n.removeprefix(old): attributes for n, attributes in module.sizes.items()}
-            arguments = {new + n.removeprefix(old): of_heads for n, of_heads in module.arguments.items()}
-            modules.append(
-                dataclasses.replace(
-                    module,
-                    name=name,
-                    layer=index,
-                    dims=dims,
-                    packed=packed,
-                    members=members,
-                    sizes=sizes,
-                    arguments=arguments,
-                )
-            )
-            unit_holders[name] = plan.unit_holders[module.name]
+            alike = module.renamed(old, new, index)
+            modules.append(alike)
+            unit_holders[alike.name] = plan.unit_holders[module.name]
     return Plan.of_units(
         level=plan.level,
         masking=plan.masking,

@@ -1,11 +1,11 @@
 """What is known of the structure of a model: its layers, and what can be left out of them."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 from .absent import Outputs
 
-T = TypeVar("T")
 Ranges = tuple[tuple[int, int], ...]
 """``(start, stop)`` along one dim."""
 OfHeads = dict[str, tuple[int, int]]
@@ -77,20 +77,19 @@ class Cut:
 
     def renamed(self, old: str, new: str) -> "Cut":
         """The same of another layer."""
+        return dataclasses.replace(self, **renamed_fields(self, old, new))
 
-        def of_new(values: dict[str, T]) -> dict[str, T]:
-            return {new + name.removeprefix(old): value for name, value in values.items()}
 
-        name = new + self.name.removeprefix(old)
-        return Cut(
-            self.kind,
-            name,
-            self.units,
-            of_new(self.dims),
-            of_new(self.packed),
-            of_new(self.sizes),
-            of_new(self.arguments),
-        )
+def renamed_fields(cut: Any, old: str, new: str) -> dict[str, Any]:
+    """Fields of a :class:`Cut`, or of what is made of one, for another layer: those that have names in them."""
+    tables = ((table, getattr(cut, table)) for table in ("dims", "packed", "sizes", "arguments"))
+    of_new = {table: {renamed(name, old, new): value for name, value in by_name.items()} for table, by_name in tables}
+    return {"name": renamed(cut.name, old, new), **of_new}
+
+
+def renamed(name: str, old: str, new: str) -> str:
+    """The name of the same in another layer."""
+    return new + name.removeprefix(old)
 
 
 class CannotCut(Exception):

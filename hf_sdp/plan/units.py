@@ -1,5 +1,6 @@
 """Which modules of a model can be held in part, and in how many units. Reads the model's shapes only."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..errors import SDPConfigError
 from ..families import Structure, cuts_of, structure_of
-from ..families.base import Cut, OfHeads
+from ..families.base import Cut, OfHeads, renamed, renamed_fields
 from ..families.kinds import KINDS, LAYER, Kind
 from ..families.layers import LINEAR, is_grouped, is_linear
 from .region import Ranges, Region, Shape
@@ -68,6 +69,11 @@ class MaskableModule:
             for start, stop in self.packed.get(name, ((0, shape[dim]),))
         )
         return Region(name, tuple(ranges))
+
+    def renamed(self, old: str, new: str, layer: int) -> "MaskableModule":
+        """The same of another layer: that named ``new`` instead of ``old``, at position ``layer``."""
+        members = tuple(renamed(name, old, new) for name in self.members)
+        return dataclasses.replace(self, layer=layer, members=members, **renamed_fields(self, old, new))
 
     def numel(self, shapes: dict[str, Shape]) -> int:
         """Elements of the whole module."""
