@@ -19,12 +19,10 @@ from ..plan.plan import Plan
 from .autocast import autocast
 from .held_blocks import mask_blocks
 from .held_convolution import HeldConvolution, learns_by_channels
+from .held_ranges import HeldRanges, held_gradient, held_ranges
 from .layers import linear_dim
 from .mixin import mix_in
 from .state import Cursor
-
-HeldRanges = tuple[tuple[int, int, float], ...]
-"""``(start, stop, N/r)``: ranges along the cut dim that are held, and the factor of their gradients."""
 
 
 class _HeldLinearFunction(torch.autograd.Function):
@@ -66,10 +64,7 @@ class _HeldLinearFunction(torch.autograd.Function):
             # A bias along the cut dim is cut as well; that of a row-wise layer is shared by all workers.
             grad_bias = grad_2d.sum(0)
             if ctx.dim == 0:
-                held_bias = torch.zeros_like(grad_bias)
-                for a, b, scale in ctx.ranges:
-                    held_bias[a:b] = grad_bias[a:b] * scale
-                grad_bias = held_bias
+                grad_bias = held_gradient(grad_bias, 0, ctx.ranges)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -111,10 +106,7 @@ class _HeldGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        held = torch.zeros_like(grad)
-        for start, stop, scale in ctx.ranges:
-            torch.mul(grad.narrow(ctx.dim, start, stop - start), scale, out=held.narrow(ctx.dim, start, stop - start))
-        return held, None, None
+        return held_gradient(grad, ctx.dim, ctx.ranges), None, None
 
 
 class HeldTensors(nn.Module):
@@ -168,19 +160,3 @@ def mask_weight_gradients(model: nn.Module, plan: Plan, cursor: Cursor, subnetwo
                 masked = cast(HeldTensors, module)
                 masked.dims, masked.cursor = dims, cursor
                 masked.held = {name: held[f"{owner}.{name}"] for name in dims}
-
-
-def held_ranges(plan: Plan, subnetworks: Iterable[int]) -> dict[str, dict[int, HeldRanges]]:
-    """Full parameter name -> subnetwork -> the ranges it holds along the cut dim, with factors of their gradients."""
-    result: dict[str, dict[int, HeldRanges]] = {}
-    for subnetwork in subnetworks:
-        for module in plan.modules:
-            runs = plan.held_runs(module, subnetwork)
-            for name, dim in module.dims.items():
-                ranges = [
-                    (start, stop, scale)
-                    for first, last, scale in runs
-                    for start, stop in module.region(name, plan.shapes[name], first, last).ranges[dim]
-                ]
-                result.setdefault(name, {})[subnetwork] = tuple(sorted(ranges))
-    return result

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .autocast import autocast
+from .held_ranges import HeldRanges, held_gradient
 from .state import Cursor
 
 
@@ -19,7 +20,7 @@ class _HeldConvolution(torch.autograd.Function):
     dilation. Rows or columns of ``grad_weight`` outside of ``ranges`` are zero."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dim: int, ranges: tuple[tuple[int, int, float], ...], options: tuple):
+    def forward(ctx, x, weight, bias, dim: int, ranges: HeldRanges, options: tuple):
         ctx.dim, ctx.ranges, ctx.options, ctx.shape = dim, ranges, options, x.shape
         inputs = (x,) if dim == 0 else (x[:, start:stop].contiguous() for start, stop, _ in ranges)
         ctx.save_for_backward(weight, *inputs)
@@ -43,9 +44,7 @@ class _HeldConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum((0, 2, 3))
             if ctx.dim == 0:  # it is cut as well; that of a row-wise layer is shared by all workers
-                full, grad_bias = grad_bias, torch.zeros_like(grad_bias)
-                for start, stop, scale in ctx.ranges:
-                    grad_bias[start:stop] = full[start:stop] * scale
+                grad_bias = held_gradient(grad_bias, 0, ctx.ranges)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -54,11 +53,11 @@ class HeldConvolution(nn.Module):
 
     Attributes:
         dim: 0 for output channels, 1 for input channels.
-        held: per subnetwork, ``(start, stop, N/r)`` along ``dim``; never empty.
+        held: per subnetwork, the ranges along ``dim``; never empty.
     """
 
     dim: int
-    held: dict[int, tuple[tuple[int, int, float], ...]]
+    held: dict[int, HeldRanges]
     cursor: Cursor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,9 @@ from ..families.layers import LINEAR, has_statistics, narrowed
 from ..plan.plan import Plan
 from ..plan.units import MaskableModule
 from .arguments import virtual_arguments
-from .backward_masking import HeldRanges, held_ranges, mask_weight_gradients
+from .backward_masking import mask_weight_gradients
 from .experts import routed
+from .held_ranges import HeldRanges, held_ranges
 from .layers import COLUMN_WIDTHS, ROW_WIDTHS, linear_dim
 from .mixin import mix_in
 from .state import Cursor
