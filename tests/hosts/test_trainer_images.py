@@ -1,8 +1,6 @@
 """The unmodified Trainer on models for images; of those with batch norms, evaluation and checkpoints have the running
 statistics of all holders."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ import hf_sdp
 from hf_sdp import SDPStateError
 from hf_sdp.bench.support.models import tiny_batch
 from hf_sdp.model.statistics import batch_norms
-from tests.hosts.test_trainer_types import RUN, evaluate_plainly, train, train_simulation
+from tests.support.runs import RUN, evaluate_plainly, train_resume_and_reload
 from tests.support.trainer import losses_of, make_trainer
 from tests.support.workers import run_workers
 
@@ -37,17 +35,12 @@ SHORT = ("resnet", "resnet, neuron", "vit")
 )
 def test_the_trainer_equals_the_simulation_and_resumes(tmp_path, name):
     model, sdp = CASES[name]
-    whole = run_workers(train, tmp_path / "whole", sdp, model, world_size=2)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parted" / "checkpoint-2")
-    assert run_workers(train, tmp_path / "parted", sdp, model, True, world_size=2) == whole
-    plain = run_workers(evaluate_plainly, tmp_path / "whole", model, world_size=2)
-    assert [of_rank[2] for of_rank in whole] == pytest.approx(plain, abs=1e-6)
-    losses, norms, loss = run_workers(train_simulation, tmp_path / "simulated", sdp, model, world_size=1)[0]
-    assert whole[0][0] == pytest.approx(losses, rel=2e-4)
-    assert whole[0][1] == pytest.approx(norms, rel=1e-3)
+    (losses, norms, loss), simulated = train_resume_and_reload(tmp_path, sdp, model)
+    assert losses == pytest.approx(simulated[0], rel=2e-4)
+    assert norms == pytest.approx(simulated[1], rel=1e-3)
     # Where a model ignores the number of rows, the Trainer's loss is multiplied by the size of the world.
     scale = 2 if model["model_type"] in ("poolformer", "regnet", "resnet") else 1
-    assert whole[0][2] == pytest.approx(scale * loss, rel=5e-4)
+    assert loss == pytest.approx(scale * simulated[2], rel=5e-4)
 
 
 def train_recalibrated(folder, number: int | None):

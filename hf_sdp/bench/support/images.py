@@ -10,13 +10,12 @@ _CONVOLUTIONS: dict[str, Any] = dict(embedding_size=16, hidden_sizes=[32, 64], d
 _PYRAMID: dict[str, Any] = dict(
     num_encoder_blocks=2,
     depths=[2, 2],
-    sr_ratios=[2, 1],
     hidden_sizes=[32, 64],
-    patch_sizes=[7, 3],
     strides=[4, 2],
     num_attention_heads=[2, 4],
     mlp_ratios=[2, 2],
 )
+_OVERLAPPING: dict[str, Any] = dict(_PYRAMID, sr_ratios=[2, 1], patch_sizes=[7, 3])
 
 IMAGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -41,19 +40,9 @@ IMAGES: dict[str, dict[str, Any]] = {
     "poolformer": dict(
         num_encoder_blocks=2, depths=[2, 2], hidden_sizes=[16, 32], patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1]
     ),
-    "segformer": dict(_PYRAMID, decoder_hidden_size=32),
-    "pvt_v2": dict(_PYRAMID, image_size=32),
-    "pvt": dict(
-        image_size=32,
-        num_encoder_blocks=2,
-        depths=[2, 2],
-        sequence_reduction_ratios=[2, 1],
-        hidden_sizes=[32, 64],
-        patch_sizes=[4, 2],
-        strides=[4, 2],
-        num_attention_heads=[2, 4],
-        mlp_ratios=[2, 2],
-    ),
+    "segformer": dict(_OVERLAPPING, decoder_hidden_size=32),
+    "pvt_v2": dict(_OVERLAPPING, image_size=32),
+    "pvt": dict(_PYRAMID, image_size=32, sequence_reduction_ratios=[2, 1], patch_sizes=[4, 2]),
     "hiera": dict(image_size=[64, 64], embed_dim=32, depths=[1, 2, 2, 1], num_heads=[2, 4, 8, 16]),
     "mobilenet_v2": dict(image_size=32, classifier_dropout_prob=0.0),
     "mobilenet_v1": dict(image_size=32, classifier_dropout_prob=0.0),
