@@ -7,15 +7,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .checkpoint.adapters import SavesAdapters, refuse_what_is_not_saved
 from .checkpoint.save import SavesFullModel
 from .config import MAX_WORLD, SDPConfig
 from .engine.presence import open_roll_call
 from .errors import SDPConfigError
 from .families import structure_of
+from .families.adapters import is_peft_model, without_peft
 from .families.model_config import architecture
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
 from .model.fitness import (
+    refuse_adapters,
     refuse_layers_at_random,
     refuse_mixed_groups,
     refuse_unlike_its_config,
@@ -23,6 +26,7 @@ from .model.fitness import (
     refuse_what_is_no_model,
 )
 from .model.forward import install_forward
+from .model.mixin import mix_in
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
 from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
@@ -48,15 +52,20 @@ def patch_model(
     Args:
         model: a transformers model with all its values (not on the meta device), not patched, not wrapped.
         config: what to hold. With ``config.simulate`` the model stays whole and trains N virtual workers in turn.
+            Or a model of PEFT around one: its LoRA adapters are cut with the layers that they adapt.
         rank, world_size: only without a process group; with one they are taken from it.
     Raises: SDPConfigError on every worker, before anything is changed.
     Collective when a process group is up: rank 0's full values are sent to all workers tensor by tensor, so that
         different seeds do not matter.
     """
     rank, world_size, plan = _agree(model, config, rank, world_size, meta=False)
+    base = without_peft(model)
     if process_group_is_up() and not config.simulate:
-        _send_values_of_rank_0(model)
-    return _patch(model, config, rank, world_size, plan)
+        _send_values_of_rank_0(base)
+    _patch(base, config, rank, world_size, plan)
+    if base is not model:
+        mix_in(model, SavesAdapters)
+    return model
 
 
 def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
@@ -128,7 +137,7 @@ def _agree(
             raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
         rank, world_size = _resolve_world(config, rank, world_size)
         plan = make_plan(model, config, _check(model, config, world_size, meta))
-        same = {"the SDPConfig": vars(config), **_description(model), "the plan": {"hash": plan.hash}}
+        same = {"the SDPConfig": vars(config), **_description(without_peft(model)), "the plan": {"hash": plan.hash}}
     agree(same, "Give every worker the same model and SDPConfig.")
     return rank, world_size, plan
 
@@ -200,10 +209,10 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     if find_state(model) is not None:
         raise SDPConfigError("This model is already patched. Patch a newly made model.")
     refuse_what_is_no_model(model)
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise SDPConfigError(
-            "PEFT adapters are not supported: their slices would not follow the plan. Patch without them."
-        )
+    refuse_adapters(model)
+    if is_peft_model(model):
+        refuse_what_is_not_saved(model)
+    model = without_peft(model)
     if any(getattr(model, name, None) for name in _QUANTIZED) or getattr(model.config, "quantization_config", None):
         raise SDPConfigError(
             "Quantized models and device_map are not supported. Load the model in full, on one device."

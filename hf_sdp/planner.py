@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from .config import MAX_WORLD, SDPConfig
 from .errors import SDPConfigError
 from .families import structure_of
+from .families.adapters import without_peft
 from .families.flops import flops_of
 from .families.inputs import LENGTH
 from .families.kinds import ATTENTION, EXPERTS, MIXER, MLP
@@ -54,6 +55,7 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     if isinstance(model_or_config, PreTrainedConfig):
         model_or_config = meta_model(model_or_config)
     refuse_what_is_no_model(model_or_config)
+    model_or_config = without_peft(model_or_config)
     if find_state(model_or_config) is not None:
         raise SDPConfigError("This model is already patched. Plan for a newly made model, or its config.")
     model = model_or_config

@@ -13,9 +13,10 @@ from ..engine.presence import come_to
 from ..engine.sharded import control_group, find_sharded, stored_tensors
 from ..errors import SDPConfigError, SDPStateError
 from ..families.model_config import differences
-from ..model.state import find_state, get_state, unwrap
+from ..model.state import find_peft, find_state, get_state, unwrap
 from ..plan.region import Region
 from ..world.agreement import from_rank_0, together
+from .adapters import AdapterWeights
 from .converted import ConvertedWeights
 from .files import size_of
 from .marker import OPTIMIZER, changes, check_together, read_marker
@@ -26,10 +27,16 @@ from .weights import Weights
 logger = logging.getLogger(__name__)
 
 
-def check_weights(model: nn.Module, folder: str | Path) -> Weights:
-    """The folder's weights, which fit the patched model; nothing is changed. Collective. Raises: as
-    :func:`load_weights`, which alone looks into those that are converted while loading."""
+def check_weights(model: nn.Module, folder: str | Path) -> Weights | AdapterWeights:
+    """The folder's weights, or adapters of a model of PEFT, which fit the patched model; nothing is changed.
+
+    Collective. Raises: as :func:`load_weights`, which alone looks into those that are converted while loading.
+    """
     held, group = get_state(unwrap(model)).held, control_group(model)
+    peft_model = find_peft(model)
+    if peft_model is not None:
+        check_together(folder, only="adapter", group=group)
+        return AdapterWeights(peft_model, folder)
     check_together(folder, only="model", group=group)
     file_names = from_rank_0(lambda: Weights(folder).file_names, group)
     with together(group):
@@ -51,11 +58,11 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         SDPConfigError when a parameter is missing or has another shape, or the folder's config.json makes another
         model.
     """
-    model = unwrap(model)
     sharded, group = find_sharded(model), control_group(model)
     come_to(model, "loading weights")
-    weights: Weights | ConvertedWeights = check_weights(model, folder)
-    if converts_checkpoints(model):
+    weights: Weights | AdapterWeights | ConvertedWeights = check_weights(model, folder)
+    model = unwrap(model)
+    if converts_checkpoints(model) and isinstance(weights, Weights):
         with together(group):
             weights = ConvertedWeights(folder, get_state(model).held.model_class)
     if sharded is not None:
@@ -63,7 +70,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         sharded.weights_changed()  # first: if reading fails halfway, nothing that was kept is current
     with together(group):
         for region, tensor in stored_tensors(model):
-            if region.numel:
+            if region.numel and weights.shape(region.name) is not None:
                 weights.read(region, tensor)
         for name, buffer in model.named_buffers():
             if weights.shape(name) == tuple(buffer.shape):

@@ -11,7 +11,7 @@ from ..compat import converts_checkpoints
 from ..engine.consolidate import consolidate, persistent_buffers
 from ..engine.presence import come_to
 from ..engine.sharded import Sharded, control_group, get_sharded
-from ..model.state import get_state, unwrap
+from ..model.state import find_peft, get_state, unwrap
 from ..world.agreement import together
 from .weights import WeightsWriter
 
@@ -27,9 +27,14 @@ def save_pretrained(model: "PreTrainedModel", folder: str | os.PathLike, max_sha
     stays valid until everything is written. A model whose class converts its checkpoints (fused experts, ...) or that
     comes with code of its own is put together on rank 0 and saved by transformers.
 
+    Of a model of PEFT its adapters are saved, as PEFT does.
+
     Raises: SDPStateError before the model is sharded; when another worker does something else; on every worker when
         rank 0 cannot write.
     """
+    peft_model = find_peft(model)
+    if peft_model is not None:
+        return peft_model.save_pretrained(folder)  # SavesAdapters
     model = unwrap(model)
     if get_state(model).held.simulated or converts_checkpoints(model) or model.is_remote_code():
         weights = consolidate(model)

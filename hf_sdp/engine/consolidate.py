@@ -1,12 +1,13 @@
 """The full model, put together from what all workers store."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..model.state import get_state, local_tensor, unwrap
+from ..families.adapters import prefix_of
+from ..model.state import find_peft, get_state, local_tensor, unwrap
 from ..plan.region import Region
 from ..world.agreement import together
 from .exchange import exchange, owned_tensors
@@ -18,8 +19,8 @@ _AHEAD = 4  # tensors
 
 
 @torch.no_grad()
-def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """``(name, value)`` of every full parameter, in the order of the plan, tied ones once.
+def full_tensors(model: nn.Module, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """``(name, value)`` of every full parameter, or of those of these names, in the order of the plan, tied ones once.
 
     The value is on the CPU of rank 0, and None on the others. Collective: every worker takes them all. No worker ever
     has more than one of them, and none is further than a few ahead of rank 0: a backend counts a collective's time from
@@ -33,7 +34,9 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     average_statistics(model, sharded)
     owned = owned_tensors(model)
     device = local_tensor(next(iter(sharded.parameters.values())).detach()).device
-    for number, (name, shape) in enumerate(held.plan.shapes.items()):
+    shapes = held.plan.shapes
+    for number, name in enumerate(name for name in shapes if names is None or name in names):
+        shape = shapes[name]
         if number % _AHEAD == 0 and sharded.control_group is not None:
             dist.broadcast(torch.tensor(number), src=0, group=sharded.control_group)
         region, like = Region.whole(name, shape), torch.empty(0, dtype=sharded.dtypes[name], device=device)
@@ -47,17 +50,18 @@ def consolidate(
 ) -> dict[str, torch.Tensor] | None:
     """The full model's state dict on the CPU of rank 0, None on the other workers. Collective.
 
-    Standard Hugging Face names, full shapes, the parameters' dtype; tied parameters share one tensor.
+    The names of ``model.state_dict()``, full shapes, the parameters' dtype; tied parameters share one tensor.
 
     Args:
         write: called on rank 0 with name and value of one full parameter or buffer after the other (tied ones once);
             none is kept, and nothing is returned.
     Raises: as :func:`full_tensors`; what ``write`` raises, on every worker.
     """
+    prefix = prefix_of(find_peft(model) or unwrap(model))
     model = unwrap(model)
     held = get_state(model).held
     if held.simulated:
-        result = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        result = {prefix + name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         if write is None:
             return result
         for name in result.keys() - held.tied.keys():
@@ -78,7 +82,7 @@ def consolidate(
         if held.rank != 0:
             return None
         result.update({alias: result[name] for alias, name in held.tied.items()})
-        return {**result, **persistent_buffers(model)}
+        return {prefix + name: value for name, value in {**result, **persistent_buffers(model)}.items()}
     with together(control_group(model)):
         if error is not None:
             raise error

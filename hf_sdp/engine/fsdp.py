@@ -29,7 +29,7 @@ def fully_shard_groups(
     for group in groups:
         modules = [model.get_submodule(name) for name in group.modules]
         own = {model.get_parameter(name) for name in group.tensors}
-        with _within_reach(modules[0], _in_sharded_modules(model, group)):
+        with _within_reach(modules[0], _out_of_reach(model, group)):
             fully_shard(
                 modules if len(modules) > 1 else modules[0],
                 mesh=meshes[group.holders],
@@ -39,10 +39,13 @@ def fully_shard_groups(
             )
 
 
-def _in_sharded_modules(model: nn.Module, group: Group) -> list[nn.Module]:
-    """Modules with parameters of the group that are in modules of groups before it (norms of a head, in a part)."""
+def _out_of_reach(model: nn.Module, group: Group) -> list[nn.Module]:
+    """Modules with parameters of the group that are in modules of groups before it (norms of a head, in a part), or in
+    none of the group's (adapters, which may be switched off)."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in group.tensors)
-    return [model.get_submodule(owner) for owner in owners if any(map(_is_sharded, _path(model, owner)))]
+    within = {module for name in group.modules for module in model.get_submodule(name).modules()}
+    found = [(model.get_submodule(owner), owner) for owner in owners]
+    return [module for module, owner in found if module not in within or any(map(_is_sharded, _path(model, owner)))]
 
 
 def _path(model: nn.Module, name: str) -> Iterator[nn.Module]:

@@ -65,6 +65,7 @@ class Cut:
         packed: parameter -> ranges along it, each of which is cut, where it is not one.
         sizes: module -> its attributes that are proportional to what is held; ``config.x`` is one of its config's.
         arguments: module -> those of its arguments that have something for each head.
+        switched: modules with some of ``dims`` that a forward may leave out: adapters.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Cut:
     packed: dict[str, Ranges] = field(default_factory=dict)
     sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arguments: dict[str, OfHeads] = field(default_factory=dict)
+    switched: tuple[str, ...] = ()
 
     def renamed(self, old: str, new: str) -> "Cut":
         """The same of another layer."""
@@ -84,7 +86,8 @@ def renamed_fields(cut: Any, old: str, new: str) -> dict[str, Any]:
     """Fields of a :class:`Cut`, or of what is made of one, for another layer: those that have names in them."""
     tables = ((table, getattr(cut, table)) for table in ("dims", "packed", "sizes", "arguments"))
     of_new = {table: {renamed(name, old, new): value for name, value in by_name.items()} for table, by_name in tables}
-    return {"name": renamed(cut.name, old, new), **of_new}
+    switched = tuple(renamed(name, old, new) for name in cut.switched)
+    return {"name": renamed(cut.name, old, new), "switched": switched, **of_new}
 
 
 def renamed(name: str, old: str, new: str) -> str:

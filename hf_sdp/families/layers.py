@@ -52,6 +52,11 @@ def channel_dim(linear: nn.Module) -> int:
     return 1 if isinstance(linear, nn.Conv2d) else -1
 
 
+def linear_dim(module: nn.Module, dim: int) -> int:
+    """0 for column-wise layers, 1 for row-wise ones, of the dim along which a layer's weight is cut."""
+    return 1 - dim if isinstance(module, Conv1D) else dim
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module has its experts in parameters with one row for each, and knows of expert parallelism."""
     number = vars(module).get("num_experts", 0)

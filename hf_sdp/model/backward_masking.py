@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families.layers import is_linear
+from ..families.layers import is_linear, linear_dim
 from ..plan.plan import Plan
 from .autocast import autocast
 from .held_blocks import mask_blocks
 from .held_convolution import HeldConvolution, learns_by_channels
 from .held_ranges import HeldRanges, held_gradient, held_ranges
-from .layers import linear_dim
 from .mixin import mix_in
 from .state import Cursor
 
@@ -35,7 +34,9 @@ class _HeldLinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, dim: int, ranges: HeldRanges, copy_inputs: bool):
         ctx.dim, ctx.ranges = dim, ranges
         ctx.has_bias = bias is not None
-        if dim == 0:
+        if not ctx.needs_input_grad[1]:  # frozen
+            ctx.save_for_backward(weight)
+        elif dim == 0:
             ctx.save_for_backward(weight, x)
         else:
             inputs = (x[..., a:b] for a, b, _ in ranges)

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..compat import is_compiled
 from ..errors import SDPConfigError
+from ..families.adapters import is_adapted, is_peft_model, own_names
 from .state import Held
 
 if TYPE_CHECKING:
@@ -27,9 +28,27 @@ def refuse_what_is_no_model(model: object) -> None:
             )
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
         raise SDPConfigError(
-            f"A transformers model is needed, got {type(model).__name__}. Patch before wrapping (DDP, torch.compile, "
-            "PEFT)."
+            f"A transformers model is needed, got {type(model).__name__}. Patch before wrapping (DDP, torch.compile)."
         )
+
+
+def refuse_adapters(model: Any) -> None:
+    """Raises SDPConfigError for adapters of PEFT that are not LoRA, are merged, or are not in a model of PEFT."""
+    adapted: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if is_adapted(m)]
+    if not is_peft_model(model):
+        if adapted or getattr(model, "_hf_peft_config_loaded", False):
+            raise SDPConfigError(
+                f"{type(model).__name__} has adapters without a model of PEFT around it, which saves and loads them. "
+                "Use peft.get_peft_model(model, LoraConfig(...)) instead of model.add_adapter."
+            )
+        return
+    others = {name: c.peft_type for name, c in model.peft_config.items() if c.peft_type != "LORA"}
+    if others:
+        found = ", ".join(f"{name!r} is {getattr(kind, 'value', kind)}" for name, kind in others.items())
+        raise SDPConfigError(f"Of PEFT's adapters SDP trains LoRA's, with DoRA and rsLoRA; {found}. Use LoraConfig.")
+    merged = next((name for name, module in adapted if module.merged), None)
+    if merged is not None:
+        raise SDPConfigError(f"The adapters of {merged} are merged into its weight. Call model.unmerge_adapter().")
 
 
 def refuse_unlike_its_config(model: "PreTrainedModel") -> None:
@@ -43,7 +62,7 @@ def refuse_unlike_its_config(model: "PreTrainedModel") -> None:
             f"{type(model).__name__} cannot be made of its config alone, as evaluation and loading of checkpoints do "
             f"({type(error).__name__}: {error})."
         ) from error
-    found, expected = _parameters(model), _parameters(full)
+    found, expected = _own_parameters(model), _own_parameters(full)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise SDPConfigError(
@@ -53,12 +72,14 @@ def refuse_unlike_its_config(model: "PreTrainedModel") -> None:
             )
 
 
-def _parameters(model: nn.Module) -> dict[str, tuple]:
-    """Name -> shape, and the first name of the same parameter (tied ones have several)."""
+def _own_parameters(model: nn.Module) -> dict[str, tuple]:
+    """Name without adapters -> shape, and the first name of the same parameter (tied ones have several)."""
     first: dict[int, str] = {}
+    own = own_names(model)
     return {
-        name: (tuple(p.shape), first.setdefault(id(p), name))
+        own[name]: (tuple(p.shape), first.setdefault(id(p), own[name]))
         for name, p in model.named_parameters(remove_duplicate=False)
+        if name in own
     }
 
 

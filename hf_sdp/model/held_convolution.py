@@ -22,7 +22,12 @@ class _HeldConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, dim: int, ranges: HeldRanges, options: tuple):
         ctx.dim, ctx.ranges, ctx.options, ctx.shape = dim, ranges, options, x.shape
-        inputs = (x,) if dim == 0 else (x[:, start:stop].contiguous() for start, stop, _ in ranges)
+        if not ctx.needs_input_grad[1]:  # frozen
+            inputs: tuple[Any, ...] = ()
+        elif dim == 0:
+            inputs = (x,)
+        else:
+            inputs = tuple(x[:, start:stop].contiguous() for start, stop, _ in ranges)
         ctx.save_for_backward(weight, *inputs)
         return F.conv2d(x, weight, bias, *options)
 

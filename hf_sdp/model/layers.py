@@ -6,7 +6,7 @@ it computes once, with all that is held.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..families.layers import channel_dim, has_statistics, is_experts, is_linear
+from ..families.layers import channel_dim, has_statistics, is_experts, is_linear, linear_dim
 from ..plan.region import Region
 from .mixin import mix_in
 from .statistics import hold_statistics
@@ -23,11 +23,6 @@ ROW_WIDTHS, COLUMN_WIDTHS = ("in_features", "nx", "in_channels"), ("out_features
 """Attributes of linear layers: sizes of their inputs and outputs."""
 WIDTHS = (*ROW_WIDTHS, *COLUMN_WIDTHS, "num_features")
 """The same, and of batch norms."""
-
-
-def linear_dim(module: nn.Module, dim: int) -> int:
-    """0 for column-wise layers, 1 for row-wise ones, of the dim along which a layer's weight is cut."""
-    return 1 - dim if isinstance(module, Conv1D) else dim
 
 
 def _multiply(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -69,8 +64,22 @@ class TensorsOfPart(nn.Module):
         return _multiply(asked, x, self.get_parameter("weight"), getattr(self, "bias", None))
 
 
+def _side_by_side(tensors: Iterable[torch.Tensor], dim: int, sizes: list[list[int]]) -> torch.Tensor:
+    """What parts have, in the order in which a module with all of it has it.
+
+    ``sizes``: how much of each part belongs to each range of a fused projection.
+    """
+    tensors = list(tensors)
+    if len(sizes[0]) > 1:
+        by_part = [tensor.split(of_part, dim) for tensor, of_part in zip(tensors, sizes, strict=True)]
+        tensors = [pieces[number] for number in range(len(sizes[0])) for pieces in by_part]
+    return torch.cat(tensors, dim)
+
+
 class HeldColumns(nn.Module):
     """Mixed into the class of a column-wise linear layer that is held in several parts.
+
+    Adapters read its weight and bias without calling it. They are gathered then: the layer has been called.
 
     Attributes:
         parts: ``TensorsOfPart`` each.
@@ -83,12 +92,20 @@ class HeldColumns(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._parameters["weight"] is not None:  # the full layer
             return super().forward(x)
-        outputs = [part(self, x) for part in self.parts]
-        sizes, dim = self.sdp_sizes_of_ranges, channel_dim(self)
-        if len(sizes[0]) > 1:
-            by_part = [output.split(of_part, dim) for output, of_part in zip(outputs, sizes, strict=True)]
-            outputs = [pieces[number] for number in range(len(sizes[0])) for pieces in by_part]
-        return torch.cat(outputs, dim)
+        return _side_by_side((part(self, x) for part in self.parts), channel_dim(self), self.sdp_sizes_of_ranges)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        own = self._parameters["weight"]
+        return self._of_parts("weight", linear_dim(self, 0)) if own is None else own
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        own = self._parameters["bias"]
+        return self._of_parts("bias", 0) if own is None and "bias" in self.parts[0]._parameters else own
+
+    def _of_parts(self, name: str, dim: int) -> torch.Tensor:
+        return _side_by_side((part.get_parameter(name) for part in self.parts), dim, self.sdp_sizes_of_ranges)
 
 
 class HeldRows(nn.Module):
@@ -119,19 +136,41 @@ class HeldRows(nn.Module):
         shared_bias = self._modules.get("shared_bias")
         return output if shared_bias is None else shared_bias(output)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        own, parts = self._parameters["weight"], self._modules.get("parts")
+        if own is not None:
+            return own
+        assert isinstance(parts, nn.ModuleList)
+        return torch.cat([part.get_parameter("weight") for part in parts], linear_dim(self, 1))
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        shared_bias = self._modules.get("shared_bias")
+        own = self._parameters["bias"]
+        return shared_bias.get_parameter("bias") if own is None and shared_bias is not None else own
+
 
 class HeldTensors(nn.Module):
-    """Mixed into the class of any other module of which several parts are held: its tensors are put together."""
+    """Mixed into the class of any other module of which several parts are held: its tensors are put together.
+
+    Attributes:
+        parts: ``TensorsOfPart`` each.
+        sdp_dims: tensor -> dim along which it is cut.
+        sdp_sizes: tensor -> how much of each part belongs to each of its ranges.
+    """
 
     parts: nn.ModuleList
     sdp_dims: dict[str, int]
+    sdp_sizes: dict[str, list[list[int]]]
 
     def forward(self, *args, **kwargs):
         if not all(self._own(name).get(name) is None for name in self.sdp_dims):  # the full module
             return super().forward(*args, **kwargs)
         try:
             for name, dim in self.sdp_dims.items():
-                self._own(name)[name] = torch.cat([part(name) for part in self.parts], dim)
+                of_parts = (part(name) for part in self.parts)
+                self._own(name)[name] = _side_by_side(of_parts, dim, self.sdp_sizes[name])
             return super().forward(*args, **kwargs)
         finally:
             for name in self.sdp_dims:
@@ -167,6 +206,7 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
         if has_parts and not has_experts:
             mix_in(owner, HeldTensors)
             vars(owner)["sdp_dims"] = dims
+            vars(owner)["sdp_sizes"] = {name: _sizes_of_ranges(regions, name, dim) for name, dim in dims.items()}
         if has_statistics(owner) and "weight" in dims:
             hold_statistics(owner, [one for region in regions for one in region["weight"].ranges[0]])
         return
@@ -183,9 +223,11 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
             mix_in(owner, HeldRows)
     elif has_parts:
         mix_in(owner, HeldColumns)
-        dim = dims["weight"]
-        sizes = [[stop - start for start, stop in region["weight"].ranges[dim]] for region in regions]
-        vars(owner)["sdp_sizes_of_ranges"] = sizes
+        vars(owner)["sdp_sizes_of_ranges"] = _sizes_of_ranges(regions, "weight", dims["weight"])
+
+
+def _sizes_of_ranges(regions: Sequence[dict[str, Region]], name: str, dim: int) -> list[list[int]]:
+    return [[stop - start for start, stop in region[name].ranges[dim]] for region in regions]
 
 
 def _cut(owner: nn.Module, name: str, region: Region) -> nn.Parameter | torch.Tensor:

@@ -14,15 +14,16 @@ from torch import nn
 
 from ..families import Structure
 from ..families.absent import Absent
+from ..families.adapters import adapted_around
 from ..families.kinds import EXPERTS
-from ..families.layers import LINEAR, has_statistics, narrowed
+from ..families.layers import LINEAR, has_statistics, linear_dim, narrowed
 from ..plan.plan import Plan
 from ..plan.units import MaskableModule
 from .arguments import virtual_arguments
 from .backward_masking import mask_weight_gradients
 from .experts import routed
 from .held_ranges import HeldRanges, held_ranges
-from .layers import COLUMN_WIDTHS, ROW_WIDTHS, linear_dim
+from .layers import COLUMN_WIDTHS, ROW_WIDTHS
 from .mixin import mix_in
 from .state import Cursor
 from .statistics import simulate_statistics
@@ -32,7 +33,7 @@ class VirtualTensors(nn.Module):
     """Mixed into the class of a full module that computes, in training, with what the current subnetwork holds only.
 
     Attributes:
-        dims: its tensors that are cut -> the dim.
+        dims: its tensors that are cut -> the dim; of a layer with adapters theirs too, and those of its base layer.
         held: of each of them, per subnetwork, the ranges along its dim.
         sizes: per subnetwork, values of attributes.
         cursor: says which one is current.
@@ -47,18 +48,25 @@ class VirtualTensors(nn.Module):
         if not self.cursor.trains:
             return super().forward(*args, **kwargs)
         current, own = self.cursor.subnetwork, vars(self)
-        tensors: list[dict] = [self._parameters if name in self._parameters else self._buffers for name in self.dims]
-        full = [of_kind[name] for of_kind, name in zip(tensors, self.dims, strict=True)]
+        full = [(*_place(self, name), name) for name in self.dims]
         attributes = {name: own[name] for name in self.sizes.get(current, ())}
         try:
-            for of_kind, (name, dim) in zip(tensors, self.dims.items(), strict=True):
-                of_kind[name] = _put_together(of_kind[name], dim, self.held[name][current])
+            for tensors, last, tensor, name in full:
+                tensors[last] = _put_together(tensor, self.dims[name], self.held[name][current])
             own.update(self.sizes.get(current, {}))
             return super().forward(*args, **kwargs)
         finally:
             own.update(attributes)
-            for of_kind, name, tensor in zip(tensors, self.dims, full, strict=True):
-                of_kind[name] = tensor
+            for tensors, last, tensor, _ in full:
+                tensors[last] = tensor
+
+
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str, torch.Tensor]:
+    """Where a tensor is kept: the dict, the key, and itself."""
+    owner, _, last = name.rpartition(".")
+    of_owner = module.get_submodule(owner)
+    tensors: dict = of_owner._parameters if last in of_owner._parameters else of_owner._buffers
+    return tensors, last, tensors[last]
 
 
 class VirtualExperts(VirtualTensors):
@@ -132,15 +140,19 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     for module in plan.modules:
         virtual_arguments(model, plan, module, cursor)
         units = {subnetwork: plan.held_units(module, subnetwork) for subnetwork in range(plan.num_subnetworks)}
-        without_tensors: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
-        for owner, dims in (without_tensors | module.by_owner).items():
-            own = model.get_submodule(owner)
+        by_caller: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
+        for name, dim in module.dims.items():
+            owner = name.rpartition(".")[0]
+            caller = adapted_around(model, owner) or owner  # it reads the weights of what it adapts, and of adapters
+            by_caller.setdefault(caller, {})[name.removeprefix(f"{caller}.")] = dim
+        for caller, dims in by_caller.items():
+            own = model.get_submodule(caller)
             mix_in(own, VirtualExperts if module.of_kind is EXPERTS else VirtualTensors)
             virtual = cast(VirtualTensors, own)
             virtual.dims, virtual.cursor = dims, cursor
-            virtual.held = {name: held[f"{owner}.{name}"] for name in dims}
+            virtual.held = {name: held[f"{caller}.{name}"] for name in dims}
             virtual.sizes = {
-                subnetwork: _sizes(own, module, owner, len(held_units)) for subnetwork, held_units in units.items()
+                subnetwork: _sizes(own, module, caller, len(held_units)) for subnetwork, held_units in units.items()
             }
             if isinstance(virtual, VirtualExperts):
                 for sizes in virtual.sizes.values():

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..families import Structure
+from ..families.adapters import is_peft_model, without_peft
 from ..plan.groups import Group, sharding_groups
 from ..plan.placement import Placement, owners
 from ..plan.plan import Plan
@@ -195,12 +196,24 @@ def set_state(model: nn.Module, state: SDPState) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model under torch.compile and parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or model.__dict__.get("_modules", {}).get("module")
-        if inner is None or _ATTRIBUTE in model.__dict__:
-            return model
+    """The model under torch.compile, parallel wrappers and PEFT."""
+    return without_peft(_unwrapped(model))
+
+
+def find_peft(model: nn.Module) -> Any | None:
+    """The model of PEFT (wrapped or not) around a model of transformers; None for anything else."""
+    model = _unwrapped(model)
+    return model if is_peft_model(model) else None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while _ATTRIBUTE not in model.__dict__:
+        modules = model.__dict__.get("_modules", {})
+        inner = modules.get("_orig_mod") or modules.get("module")
+        if inner is None:
+            break
         model = inner
+    return model
 
 
 def find_state(model: object) -> SDPState | None:

@@ -5,6 +5,7 @@ The engine calls ``fully_shard`` on each of them, bottom-up; the estimate counts
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..families import Structure
 from .holders import Holders
@@ -36,6 +37,7 @@ def sharding_groups(subnetwork: Subnetwork, structure: Structure) -> list[Group]
     The parts of one layer with the same holder set share their collectives, and so do the embeddings with a tied head.
     A shared bias is a group of its own: all workers gather it, between parts that only some of them gather. Parameters
     within a part that all workers hold (norms of a head) belong to the root, which is gathered before all parts.
+    A part's tensors in modules that a forward may leave out are gathered with the modules that it calls.
     """
     plan, everyone = subnetwork.plan, subnetwork.plan.everyone
     groups: list[tuple[tuple[str, ...], Holders]] = [
@@ -50,7 +52,8 @@ def sharding_groups(subnetwork: Subnetwork, structure: Structure) -> list[Group]
         groups += [((layer,), everyone) for layer in structure.layers]
     groups += [(modules, everyone) for modules in structure.outer]
     groups.append(((ROOT,), everyone))
-    return _with_tensors(groups, subnetwork.tensors)
+    with_part = {name: part.modules[0] for part in subnetwork.parts for name in part.tensors}
+    return _with_tensors(groups, subnetwork.tensors, with_part)
 
 
 def shardable_modules(subnetwork: Subnetwork, structure: Structure) -> list[str]:
@@ -69,12 +72,19 @@ def data_parallel_groups(structure: Structure, shapes: Mapping[str, Shape], num_
     return _with_tensors([*groups, ((ROOT,), world)], tensors)
 
 
-def _with_tensors(groups: Iterable[tuple[tuple[str, ...], Holders]], tensors: Mapping[str, LocalTensor]) -> list[Group]:
-    """Each parameter belongs to the group of the innermost module around it that has its holders."""
+def _with_tensors(
+    groups: Iterable[tuple[tuple[str, ...], Holders]],
+    tensors: Mapping[str, LocalTensor],
+    with_part: Mapping[str, str] = MappingProxyType({}),
+) -> list[Group]:
+    """Each parameter belongs to the group of the innermost module around it that has its holders.
+
+    ``with_part``: parameter of a part -> a module of the part's group.
+    """
     made = [Group(modules, holders, {}) for modules, holders in groups]
     group_of = {module: group for group in made for module in group.modules}
     for name, tensor in tensors.items():
-        owner = name.rpartition(".")[0]
+        owner = with_part.get(name) or name.rpartition(".")[0]
         while owner not in group_of or group_of[owner].holders != tensor.holders:
             assert owner, f"no group has the holders of {name}"
             owner = owner.rpartition(".")[0]

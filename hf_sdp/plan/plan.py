@@ -256,8 +256,8 @@ class Plan:
         modules = []
         for module in self.modules:
             entry = dataclasses.asdict(module)
-            default = vars(dataclasses.replace(module, packed={}, members=(), sizes={}, arguments={}))
-            for name in ("packed", "members", "sizes", "arguments"):
+            default = vars(dataclasses.replace(module, packed={}, members=(), sizes={}, arguments={}, switched=()))
+            for name in ("packed", "members", "sizes", "arguments", "switched"):
                 if entry[name] == default[name]:
                     del entry[name]  # as without it
             modules.append({**entry, "holder_set_of_unit": list(self.set_of_unit[module.name])})
@@ -284,6 +284,7 @@ class Plan:
                 for name, arguments in module.get("arguments", {}).items()
             }
             module["members"] = tuple(module.get("members", ()))
+            module["switched"] = tuple(module.get("switched", ()))
             module["packed"] = {name: tuple(map(tuple, ranges)) for name, ranges in packed.items()}
         return cls(
             level=data["level"],

@@ -28,7 +28,8 @@ class LocalPart:
     """A part as a worker has it.
 
     Attributes:
-        modules: local names of the modules that it consists of, in forward order.
+        modules: local names of the modules that it consists of, in forward order, without those that a forward may
+            leave out.
         tensors: local parameter name -> what it is.
     """
 
@@ -136,7 +137,8 @@ def _local(plan: Plan, module: MaskableModule, parts: list[Part]) -> LocalModule
     local = []
     for index, part in enumerate(parts):
         names = {full: owned_by(full, index) for full in part.regions}
-        owners = dict.fromkeys(name.rpartition(".")[0] for name in names.values())
+        called = (local for full, local in names.items() if full.rpartition(".")[0] not in module.switched)
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in called)
         local.append(LocalPart(part, tuple(owners), {names[full]: region for full, region in part.regions.items()}))
     return LocalModule(module, tuple(local), True, biases)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import SDPConfigError
 from ..families import Structure, cuts_of, structure_of
+from ..families.adapters import is_adapted, why_not_cut, with_adapters
 from ..families.base import Cut, OfHeads, renamed, renamed_fields
 from ..families.kinds import KINDS, LAYER, Kind
 from ..families.layers import LINEAR, is_grouped, is_linear
@@ -31,6 +32,7 @@ class MaskableModule:
         members: names of the modules that have its tensors, in forward order.
         sizes: name of a module -> its attributes that are proportional to the units held (``families.base.Cut``).
         arguments: name of a module -> its arguments that have something for each head (``families.base.Cut``).
+        switched: names of modules with some of its tensors that a forward may leave out (``families.base.Cut``).
     """
 
     name: str
@@ -42,6 +44,7 @@ class MaskableModule:
     members: tuple[str, ...] = ()
     sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arguments: dict[str, OfHeads] = field(default_factory=dict)
+    switched: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.members:
@@ -155,9 +158,11 @@ def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[Mas
             _refuse_unknown_layers(model, cut)
             num_units = KINDS[cut.kind].num_units(cut.units, chunks)
             members = _outermost([*_owners(cut.name, cut.dims), *cut.sizes, *cut.arguments])
+            cut = with_adapters(model, cut)
             module = MaskableModule(
-                cut.name, cut.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes, cut.arguments
-            )
+                cut.name, cut.kind, block.layer, num_units, cut.dims, cut.packed, members, cut.sizes, cut.arguments,
+                cut.switched,
+            )  # fmt: skip
             found.append(module)
     return found
 
@@ -166,6 +171,10 @@ def _refuse_unknown_layers(model: nn.Module, cut: Cut) -> None:
     """The cut was found for the classes that the model's class makes."""
     for name in cut.dims:
         owner = model.get_submodule(name.rpartition(".")[0])
+        if is_adapted(owner) and (why := why_not_cut(owner)):
+            raise SDPConfigError(
+                f"{name.rpartition('.')[0]} has adapters that the neuron level cannot cut ({why}). Use level='block'."
+            )
         if isinstance(owner, LINEAR) and not is_linear(owner) and not is_grouped(owner):
             raise SDPConfigError(
                 f"{name.rpartition('.')[0]} ({type(owner).__name__}): the neuron level can cut nn.Linear, Conv1D and "

@@ -30,8 +30,13 @@ def tiny_config(model_type: str = "llama", **overrides) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if hasattr(known, name)})
 
 
-def tiny_model(seed: int = 0, task: str | None = None, **overrides) -> PreTrainedModel:
-    """``task``: of any model type, with the sizes of ``hf_sdp.bench.support`` (a key of its ``TASKS``)."""
+def tiny_model(seed: int = 0, task: str | None = None, lora: dict | None = None, **overrides) -> PreTrainedModel:
+    """``task``: of any model type, with the sizes of ``hf_sdp.bench.support`` (a key of its ``TASKS``).
+
+    ``lora``: options of adapters, none of which is zero.
+    """
+    if lora is not None:
+        return with_adapters(tiny_model(seed, task, **overrides), **lora)
     if task is not None:
         return support.tiny_model(support_config(**overrides), task, seed)
     torch.manual_seed(seed)
@@ -46,6 +51,18 @@ def tiny_model(seed: int = 0, task: str | None = None, **overrides) -> PreTraine
 def batch(index: int, size: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     ids = torch.randint(0, VOCAB, (size, length), generator=torch.Generator().manual_seed(1000 + index))
     return {"input_ids": ids, "labels": ids}
+
+
+def with_adapters(model: PreTrainedModel, **options):
+    """A model of PEFT. ``options``: of its LoraConfig."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(**{**dict(r=4, lora_alpha=8, target_modules="all-linear"), **options}))
+    with torch.no_grad():  # B is zero else, and A learns nothing
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                p.copy_(0.1 * torch.randn(p.shape))
+    return model
 
 
 def batch_for(model: PreTrainedModel, index: int, task: str | None = None) -> dict[str, torch.Tensor]:
