@@ -67,19 +67,25 @@ def _saved_names(model: Any) -> dict[str, dict[str, str]]:
     return from_rank_0(lambda: saved_names(model, [*held.plan.shapes, *held.tied, *buffers]), control_group(model))
 
 
+def adapter_tensors(model: Any) -> dict[str, str]:
+    """Of a patched model: name of each parameter and buffer that PEFT saves -> the one in the plan, if it is tied.
+
+    Collective.
+    """
+    tied = get_state(model).held.tied
+    return {name: tied.get(name, name) for of_adapter in _saved_names(model).values() for name in of_adapter.values()}
+
+
 @torch.no_grad()
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """What PEFT saves of a sharded model, by the names of ``model.state_dict()``, on the CPU of rank 0; None on the
     other workers. Collective. Raises: as ``engine.consolidate.full_tensors``."""
-    held, prefix = get_state(model).held, prefix_of(model)
-    wanted = {name for of_adapter in _saved_names(model).values() for name in of_adapter.values()}
-    of_parameter = {held.tied.get(name, name) for name in wanted}
-    found = dict(full_tensors(model, of_parameter))
-    if held.rank != 0:
+    wanted, prefix = adapter_tensors(model), prefix_of(model)
+    found = dict(full_tensors(model, set(wanted.values())))
+    if get_state(model).held.rank != 0:
         return None
     found |= persistent_buffers(without_peft(model))
-    values = {prefix + name: found[held.tied.get(name, name)] for name in wanted}
-    return {name: value for name, value in values.items() if value is not None}
+    return {prefix + name: value for name, own in wanted.items() if (value := found[own]) is not None}
 
 
 _NOT_GIVEN: Any = object()

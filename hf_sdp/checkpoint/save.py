@@ -1,11 +1,13 @@
 """Saving the full model as a standard Hugging Face folder, without ever holding all of it."""
 
 import functools
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..compat import converts_checkpoints
 from ..engine.consolidate import consolidate, persistent_buffers
@@ -13,6 +15,7 @@ from ..engine.presence import come_to
 from ..engine.sharded import Sharded, control_group, get_sharded
 from ..model.state import find_peft, get_state, unwrap
 from ..world.agreement import together
+from .adapters import adapter_tensors, adapter_weights
 from .weights import WeightsWriter
 
 if TYPE_CHECKING:
@@ -75,6 +78,22 @@ def _save_configs(model: "PreTrainedModel", sharded: Sharded, folder: str | os.P
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def weights_to_save(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """On the CPU of rank 0, None on the other workers: the full model, of a model of PEFT its adapters. Collective."""
+    peft_model = find_peft(model)
+    return consolidate(model) if peft_model is None else adapter_weights(peft_model)
+
+
+def bytes_to_save(model: nn.Module) -> int:
+    """Of the parameters in :func:`weights_to_save`; the same on all workers. Collective."""
+    sharded, peft_model = get_sharded(model, "Saving"), find_peft(model)
+    if peft_model is None:
+        return sharded.full_bytes
+    shapes = sharded.held.plan.shapes
+    names = shapes.keys() & adapter_tensors(peft_model).values()
+    return sum(math.prod(shapes[name]) * sharded.dtypes[name].itemsize for name in names)
 
 
 _NOT_GIVEN: Any = object()

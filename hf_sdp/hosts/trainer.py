@@ -12,6 +12,7 @@ import transformers.trainer_jit_checkpoint as host_jit_checkpoint
 from torch import nn
 from transformers import TrainerCallback
 
+from ..checkpoint.save import bytes_to_save
 from ..compat import norms_mixed_meshes
 from ..config import SDPConfig
 from ..engine.metrics import StepMeter
@@ -54,8 +55,9 @@ class SDPCallback(TrainerCallback):
 
     Args:
         config: patch the Trainer's model with it, instead of a call of ``patch_model`` in the script.
-        keep_weights_gib: after training rank 0 keeps the full weights in its host memory when they take at most as
-            many GiB, and may then save alone. Of a larger model saving stays a collective (0: of every model).
+        keep_weights_gib: after training rank 0 keeps the full weights (of a model of PEFT its adapters) in its host
+            memory when they take at most as many GiB, and may then save alone. Of a larger model saving stays a
+            collective (0: of every model).
     """
 
     def __init__(self, config: SDPConfig | None = None, *, keep_weights_gib: float = 2.0):
@@ -117,7 +119,7 @@ class SDPCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         sharded = find_sharded(model)
-        if sharded is not None and sharded.full_bytes <= self.keep_weights_gib * 2**30:
+        if sharded is not None and bytes_to_save(model) <= self.keep_weights_gib * 2**30:
             keep_weights(model)  # afterwards rank 0 may save alone
 
 

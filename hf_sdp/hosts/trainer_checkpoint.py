@@ -26,8 +26,7 @@ from ..checkpoint.load import (
 )
 from ..checkpoint.marker import MARKER, OPTIMIZER, Compared, check_together
 from ..checkpoint.optimizer_state import load_optimizer, save_optimizer
-from ..checkpoint.save import save_pretrained
-from ..engine.consolidate import consolidate
+from ..checkpoint.save import save_pretrained, weights_to_save
 from ..engine.sharded import find_sharded, get_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
@@ -38,7 +37,7 @@ _ALL_ARE_HERE = "_sdp_all_are_here"
 
 @dataclass
 class KeptWeights:
-    """The full model on the CPU of rank 0 (empty on others), as it was at ``version`` of the weights.
+    """What is saved of a model, on the CPU of rank 0 (empty on others), as it was at ``version`` of the weights.
 
     ``checksum``: of what this worker stores.
     """
@@ -53,9 +52,9 @@ _kept: WeakKeyDictionary[nn.Module, KeptWeights] = WeakKeyDictionary()
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Put the full weights on the CPU of rank 0, where the Trainer may then save alone. Collective."""
+    """Put what is saved of a model on the CPU of rank 0, where the Trainer may then save alone. Collective."""
     sharded = get_sharded(model, "Keeping the weights")
-    weights = consolidate(model)
+    weights = weights_to_save(model)
     _kept[unwrap(model)] = KeptWeights(sharded.run.version, sharded.checksum(), {} if weights is None else weights)
 
 

@@ -7,6 +7,7 @@ import transformers
 
 import hf_sdp
 from hf_sdp.bench.support.models import TASKS
+from tests.support.models import tiny_model
 from tests.support.trainer import losses_of, make_trainer, norms_of
 from tests.support.workers import run_workers
 
@@ -27,8 +28,14 @@ def train_simulation(folder, sdp: dict, model: dict):
 
 def evaluate_plainly(folder, model: dict):
     trainer = make_trainer(folder / "plain", None, {}, model)
-    auto_class = getattr(transformers, TASKS[model["task"]][1])
-    trainer.model = auto_class.from_pretrained(folder / "checkpoint-4")
+    if "lora" in model:
+        from peft import PeftModel
+
+        base = tiny_model(**{name: value for name, value in model.items() if name != "lora"})
+        trainer.model = PeftModel.from_pretrained(base, folder / "checkpoint-4")
+    else:
+        auto_class = getattr(transformers, TASKS[model["task"]][1])
+        trainer.model = auto_class.from_pretrained(folder / "checkpoint-4")
     return trainer.evaluate()["eval_loss"]
 
 
