@@ -169,6 +169,8 @@ def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> 
     def check(module, args):
         if module.training:
             refuse_unsafe_checkpointing(module, get_state(module))
+            if torch.is_grad_enabled():
+                sharded.refuse_other_learners()
             sharded.has_new_statistics = True
         if roll_call is None:
             return

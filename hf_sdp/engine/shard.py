@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..compat import reduce_missing_gradients
 from ..errors import SDPStateError
-from ..model.state import Held, difference, get_state, unwrap
+from ..model.state import Held, get_state, refuse_changed, unwrap
 from ..world.agreement import of_everyone, together
 from ..world.groups import control_group
 from .debug import watch_collectives
@@ -56,9 +56,7 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     come_to(model, "preparing the model")
     on_meta = any(p.is_meta for p in model.parameters())
     with together():
-        problem = difference(model, held)
-        if problem:
-            raise SDPStateError(f"The model was changed after it was patched: {problem} Change it before patching.")
+        refuse_changed(model, held)
         if not on_meta:
             model.to(device)
     before = dict(model.named_parameters())

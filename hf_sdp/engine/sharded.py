@@ -44,6 +44,20 @@ class Sharded:
     on_change: list[Callable[[], None]] = field(default_factory=list)
     has_new_statistics: bool = False
 
+    def __post_init__(self) -> None:
+        self._learners = {name for name, p in self.parameters.items() if p.requires_grad}
+
+    def refuse_other_learners(self) -> None:
+        """Raises SDPStateError when what is frozen is not what it was: FSDP2 would go on with what it has seen."""
+        changed = self._learners ^ {name for name, p in self.parameters.items() if p.requires_grad}
+        if changed:
+            name = min(changed)
+            raise SDPStateError(
+                f"{len(changed)} parameters were frozen or unfrozen after the model was prepared, {name} among them: "
+                f"requires_grad={self.parameters[name].requires_grad}. Do it before (set_adapter and add_adapter of "
+                "PEFT too), or train anew from a checkpoint."
+            )
+
     @property
     def control_group(self) -> dist.ProcessGroup | None:
         """The gloo group of all workers for small messages; None without real communication."""

@@ -110,10 +110,14 @@ def _tensors(layer: nn.Module, is_rows: bool) -> Iterator[tuple[str, int]]:
                     yield f"{kind}.{adapter}.{last}", 1 if is_rows else of_outputs
 
 
-def why_not_cut(layer: Any) -> str | None:
-    """Why a layer with adapters cannot be cut along its inner width; None where it can."""
-    cls = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if cls not in _CUT_LAYERS or not is_linear(layer.base_layer):
-        return f"{cls} around {type(layer.base_layer).__name__}"
-    variants = [type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()]
+def why_not_cut(module: Any) -> str | None:
+    """Why a module that PEFT has put in a layer's place cannot be cut; None of any other module, and where it can."""
+    if _ORIGINAL in module._modules:
+        return "it is in modules_to_save"
+    if not is_adapted(module):
+        return None
+    cls = f"{type(module).__module__}.{type(module).__qualname__}"
+    if cls not in _CUT_LAYERS or not is_linear(module.base_layer):
+        return f"{cls} around {type(module.base_layer).__name__}"
+    variants = [type(variant).__name__ for variant in getattr(module, "lora_variant", {}).values()]
     return next((name for name in variants if name not in _CUT_VARIANTS), None)

@@ -61,6 +61,14 @@ class CutModule(nn.Module):
         with full_model.form_of(self):
             return super().__call__(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name in self._modules:
+            raise SDPStateError(
+                f"{name} of a {type(self).__name__} was replaced by a {type(value).__name__} after the model was "
+                "patched. Change it before patching (get_peft_model too)."
+            )
+        super().__setattr__(name, value)
+
     def forward(self, *args, **kwargs):
         if self.sdp_run.computes != "full" and self.sdp_absent is not None:
             return self.sdp_absent(*args, **kwargs)

@@ -46,6 +46,12 @@ def refuse_adapters(model: Any) -> None:
     if others:
         found = ", ".join(f"{name!r} is {getattr(kind, 'value', kind)}" for name, kind in others.items())
         raise SDPConfigError(f"Of PEFT's adapters SDP trains LoRA's, with DoRA and rsLoRA; {found}. Use LoraConfig.")
+    tokens = [name for name, c in model.peft_config.items() if getattr(c, "trainable_token_indices", None)]
+    if tokens:
+        raise SDPConfigError(
+            f"The adapter {tokens[0]!r} has trainable_token_indices, which SDP cannot train. Name the embeddings in "
+            "LoraConfig(modules_to_save=[...])."
+        )
     merged = next((name for name, module in adapted if module.merged), None)
     if merged is not None:
         raise SDPConfigError(f"The adapters of {merged} are merged into its weight. Call model.unmerge_adapter().")

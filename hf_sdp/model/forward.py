@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
 from .mixin import mix_in
-from .state import SDPState, get_state
+from .state import SDPState, get_state, refuse_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +29,9 @@ class PatchedModel(nn.Module):
         held, run = get_state(self).held, get_state(self).run
         if held.simulated:
             run.cursor.trains = self.training
+            if not run.is_simulated_as_patched:
+                refuse_changed(self, held)
+                run.is_simulated_as_patched = True
             if self.training and torch.is_grad_enabled():
                 run.cursor.begin_forward(held.plan.num_subnetworks)
             return super().__call__(*args, **kwargs)

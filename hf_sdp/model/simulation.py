@@ -7,6 +7,7 @@ repeat the paper's comparisons on one device with the plain Trainer (``gradient_
 """
 
 import functools
+import itertools
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,7 @@ class VirtualTensors(nn.Module):
     Attributes:
         dims: its tensors that are cut -> the dim; of a layer with adapters theirs too, and those of its base layer.
         held: of each of them, per subnetwork, the ranges along its dim.
-        sizes: per subnetwork, values of attributes.
+        sizes: per subnetwork, values of its attributes, and those of its base layer and adapters.
         cursor: says which one is current.
     """
 
@@ -47,26 +48,27 @@ class VirtualTensors(nn.Module):
     def forward(self, *args, **kwargs):
         if not self.cursor.trains:
             return super().forward(*args, **kwargs)
-        current, own = self.cursor.subnetwork, vars(self)
-        full = [(*_place(self, name), name) for name in self.dims]
-        attributes = {name: own[name] for name in self.sizes.get(current, ())}
+        current = self.cursor.subnetwork
+        full: list[tuple[dict[str, Any], str, Any]] = []
         try:
-            for tensors, last, tensor, name in full:
-                tensors[last] = _put_together(tensor, self.dims[name], self.held[name][current])
-            own.update(self.sizes.get(current, {}))
+            for name in (*self.dims, *self.sizes[current]):
+                kept, last = _place(self, name)
+                full.append((kept, last, kept[last]))
+                if name in self.dims:
+                    kept[last] = _put_together(kept[last], self.dims[name], self.held[name][current])
+                else:
+                    kept[last] = self.sizes[current][name]
             return super().forward(*args, **kwargs)
         finally:
-            own.update(attributes)
-            for tensors, last, tensor, _ in full:
-                tensors[last] = tensor
+            for kept, last, value in full:
+                kept[last] = value
 
 
-def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str, torch.Tensor]:
-    """Where a tensor is kept: the dict, the key, and itself."""
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a tensor or an attribute is kept, and under which key."""
     owner, _, last = name.rpartition(".")
     of_owner = module.get_submodule(owner)
-    tensors: dict = of_owner._parameters if last in of_owner._parameters else of_owner._buffers
-    return tensors, last, tensors[last]
+    return next(kept for kept in (of_owner._parameters, of_owner._buffers, vars(of_owner)) if last in kept), last
 
 
 class VirtualExperts(VirtualTensors):
@@ -140,20 +142,22 @@ def _virtual_tensors(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
     for module in plan.modules:
         virtual_arguments(model, plan, module, cursor)
         units = {subnetwork: plan.held_units(module, subnetwork) for subnetwork in range(plan.num_subnetworks)}
-        by_caller: dict[str, dict[str, int]] = {name: {} for name in module.sizes}
-        for name, dim in module.dims.items():
-            owner = name.rpartition(".")[0]
-            caller = adapted_around(model, owner) or owner  # it reads the weights of what it adapts, and of adapters
-            by_caller.setdefault(caller, {})[name.removeprefix(f"{caller}.")] = dim
-        for caller, dims in by_caller.items():
+        by_caller: dict[str, list[str]] = {}
+        for owner in dict.fromkeys((*module.sizes, *module.by_owner)):
+            # A layer with adapters reads their weights, and that of its base layer.
+            by_caller.setdefault(adapted_around(model, owner) or owner, []).append(owner)
+        for caller, owners in by_caller.items():
             own = model.get_submodule(caller)
             mix_in(own, VirtualExperts if module.of_kind is EXPERTS else VirtualTensors)
             virtual = cast(VirtualTensors, own)
-            virtual.dims, virtual.cursor = dims, cursor
-            virtual.held = {name: held[f"{caller}.{name}"] for name in dims}
-            virtual.sizes = {
-                subnetwork: _sizes(own, module, caller, len(held_units)) for subnetwork, held_units in units.items()
-            }
+            virtual.cursor = cursor
+            names = [f"{owner}.{name}" for owner in owners for name in module.by_owner.get(owner, ())]
+            virtual.dims = {name.removeprefix(f"{caller}."): module.dims[name] for name in names}
+            virtual.held = {name: held[f"{caller}.{name}"] for name in virtual.dims}
+            virtual.sizes = {subnetwork: {} for subnetwork in units}
+            for owner, (subnetwork, held_units) in itertools.product(owners, units.items()):
+                for attribute, value in _sizes(model.get_submodule(owner), module, owner, len(held_units)).items():
+                    virtual.sizes[subnetwork][f"{owner}.{attribute}".removeprefix(f"{caller}.")] = value
             if isinstance(virtual, VirtualExperts):
                 for sizes in virtual.sizes.values():
                     sizes["_is_expert_parallel"] = True

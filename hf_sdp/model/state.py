@@ -14,9 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig
 
 from ..config import SDPConfig
-from ..errors import SDPConfigError
+from ..errors import SDPConfigError, SDPStateError
 from ..families import Structure
-from ..families.adapters import is_peft_model, without_peft
+from ..families.adapters import is_adapted, is_peft_model, without_peft
 from ..plan.groups import Group, sharding_groups
 from ..plan.placement import Placement, owners
 from ..plan.plan import Plan
@@ -106,6 +106,16 @@ def difference(model: nn.Module, held: Held) -> str | None:
     return f"{name} has shape {found.get(name)}, the plan says {expected.get(name)}."
 
 
+def refuse_changed(model: nn.Module, held: Held) -> None:
+    """Raises SDPStateError when a patched model has other parameters than it was left with."""
+    problem = difference(model, held)
+    if problem:
+        adapters = " (get_peft_model too)" if any(map(is_adapted, model.modules())) else ""
+        raise SDPStateError(
+            f"The model was changed after it was patched: {problem} Change it before patching{adapters}."
+        )
+
+
 @dataclass
 class Cursor:
     """Which subnetwork is being trained: this worker's own, or under simulation that of the current micro-batch.
@@ -166,6 +176,7 @@ class Run:
         evaluates_full: as in ``Held``.
         version: counts changes of the weights; equal on all workers.
         recalibrated: that for which the full model's running statistics were last estimated.
+        is_simulated_as_patched: whether a simulation has looked if its parameters are still those of the plan.
         computes: during a forward of the model, what it is of; else None.
         full_model: None before the model is sharded.
         is_sharded: whether the model must be called as a whole.
@@ -177,6 +188,7 @@ class Run:
     version: int = 0
     recalibrated: int | None = None
     computes: Literal["held", "full"] | None = None
+    is_simulated_as_patched: bool = False
     full_model: FullModel | None = None
     is_sharded: bool = False
     replaced: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import SDPConfigError
 from ..families import Structure, cuts_of, structure_of
-from ..families.adapters import is_adapted, why_not_cut, with_adapters
+from ..families.adapters import why_not_cut, with_adapters
 from ..families.base import Cut, OfHeads, renamed, renamed_fields
 from ..families.kinds import KINDS, LAYER, Kind
 from ..families.layers import LINEAR, is_grouped, is_linear
@@ -169,16 +169,14 @@ def _inner_dims(model: nn.Module, structure: Structure, chunks: int) -> list[Mas
 
 def _refuse_unknown_layers(model: nn.Module, cut: Cut) -> None:
     """The cut was found for the classes that the model's class makes."""
-    for name in cut.dims:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if is_adapted(owner) and (why := why_not_cut(owner)):
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in cut.dims):
+        module = model.get_submodule(owner)
+        if why := why_not_cut(module):
+            raise SDPConfigError(f"{owner} has adapters that the neuron level cannot cut: {why}. Use level='block'.")
+        if isinstance(module, LINEAR) and not is_linear(module) and not is_grouped(module):
             raise SDPConfigError(
-                f"{name.rpartition('.')[0]} has adapters that the neuron level cannot cut ({why}). Use level='block'."
-            )
-        if isinstance(owner, LINEAR) and not is_linear(owner) and not is_grouped(owner):
-            raise SDPConfigError(
-                f"{name.rpartition('.')[0]} ({type(owner).__name__}): the neuron level can cut nn.Linear, Conv1D and "
-                "nn.Conv2d, and no subclass. Use level='block'."
+                f"{owner} ({type(module).__name__}): the neuron level can cut nn.Linear, Conv1D and nn.Conv2d, and no "
+                "subclass. Use level='block'."
             )
 
 
