@@ -37,7 +37,7 @@ class Results:
 
     def expect(self, setting: Setting) -> None:
         """Raises SDPConfigError when the file holds runs of another setting: they could not be compared."""
-        wanted = asdict(setting)
+        wanted = json.loads(json.dumps(asdict(setting)))  # a tuple comes back as a list
         if self.setting is None:
             self.setting = wanted
         differ = [
