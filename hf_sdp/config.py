@@ -96,6 +96,11 @@ class SDPConfig:
         default=None,
         positive=True,
     )
+    average_shared_statistics: bool = option(
+        "Running statistics of batch norms that all workers hold become the mean over the world. False: those of rank "
+        "0, as in DDP. Norms that only some hold are the mean over their holders either way.",
+        default=True,
+    )
     evaluation_timeout_s: float = option(
         "Seconds that evaluation and saving wait for a worker that does nothing. One that does something else is an "
         "error at once.",

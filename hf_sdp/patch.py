@@ -30,7 +30,7 @@ from .model.mixin import mix_in
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
 from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
-from .model.statistics import batch_norms, refuse_cast_norms, refuse_synced_norms
+from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.plan import Plan
 from .plan.subnetwork import subnetwork_of, whole_model
@@ -100,7 +100,7 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         refuse_mixed_groups(model, held)
     run = Run(Cursor(index, trains=model.training), held.evaluates_full)
     if config.simulate:
-        simulate(model, plan, held.structure, run.cursor)
+        simulate(model, plan, held.structure, run.cursor, average_shared=config.average_shared_statistics)
     elif config.masking == "backward":
         mask_weight_gradients(model, plan, run.cursor, [index])
     else:
@@ -238,11 +238,8 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
         if config.masking == "forward":
             refuse_synced_norms(model)
     refuse_reentrant_checkpointing(model)
-    if config.recalibrate_batches is not None and not batch_norms(model):
-        raise SDPConfigError(
-            f"recalibrate_batches={config.recalibrate_batches} has no effect: {type(model).__name__} has no batch "
-            "norms with running statistics. Leave it out."
-        )
+    if not batch_norms(model):
+        refuse_options_of_norms(config, type(model).__name__)
     num_subnetworks = config.simulate or config.num_subnetworks or world_size
     if not config.simulate and world_size % num_subnetworks:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]

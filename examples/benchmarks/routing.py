@@ -33,8 +33,8 @@ from transformers.utils import logging
 
 from hf_sdp import SDPConfig, make_plan, patch_model
 from hf_sdp.bench.quality.methods import Method
-from hf_sdp.bench.quality.setting import Setting, text_name
-from hf_sdp.bench.quality.training import train
+from hf_sdp.bench.quality.setting import TextSetting, text_name
+from hf_sdp.bench.quality.training import train_on_text
 from hf_sdp.estimate.figures import plan_figures
 from hf_sdp.families.kinds import EXPERTS
 from hf_sdp.families.meta_model import meta_model
@@ -79,7 +79,7 @@ class Routed(Method):
     def is_sdp(self) -> bool:
         return self.family in ROUTINGS
 
-    def model_config(self, setting: Setting) -> Qwen3MoeConfig:
+    def model_config(self, setting: TextSetting) -> Qwen3MoeConfig:
         return Qwen3MoeConfig(
             vocab_size=setting.vocab_size, hidden_size=setting.hidden_size, max_position_embeddings=setting.sequence,
             moe_intermediate_size=setting.intermediate_size, num_hidden_layers=setting.num_hidden_layers,
@@ -88,7 +88,7 @@ class Routed(Method):
             num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=self.renormalized, use_cache=False,
         )  # fmt: skip
 
-    def build(self, setting: Setting, seed: int) -> nn.Module:
+    def build(self, setting: TextSetting, seed: int) -> nn.Module:
         set_seed(seed)
         model = Qwen3MoeForCausalLM(self.model_config(setting))
         if self.is_sdp:
@@ -100,7 +100,7 @@ class Routed(Method):
                     vars(block.gate).update(experts=block.experts, alone=self.family == HELD_ALONE)  # no child
         return model
 
-    def cost(self, setting: Setting) -> float:
+    def cost(self, setting: TextSetting) -> float:
         """FLOPs of a step, of those of data parallel."""
         config, sdp = self.model_config(setting), SDPConfig(coverage=self.coverage or 1.0)
         figures = plan_figures(
@@ -113,7 +113,7 @@ class Routed(Method):
         return sum(flops.values()) / sum(figures.full_flops.values())
 
 
-def wanted(setting: Setting, coverage: float, renormalized: bool) -> dict[Routed, tuple[int, int]]:
+def wanted(setting: TextSetting, coverage: float, renormalized: bool) -> dict[Routed, tuple[int, int]]:
     """What is compared at one coverage -> its steps at equal steps, and at equal FLOPs: what ``setting.steps`` of
     ``all`` cost."""
     families = (ALL, HELD) if renormalized else ROUTINGS
@@ -125,7 +125,7 @@ def wanted(setting: Setting, coverage: float, renormalized: bool) -> dict[Routed
 class Runs:
     """Runs by routing, steps and seed. Each is trained once: it goes to the file when it is done, and is read there."""
 
-    def __init__(self, setting: Setting, text_file: str | None, output: Path | None):
+    def __init__(self, setting: TextSetting, text_file: str | None, output: Path | None):
         self.setting, self.text_file, self.output = setting, text_file, output
         self.done: dict[tuple[Routed, int, int], dict] = {}
         if output and output.exists():
@@ -140,7 +140,7 @@ class Runs:
         if (routed, steps, seed) in self.done:
             return
         setting = dataclasses.replace(self.setting, steps=steps)
-        run = train(routed, seed, setting, self.text_file, cache)
+        run = train_on_text(routed, seed, setting, self.text_file, cache)
         del run["step_flops"]  # counted with tokens that are all the same, which go to the same experts
         self.done[routed, steps, seed] = {**run, "cost": routed.cost(setting)}
         print(f"{routed}, {steps} steps, seed {seed}: {run['curve'][-1][1]:.4f}, {run['seconds']} s", flush=True)
@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    setting = Setting(
+    setting = TextSetting(
         hidden_size=96, intermediate_size=96, num_hidden_layers=4, vocab_size=512, sequence=64, batch=2, workers=4,
         steps=options.steps, equal="steps", evaluations=1, eval_sequences=512, text=text_name(options.text_file),
         learning_rate=options.learning_rate,

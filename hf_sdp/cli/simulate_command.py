@@ -1,12 +1,13 @@
 """``hf-sdp simulate``."""
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from ..bench.quality.setting import Setting, text_name
+from ..bench.quality.setting import TextSetting, text_name
 from ..workload import MOST
 from .errors import CommandError
 from .extras import require_bench
@@ -21,41 +22,47 @@ _DEFAULT_METHODS = (
 MAX_PARAMETERS = 2**30
 _COUNT = click.IntRange(1, 2**31)
 _setting_options = add_options(
-    click.option("--hidden", "hidden_size", type=_COUNT, default=Setting.hidden_size, help="Width of the Llama."),
-    click.option("--mlp", "intermediate_size", type=_COUNT, default=Setting.intermediate_size, help="MLP neurons."),
+    click.option("--hidden", "hidden_size", type=_COUNT, default=TextSetting.hidden_size, help="Width of the Llama."),
+    click.option("--mlp", "intermediate_size", type=_COUNT, default=TextSetting.intermediate_size, help="MLP neurons."),
     click.option(
-        "--layers", "num_hidden_layers", type=click.IntRange(1, MAX_LAYERS), default=Setting.num_hidden_layers
+        "--layers", "num_hidden_layers", type=click.IntRange(1, MAX_LAYERS), default=TextSetting.num_hidden_layers
     ),
-    click.option("--heads", "num_attention_heads", type=_COUNT, default=Setting.num_attention_heads),
+    click.option("--heads", "num_attention_heads", type=_COUNT, default=TextSetting.num_attention_heads),
     click.option("--kv-heads", "num_key_value_heads", type=_COUNT, help="Key/value heads; default: as many as heads."),
     click.option(
-        "--vocabulary", "vocab_size", type=click.IntRange(257, 2**31), default=Setting.vocab_size, help="BPE tokens."
+        "--vocabulary",
+        "vocab_size",
+        type=click.IntRange(257, 2**31),
+        default=TextSetting.vocab_size,
+        help="BPE tokens.",
     ),
-    click.option("--init-range", "initializer_range", type=PositiveNumber(), default=Setting.initializer_range),
+    click.option("--init-range", "initializer_range", type=PositiveNumber(), default=TextSetting.initializer_range),
     click.option(
-        "--batch", type=click.IntRange(1, MOST), default=Setting.batch, help="Sequences of a worker's micro-batch."
+        "--batch", type=click.IntRange(1, MOST), default=TextSetting.batch, help="Sequences of a worker's micro-batch."
     ),
     click.option(
-        "--seq", "sequence", type=click.IntRange(1, MOST), default=Setting.sequence, help="Tokens of a sequence."
+        "--seq", "sequence", type=click.IntRange(1, MOST), default=TextSetting.sequence, help="Tokens of a sequence."
     ),
-    click.option("--steps", type=_COUNT, default=Setting.steps, help="Optimizer steps of data parallel."),
+    click.option("--steps", type=_COUNT, default=TextSetting.steps, help="Optimizer steps of data parallel."),
     click.option(
         "--equal",
         type=click.Choice(["flops", "steps"]),
-        default=Setting.equal,
+        default=TextSetting.equal,
         help="Every method costs what data parallel costs, or takes as many steps.",
     ),
     click.option(
-        "--lr", "learning_rate", type=PositiveNumber(), default=Setting.learning_rate, help="Peak, of every method."
+        "--lr", "learning_rate", type=PositiveNumber(), default=TextSetting.learning_rate, help="Peak, of every method."
     ),
     click.option(
         "--schedule",
         type=click.Choice(["stable", "cosine"]),
-        default=Setting.schedule,
+        default=TextSetting.schedule,
         help="Learning rate: constant, then linearly to zero over the last 20%; or cosine.",
     ),
-    click.option("--evaluations", type=_COUNT, default=Setting.evaluations, help="Of the full model, over a run."),
-    click.option("--eval-sequences", type=_COUNT, default=Setting.eval_sequences, help="Held-out sequences of each."),
+    click.option("--evaluations", type=_COUNT, default=TextSetting.evaluations, help="Of the full model, over a run."),
+    click.option(
+        "--eval-sequences", type=_COUNT, default=TextSetting.eval_sequences, help="Held-out sequences of each."
+    ),
 )
 
 
@@ -118,9 +125,10 @@ def _train(results, methods, coverage, seeds, text_file, processes, note, shape)
     from ..bench import corpus
     from ..bench.quality.methods import parse_methods
     from ..bench.quality.results import jobs_in_order, train_missing
+    from ..bench.quality.training import train_on_text
 
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
-    setting = Setting(**shape, text=text_name(text_file))
+    setting = TextSetting(**shape, text=text_name(text_file))
     if not seeds or min(seeds) < 0:
         raise CommandError(f"--seeds must be at least 0, got {seeds}.")
     chosen = parse_methods(methods.split(","), coverage)
@@ -155,6 +163,5 @@ def _train(results, methods, coverage, seeds, text_file, processes, note, shape)
             status.update(f"{done} of {len(missing)} runs done")
 
         status.update(f"0 of {len(missing)} runs done")
-        train_missing(
-            results, missing, setting, text_file=text_file, cache=cache, processes=processes, note=note, on_done=on_done
-        )
+        train = functools.partial(train_on_text, setting=setting, text_file=text_file, cache=cache)
+        train_missing(results, missing, train, processes=processes, note=note, on_done=on_done)

@@ -1,7 +1,7 @@
 """Running statistics of batch norms: averaged over their holders, and estimated anew for the full model.
 
 DDP takes rank 0's (``broadcast_buffers=True``), and forgets what the others have seen. Here each is the mean over the
-workers that hold its feature; over the world where all hold it.
+workers that hold its feature; over the world where all hold it (``SDPConfig.average_shared_statistics``).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from ..errors import SDPConfigError
 from ..families.layers import STATISTICS
 from ..model.state import Held, get_state, unwrap
-from ..model.statistics import batch_norms, holders_of
+from ..model.statistics import batch_norms, speakers_of
 from ..world.agreement import raise_together, together
 from .presence import come_to
 from .sharded import Sharded, get_sharded
@@ -26,7 +26,7 @@ from .sharded import Sharded, get_sharded
 def average_statistics(model: nn.Module, sharded: Sharded) -> None:
     """Make the running statistics equal on all workers, if training has changed them. Collective.
 
-    Those of a feature become the mean over its holders. Two all-reduces, of 16 bytes for each feature.
+    Of a feature they become the mean over its holders (``speakers_of``). Two all-reduces, of 16 bytes for each feature.
     """
     if sharded.has_new_statistics and sharded.roll_call is not None:
         sharded.has_new_statistics = False
@@ -36,8 +36,9 @@ def average_statistics(model: nn.Module, sharded: Sharded) -> None:
 
 def _own_share(held: Held, name: str, num_features: int) -> torch.Tensor:
     """What this worker has to say in the mean, float64 of shape ``(num_features,)``."""
-    holders = holders_of(held.plan, name, num_features).double()
-    return holders[held.index] / (holders.sum(0) * (held.world_size / held.plan.num_subnetworks))
+    average_shared = held.config.average_shared_statistics
+    speakers = speakers_of(held.plan, name, num_features, held.world_size, average_shared=average_shared)
+    return speakers[held.rank].double() / speakers.sum(0)
 
 
 def _average(norms: dict[str, Any], shares: dict[str, torch.Tensor]) -> None:

@@ -101,15 +101,18 @@ class MaybeSkipped(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor) -> None:
-    """Turn a full model into its simulation, in place; names and Parameters stay."""
+def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor, *, average_shared: bool) -> None:
+    """Turn a full model into its simulation, in place; names and Parameters stay.
+
+    ``average_shared``: as in ``SDPConfig.average_shared_statistics``.
+    """
     if plan.masking == "backward":
         mask_weight_gradients(model, plan, cursor, range(plan.num_subnetworks))
     elif plan.level == "neuron":
         _virtual_tensors(model, plan, cursor)
     else:
         _skip_blocks(model, plan, structure, cursor)
-    simulate_statistics(model, plan, cursor)
+    simulate_statistics(model, plan, cursor, average_shared=average_shared)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_hook(cursor.note_gradient)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..families.layers import STATISTICS, has_statistics
 from ..plan.plan import Plan
@@ -36,6 +37,17 @@ def refuse_cast_norms(model: nn.Module, param_dtype: str | None) -> None:
             raise SDPConfigError(
                 f"param_dtype={param_dtype!r}: {name} is a batch norm, whose running statistics are {dtype}. Use "
                 "TrainingArguments(bf16=True), which computes it in float32."
+            )
+
+
+def refuse_options_of_norms(config: SDPConfig, model_name: str) -> None:
+    """Raises SDPConfigError for options that have an effect on batch norms alone: the model has none."""
+    for option, default in (("recalibrate_batches", None), ("average_shared_statistics", True)):
+        value = getattr(config, option)
+        if value != default:
+            raise SDPConfigError(
+                f"{option}={value} has no effect: {model_name} has no batch norms with running statistics. Leave it "
+                "out."
             )
 
 
@@ -70,6 +82,18 @@ def holders_of(plan: Plan, name: str, num_features: int) -> torch.Tensor:
             held = [subnetwork in holders for subnetwork in range(plan.num_subnetworks)]
             result &= torch.tensor(held).unsqueeze(1)
     return result
+
+
+def speakers_of(plan: Plan, name: str, num_features: int, num_workers: int, *, average_shared: bool) -> torch.Tensor:
+    """Over which workers the statistics of a norm are averaged: bool of shape ``(num_workers, num_features)``.
+
+    All that hold a feature; without ``average_shared`` the first one alone where all do.
+    """
+    holders = holders_of(plan, name, num_features)
+    speakers = holders.repeat(num_workers // plan.num_subnetworks, 1)
+    if not average_shared:
+        speakers[1:] &= ~holders.all(0)
+    return speakers
 
 
 class HeldStatistics(nn.Module):
@@ -113,15 +137,15 @@ def narrow_statistics(norm: nn.Module, ranges: Ranges) -> Iterator[None]:
 
 class VirtualStatistics(nn.Module):
     """Mixed into the class of a batch norm that is simulated: each virtual worker has statistics of its own, and those
-    of the model are their mean over the holders.
+    of the model are their mean.
 
     Attributes:
-        sdp_holders: as ``holders_of`` says.
+        sdp_speakers: over which workers, as ``speakers_of`` says.
         sdp_ranges: per subnetwork the features that it holds, where it holds some of them.
         sdp_of_workers: name -> what each virtual worker has, shape ``(N, num_features)``, and what they made of it.
     """
 
-    sdp_holders: torch.Tensor
+    sdp_speakers: torch.Tensor
     sdp_ranges: dict[int, Ranges]
     sdp_of_workers: dict[str, tuple[torch.Tensor, torch.Tensor]]
     cursor: Cursor
@@ -142,25 +166,27 @@ class VirtualStatistics(nn.Module):
         finally:
             own.update(models)
             for name, tensor in models.items():
-                holders = self.sdp_holders.to(tensor)
-                tensor.copy_((workers[name] * holders).sum(0) / holders.sum(0))
+                speakers = self.sdp_speakers.to(tensor)
+                tensor.copy_((workers[name] * speakers).sum(0) / speakers.sum(0))
                 self.sdp_of_workers[name] = workers[name], tensor.clone()
 
     def _of_workers(self, name: str, current: torch.Tensor) -> torch.Tensor:
         workers, made = self.sdp_of_workers.get(name, (None, None))
         if made is None or not torch.equal(made, current):  # the first forward, or somebody has loaded other ones
-            workers = current.expand(len(self.sdp_holders), -1).clone()
+            workers = current.expand(len(self.sdp_speakers), -1).clone()
         assert workers is not None
         return workers
 
 
-def simulate_statistics(model: nn.Module, plan: Plan, cursor: Cursor) -> None:
-    """Of all batch norms, in place."""
+def simulate_statistics(model: nn.Module, plan: Plan, cursor: Cursor, *, average_shared: bool) -> None:
+    """Of all batch norms, in place. ``average_shared``: as in ``speakers_of``."""
     for name, norm in batch_norms(model).items():
         mix_in(norm, VirtualStatistics)
         virtual = cast(VirtualStatistics, norm)
         virtual.cursor, virtual.sdp_of_workers = cursor, {}
-        virtual.sdp_holders = holders_of(plan, name, len(norm.running_mean))
+        virtual.sdp_speakers = speakers_of(
+            plan, name, len(norm.running_mean), plan.num_subnetworks, average_shared=average_shared
+        )
         is_cut = plan.masking == "forward" and plan.level == "neuron" and f"{name}.weight" in plan.cut
         virtual.sdp_ranges = {
             subnetwork: plan.held_region(f"{name}.weight", subnetwork).ranges[0]

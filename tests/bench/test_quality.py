@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from hf_sdp import SDPConfig, SDPConfigError, make_plan
-from hf_sdp.bench.quality import FAMILIES, Method, Results, Setting, number_of_steps, parse_methods, step_flops, train
+from hf_sdp.bench.quality import (
+    FAMILIES,
+    Method,
+    Results,
+    TextSetting,
+    number_of_steps,
+    parse_methods,
+    step_flops,
+    train_on_text,
+)
 from hf_sdp.bench.quality import results as results_module
 from hf_sdp.bench.quality.baselines import narrowed, survival_probabilities
 from hf_sdp.bench.quality.report import markdown, rows, write_report
@@ -26,7 +35,7 @@ IDS = torch.arange(16).reshape(1, 16)
 
 def build(method: str, seed: int = 0, **changes) -> torch.nn.Module:
     (parsed,) = parse_methods([method], ())
-    return parsed.build(Setting(**{**TINY, **changes}), seed)
+    return parsed.build(TextSetting(**{**TINY, **changes}), seed)
 
 
 def logits(model) -> torch.Tensor:
@@ -133,13 +142,13 @@ class TestStochasticDepth:
 class TestSmallModel:
     @pytest.mark.parametrize("coverage", [0.25, 0.5, 0.75])
     def test_has_the_parameters_of_a_subnetwork(self, coverage):
-        config = Setting().model_config()
+        config = TextSetting().model_config()
         subnetwork = make_plan(config, SDPConfig(coverage=coverage), 8).numel(0)
-        small = sum(p.numel() for p in Method("small", coverage).build(Setting(), 0).parameters())
+        small = sum(p.numel() for p in Method("small", coverage).build(TextSetting(), 0).parameters())
         assert small == pytest.approx(subnetwork, rel=0.01)
 
     def test_stays_as_deep_and_gets_narrower_everywhere(self):
-        full = Setting().model_config()
+        full = TextSetting().model_config()
         small = narrowed(full, 0.5, 8)
         assert small.num_hidden_layers == full.num_hidden_layers
         assert small.hidden_size < full.hidden_size and small.intermediate_size < full.intermediate_size
@@ -147,7 +156,7 @@ class TestSmallModel:
 
 class TestEqualFlops:
     def test_steps_cost_what_data_parallel_costs(self):
-        setting = Setting(**{**TINY, "steps": 200})
+        setting = TextSetting(**{**TINY, "steps": 200})
         budget = 200 * step_flops(build("data-parallel"), setting)
         for name in ("forward-neuron@0.25", "backward-block@0.5", "stochastic-depth@0.5", "small@0.5", "dropout@0.5"):
             (method,) = parse_methods([name], ())
@@ -157,20 +166,20 @@ class TestEqualFlops:
             assert steps % 2 == 0 and (steps > 200 or name == "dropout@0.5")
 
     def test_stochastic_depth_costs_on_average_what_block_level_costs(self):
-        setting = Setting(**TINY)
+        setting = TextSetting(**TINY)
         assert step_flops(build("stochastic-depth@0.5"), setting) == step_flops(build("forward-block@0.5"), setting)
 
     def test_equal_steps(self):
-        setting = Setting(**TINY, equal="steps")
+        setting = TextSetting(**TINY, equal="steps")
         assert number_of_steps(Method("forward-block", 0.5), setting, 1.0, 0) == TINY["steps"]
 
 
 class TestTraining:
     def test_data_parallel_is_sdp_at_full_coverage(self, text, tmp_path):
         """One large micro-batch against one for each worker: the same data, order and gradient."""
-        setting = Setting(**TINY, equal="steps")
+        setting = TextSetting(**TINY, equal="steps")
         runs = [
-            train(m, 0, setting, text, str(tmp_path))
+            train_on_text(m, 0, setting, text, str(tmp_path))
             for m in (Method("data-parallel", None), Method("forward-block", 1.0))
         ]
         dense, full = ([loss for _, loss in run["curve"]] for run in runs)
@@ -202,7 +211,7 @@ def test_the_first_seed_of_every_method_comes_first():
 
 def test_the_table_has_mean_and_spread_over_seeds(tmp_path):
     results = Results(tmp_path)
-    results.expect(Setting())
+    results.expect(TextSetting())
     for method, losses in {Method("data-parallel", None): (4.0, 4.2), Method("small", 0.5): (4.3, 4.4)}.items():
         for seed, loss in enumerate(losses):
             run = {"parameters": 10, "steps": 4, "step_flops": 8.0, "curve": [[2, 5.0], [4, loss]]}

@@ -16,7 +16,7 @@ from hf_sdp.workload import Workload
 from tests.support import types
 from tests.support.types import BLOCK
 
-MODELS = types.MODELS | {name: dict(task="image classification", model_type=name) for name in ("vit", "resnet")}
+MODELS = types.MODELS | {name: dict(task="image classification", model_type=name) for name in ("vit", "resnet", "swin")}
 CPU, BATCH, WORLD = torch.device("cpu"), (2, 128), 4
 SIZES = dict(
     vocab_size=512, hidden_size=128, intermediate_size=256, ffn_dim=256, n_inner=256, max_position_embeddings=256,
@@ -72,7 +72,7 @@ def test_memory_and_traffic_are_those_of_a_step(name, engine):
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "FSDP2"])  # of the first worker: it has most
-@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("name", ["vit", "resnet", "swin"])
 def test_of_images_too(name, engine):
     test_memory_and_traffic_are_those_of_a_step(name, engine)
 

@@ -7,7 +7,8 @@ import torch
 import hf_sdp
 from hf_sdp import SDPStateError
 from hf_sdp.bench.support.models import tiny_batch
-from hf_sdp.model.statistics import batch_norms
+from hf_sdp.model.state import get_state
+from hf_sdp.model.statistics import batch_norms, holders_of
 from tests.support.runs import RUN, evaluate_plainly, train_resume_and_reload
 from tests.support.trainer import losses_of, make_trainer
 from tests.support.workers import run_workers
@@ -83,6 +84,30 @@ def statistics_of_workers(folder):
     with pytest.raises(SDPStateError, match="rank 1: resnet.*running_mean differs from that of rank 0 by up to 1"):
         hf_sdp.verify(model)
     return own, averaged, recalibrated, batches, weights
+
+
+def statistics_of_rank_0(folder):
+    hf_sdp.enable()
+    trainer = make_trainer(folder, BLOCK | dict(average_shared_statistics=False), RUN | dict(max_steps=1), RESNET)
+    trainer.train()
+    model = trainer.model.train()
+    model(**tiny_batch(model, 100 + trainer.args.process_index, task=TASK))
+    plan, norms = get_state(model).held.plan, batch_norms(model)
+    own = {name: norm.running_var.clone() for name, norm in norms.items()}
+    hf_sdp.verify(model)
+    read = {name: norm.running_var.clone() for name, norm in norms.items()}
+    holders = {name: holders_of(plan, name, len(norm.running_var))[:, 0].tolist() for name, norm in norms.items()}
+    return own, read, holders
+
+
+def test_running_statistics_of_all_are_those_of_rank_0_where_that_is_asked_for(tmp_path):
+    """Those of norms that one worker holds are that worker's."""
+    (own, read, holders), (other, read_there, _) = run_workers(statistics_of_rank_0, tmp_path, world_size=2)
+    assert {tuple(held) for held in holders.values()} == {(True, True), (True, False), (False, True)}
+    for name, held in holders.items():
+        assert not torch.equal(own[name], other[name])
+        torch.testing.assert_close(read[name], own[name] if held[0] else other[name], rtol=0, atol=0)
+        torch.testing.assert_close(read_there[name], read[name], rtol=0, atol=0)
 
 
 def test_running_statistics_are_the_mean_over_holders_and_can_be_estimated_anew(tmp_path):

@@ -59,6 +59,27 @@ def test_a_simulation_has_the_mean_over_the_holders(level, masking):
     assert (shared < len(batch_norms(simulated))) == (masking == "forward")
 
 
+def test_a_simulation_has_those_of_the_first_worker_where_that_is_asked_for():
+    sdp = dict(LEVELS["neuron"])
+    plan = make_plan(resnet(), SDPConfig(**sdp), WORKERS)
+    first = patch_model(resnet(), SDPConfig(**sdp), rank=0, world_size=WORKERS)
+    first(**batch(first, 0))
+    mean, of_first = (
+        patch_model(resnet(), SDPConfig(**sdp, simulate=WORKERS, average_shared_statistics=average))
+        for average in (True, False)
+    )
+    for model in (mean, of_first):
+        for index in range(WORKERS):
+            model(**batch(model, index)).loss.backward()
+    for name, expected in statistics(first).items():
+        found, others = statistics(of_first)[name], statistics(mean)[name]
+        if holders_of(plan, name.rpartition(".")[0], len(found)).all():
+            torch.testing.assert_close(found, expected)
+            assert not torch.allclose(others, expected)
+        else:
+            torch.testing.assert_close(found, others)
+
+
 def test_what_is_loaded_into_a_simulation_is_where_it_goes_on():
     simulated = patch_model(resnet(), SDPConfig(level="block", simulate=2))
     simulated(**batch(simulated, 0))
@@ -106,8 +127,9 @@ def test_a_model_without_batch_norms_has_nothing_to_recalibrate():
     model = patch_model(tiny_model(tiny_config("vit"), TASK), SDPConfig(simulate=2))
     with pytest.raises(SDPConfigError, match="no batch norms"):
         hf_sdp.recalibrate(model, [], 1)
-    with pytest.raises(SDPConfigError, match="recalibrate_batches=2 has no effect: ViTForImageClassification has no"):
-        patch_model(tiny_model(tiny_config("vit"), TASK), SDPConfig(simulate=2, recalibrate_batches=2))
+    for options in (dict(recalibrate_batches=2), dict(average_shared_statistics=False)):
+        with pytest.raises(SDPConfigError, match="has no effect: ViTForImageClassification has no batch norms"):
+            patch_model(tiny_model(tiny_config("vit"), TASK), SDPConfig(simulate=2, **options))
 
 
 def test_weights_of_another_dtype_than_the_statistics_are_refused():

@@ -2,17 +2,19 @@
 
 from .methods import FAMILIES, Method, parse_methods
 from .results import Results, train_missing
-from .setting import Setting
-from .training import number_of_steps, step_flops, train
+from .setting import Setting, TextSetting
+from .training import number_of_steps, step_flops, train, train_on_text
 
 __all__ = [
     "FAMILIES",
     "Method",
     "Results",
     "Setting",
+    "TextSetting",
     "step_flops",
     "number_of_steps",
     "parse_methods",
     "train",
     "train_missing",
+    "train_on_text",
 ]

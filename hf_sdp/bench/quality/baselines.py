@@ -121,17 +121,16 @@ def narrowed(config: PretrainedConfig, coverage: float, workers: int) -> Pretrai
     the number of parameters right, comes closest to the full model's.
     Raises: SDPConfigError when there is none, or the coverage cannot be met.
     """
-    plan = make_plan(config, SDPConfig(coverage=coverage), workers)
-    wanted = sum(map(plan.numel, range(workers))) / workers
+    wanted = numel_of_a_subnetwork(config, coverage, workers)
     ratio = config.intermediate_size / config.hidden_size
     best, deviation = None, math.inf
     for width in range(2 * config.num_attention_heads, config.hidden_size + 1, 2 * config.num_attention_heads):
         candidate = copy.deepcopy(config)
         candidate.hidden_size, candidate.head_dim = width, width // config.num_attention_heads
         candidate.intermediate_size = 1
-        fixed, per_neuron = _numel(candidate), 0
+        fixed = numel_of(candidate)
         candidate.intermediate_size = 2
-        per_neuron = _numel(candidate) - fixed
+        per_neuron = numel_of(candidate) - fixed
         candidate.intermediate_size = round((wanted - fixed) / per_neuron) + 1
         if candidate.intermediate_size < 1:
             continue
@@ -146,5 +145,14 @@ def narrowed(config: PretrainedConfig, coverage: float, workers: int) -> Pretrai
     return best
 
 
-def _numel(config: PretrainedConfig) -> int:
+def numel_of_a_subnetwork(config: PretrainedConfig, coverage: float, workers: int) -> float:
+    """Parameters of a worker's subnetwork at neuron level, mean over workers: as many as a small model has.
+
+    Raises: SDPConfigError when the coverage cannot be met.
+    """
+    plan = make_plan(config, SDPConfig(coverage=coverage), workers)
+    return sum(map(plan.numel, range(workers))) / workers
+
+
+def numel_of(config: PretrainedConfig) -> int:
     return sum(p.numel() for p in meta_model(config).parameters())

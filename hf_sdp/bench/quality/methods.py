@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import LlamaForCausalLM, set_seed
+from transformers import set_seed
 
 from ...config import SDPConfig
 from ...errors import SDPConfigError
@@ -48,7 +48,7 @@ class Method:
 
     @property
     def treats_workers_alike(self) -> bool:
-        """Then one micro-batch of all workers' sequences has the gradient of N micro-batches, and is faster."""
+        """Then one micro-batch of all workers' rows has the gradient of N micro-batches, and is faster."""
         return not self.is_sdp and not self.family.startswith("stochastic-depth")
 
     def build(self, setting: Setting, seed: int) -> nn.Module:
@@ -56,12 +56,10 @@ class Method:
 
         Raises: SDPConfigError when the coverage cannot be met with this model and number of workers.
         """
-        config = setting.model_config()
         coverage = 1.0 if self.coverage is None else self.coverage
-        if self.family == "small":
-            config = baselines.narrowed(config, coverage, setting.workers)
+        config = setting.narrowed(coverage) if self.family == "small" else setting.model_config()
         set_seed(seed)
-        model = LlamaForCausalLM(config)
+        model: nn.Module = setting.make_model(config)
         if self.is_sdp:
             options = SDP[self.family]
             return patch_model(model, SDPConfig(simulate=setting.workers, coverage=coverage, seed=seed, **options))

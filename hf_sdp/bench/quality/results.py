@@ -13,7 +13,6 @@ import torch
 from ...errors import SDPConfigError
 from .methods import Method
 from .setting import Setting
-from .training import train
 
 Job = tuple[Method, int]
 """A method and a seed."""
@@ -38,7 +37,7 @@ class Results:
 
     def expect(self, setting: Setting) -> None:
         """Raises SDPConfigError when the file holds runs of another setting: they could not be compared."""
-        wanted = asdict(setting)
+        wanted = json.loads(json.dumps(asdict(setting)))  # a tuple comes back as a list
         if self.setting is None:
             self.setting = wanted
         differ = [
@@ -71,10 +70,8 @@ def jobs_in_order(methods: list[Method], seeds: list[int]) -> list[Job]:
 def train_missing(
     results: Results,
     jobs: list[Job],
-    setting: Setting,
+    train: Callable[[Method, int], dict],
     *,
-    text_file: str | None,
-    cache: str,
     processes: int = 1,
     note: str = "",
     on_done: Callable[[Job, dict], None] = lambda job, run: None,
@@ -82,7 +79,7 @@ def train_missing(
     """Train what ``results`` does not have, ``processes`` runs at a time, and add each run as soon as it is done.
 
     Args:
-        cache: a folder in which the text is prepared, see :func:`hf_sdp.bench.corpus.prepared`.
+        train: makes a run; other processes get it by pickle.
         note: kept with every run (a commit, a machine).
     """
     missing = [job for job in jobs if not results.has(*job)]
@@ -93,11 +90,11 @@ def train_missing(
 
     if processes == 1:
         for job in missing:
-            keep(job, train(*job, setting, text_file, cache))
+            keep(job, train(*job))
         return
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        futures = {pool.submit(train, *job, setting, text_file, cache): job for job in missing}
+        futures = {pool.submit(train, *job): job for job in missing}
         try:
             for future in as_completed(futures):
                 keep(futures[future], future.result())

@@ -1,12 +1,13 @@
 """One run: a method, a seed, under the plain Trainer.
 
-All methods see the same tokens a step, in the same order, with the same learning rate, warm-up and cosine over their
-own length. FLOPs are those of matrix products in forward and backward, attention included; evaluation is not counted. A
-subnetwork of coverage C costs more than C of the full model, since embeddings and head are not cut.
+All methods see the same rows a step, in the same order, with the same learning rate and a schedule over their own
+length. FLOPs are those of matrix products and convolutions in forward and backward, attention included; evaluation is
+not counted. A subnetwork of coverage C costs more than C of the full model, since embeddings and head are not cut.
 """
 
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
 
 import torch
@@ -18,17 +19,18 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 
 from ...hosts.trainer import SDPCallback
 from ...model.state import find_state
+from ...model.statistics import batch_norms
 from .. import corpus
 from .baselines import expected_flops
 from .methods import Method
-from .setting import Setting
+from .setting import Setting, TextSetting
 
 DATA_PARALLEL = Method("data-parallel", None)
 
 
 def step_flops(model: nn.Module, setting: Setting) -> float:
     """FLOPs of forward and backward of one step's micro-batches; expected ones where blocks are skipped at random."""
-    ids = torch.zeros(setting.batch, setting.sequence, dtype=torch.long)
+    batch = setting.example()
     state = find_state(model)
     num_different = setting.workers if state is not None else 1
 
@@ -36,7 +38,7 @@ def step_flops(model: nn.Module, setting: Setting) -> float:
         # The fused CPU attention is not known to the counter.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             for _ in range(num_different):
-                model(input_ids=ids, labels=ids).loss.backward()
+                model(**batch).loss.backward()
         return counter.get_total_flops()
 
     model.train()
@@ -53,9 +55,17 @@ def number_of_steps(method: Method, setting: Setting, flops: float, seed: int) -
     return max(1, round(budget / flops / setting.evaluations)) * setting.evaluations
 
 
-def train(method: Method, seed: int, setting: Setting, text_file: str | None, cache: str) -> dict:
+MakeTrainer = Callable[[nn.Module, TrainingArguments], Trainer]
+"""Of a model and the run's arguments, with the data. It evaluates the full model."""
+
+
+def train(
+    method: Method, seed: int, setting: Setting, make_trainer: MakeTrainer, other_curves: Sequence[str] = ()
+) -> dict:
     """One run on this machine.
 
+    Args:
+        other_curves: metrics of the evaluation which are kept beside its loss, under their own names.
     Returns: ``parameters`` (of one worker's model, mean over workers), ``steps``, ``step_flops``, ``curve``
         ([step, evaluation loss of the full model] pairs), ``seconds`` and what it ran on.
     """
@@ -63,8 +73,8 @@ def train(method: Method, seed: int, setting: Setting, text_file: str | None, ca
     steps = number_of_steps(method, setting, flops, seed)
     every = steps // setting.evaluations
     model = method.build(setting, seed)
-    data, _ = corpus.prepared(cache, setting.vocab_size, setting.sequence, text_file=text_file)
-    micro_batches = 1 if method.treats_workers_alike else setting.workers
+    # A batch norm sees one worker's rows.
+    micro_batches = 1 if method.treats_workers_alike and not batch_norms(model) else setting.workers
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, max_steps=steps, seed=seed, learning_rate=setting.learning_rate,
@@ -74,22 +84,40 @@ def train(method: Method, seed: int, setting: Setting, text_file: str | None, ca
             eval_steps=every, logging_steps=every, save_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        trainer = Trainer(
-            model, args, train_dataset=data["train"], eval_dataset=evaluated(data["valid"], setting.eval_sequences),
-            data_collator=default_data_collator, callbacks=[SDPCallback()] if method.is_sdp else None,
-        )  # fmt: skip
+        trainer = make_trainer(model, args)
+        if method.is_sdp:
+            trainer.add_callback(SDPCallback())
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
+        seconds = time.perf_counter() - started
+
+    def curve(metric: str) -> list[tuple[int, float]]:
+        return [(entry["step"], entry[metric]) for entry in trainer.state.log_history if metric in entry]
+
     return {
         "parameters": parameters_of_a_worker(model),
         "steps": steps,
         "step_flops": flops,
-        "curve": [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
-        "seconds": round(time.perf_counter() - started, 1),
+        "curve": curve("eval_loss"),
+        **{metric: curve(metric) for metric in other_curves},
+        "seconds": round(seconds, 1),
         "date": date.today().isoformat(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+
+def train_on_text(method: Method, seed: int, setting: TextSetting, text_file: str | None, cache: str) -> dict:
+    """``cache``: a folder in which the text is prepared, see :func:`hf_sdp.bench.corpus.prepared`."""
+    data, _ = corpus.prepared(cache, setting.vocab_size, setting.sequence, text_file=text_file)
+    valid = evaluated(data["valid"], setting.eval_sequences)
+
+    def make_trainer(model: nn.Module, args: TrainingArguments) -> Trainer:
+        return Trainer(
+            model, args, train_dataset=data["train"], eval_dataset=valid, data_collator=default_data_collator
+        )  # fmt: skip
+
+    return train(method, seed, setting, make_trainer)
 
 
 def schedule(name: str, steps: int) -> dict:
