@@ -59,13 +59,9 @@ def patch_model(
         different seeds do not matter.
     """
     rank, world_size, plan = _agree(model, config, rank, world_size, meta=False)
-    base = without_peft(model)
     if process_group_is_up() and not config.simulate:
-        _send_values_of_rank_0(base)
-    _patch(base, config, rank, world_size, plan)
-    if base is not model:
-        mix_in(model, SavesAdapters)
-    return model
+        _send_values_of_rank_0(without_peft(model))
+    return _patch(model, config, rank, world_size, plan)
 
 
 def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
@@ -75,7 +71,9 @@ def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, w
 
 def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> nn.Module:
     with together():
-        _reduce(model, config, rank, world_size, plan)
+        _reduce(without_peft(model), config, rank, world_size, plan)
+        if is_peft_model(model):
+            mix_in(model, SavesAdapters)
     open_roll_call(model)
     return model
 

@@ -1,10 +1,9 @@
 """Models that never exist in full: made on the meta device, patched and sharded there, filled slice by slice."""
 
-import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -12,19 +11,24 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint.load import load_weights
+from .checkpoint.load import load_weights, read_weights
+from .checkpoint.new_adapters import initialize_adapters, seed_of, weights_of_base, with_new_adapters
 from .checkpoint.weights import Weights
 from .compat import converts_checkpoints
 from .config import SDPConfig
 from .engine.shard import shard
 from .engine.sharded import control_group, stored_tensors
 from .errors import SDPConfigError
+from .families.adapters import without_peft
 from .families.meta_model import meta_model
 from .model.state import get_state
 from .model.statistics import batch_norms
 from .patch import patch_meta_model, patch_model
 from .plan.region import Region
 from .world.agreement import agree, process_group_is_up, together
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _WEIGHTS_AND_CONFIGS = ["model*.safetensors", "*.json"]
 
@@ -38,6 +42,8 @@ def from_pretrained(
     rank: int | None = None,
     world_size: int | None = None,
     auto_class: type[Any] = AutoModelForCausalLM,
+    peft_config: "PeftConfig | None" = None,
+    seed: int = 0,
     **hub_options,
 ) -> nn.Module:
     """A pretrained model as a patched model, of which each worker reads only what it stores.
@@ -52,6 +58,8 @@ def from_pretrained(
         device: default: the one of Accelerate's ``PartialState``.
         rank, world_size: without a process group; the model then has this worker's slices, not sharded, on the CPU.
         auto_class: the transformers Auto class.
+        peft_config: new LoRA adapters around it; what is returned is then a model of PEFT. They are the same whatever
+            the world and the plan; ``seed`` decides their values.
         hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
     Returns: the model in eval mode, as transformers does. Collective when a process group is up.
     Raises: SDPConfigError on every worker; the errors of transformers when there is no such model.
@@ -81,6 +89,10 @@ def from_pretrained(
         of_dtype = {} if dtype is None else {"dtype": dtype}
         with together():
             full = auto_class.from_pretrained(name_or_path, **of_dtype, **hub_options)
+            if peft_config is not None:
+                from peft import get_peft_model
+
+                full = get_peft_model(full, peft_config)
         patch_model(full, sdp_config, rank=rank, world_size=world_size)
         if process_group_is_up() and not sdp_config.simulate:
             shard(full, _device(device))
@@ -90,13 +102,21 @@ def from_pretrained(
         if dtype in (None, "auto"):
             dtype = model_config.dtype or weights.dtype(next(iter(weights.files)))
         _cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        base = model
+        if peft_config is not None:
+            model = with_new_adapters(base, peft_config)
+            renamed = weights_of_base(model, weights)
     _materialize(model, sdp_config, rank, world_size, device)
     with together():
-        _fill_buffers(model)
-    load_weights(model, folder)
+        _fill_buffers(base)
+    if peft_config is None:
+        load_weights(model, folder)
+    else:
+        read_weights(model, renamed)
+        initialize_adapters(model, renamed, seed)
     with together():
-        if model.can_generate() and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        if base.can_generate() and (folder / "generation_config.json").is_file():
+            base.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
@@ -137,14 +157,14 @@ def from_config(
     return model
 
 
-def _materialize(model: PreTrainedModel, sdp_config: SDPConfig, rank, world_size, device) -> None:
+def _materialize(model: nn.Module, sdp_config: SDPConfig, rank, world_size, device) -> None:
     """Patch a model on the meta device and give it memory, with no values in it yet."""
     patch_meta_model(model, sdp_config, rank=rank, world_size=world_size)
     if process_group_is_up():
         shard(model, _device(device))
     else:
         model.to_empty(device="cpu")
-        model.tie_weights()
+        without_peft(model).tie_weights()
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -196,5 +216,5 @@ def _initialize_module(full: PreTrainedModel, module: nn.Module, seed: str) -> N
         if p is not None:
             module._parameters[n] = nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype, device="cpu"))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]))
+        torch.manual_seed(seed_of(seed))
         full._init_weights(module)

@@ -19,9 +19,8 @@ from ..engine.sharded import control_group
 from ..errors import SDPConfigError
 from ..families.adapters import prefix_of, without_peft
 from ..model.state import get_state
-from ..plan.region import Region, Shape
 from ..world.agreement import from_rank_0, together
-from .weights import Weights
+from .weights import RenamedWeights, Weights
 
 FILE = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -110,33 +109,22 @@ class SavesAdapters:
                 original(state_dict=weights, **kwargs)
 
 
-class AdapterWeights:
-    """The adapters of a folder, as ``Weights`` by the names that they have in a patched model. Collective.
+def saved_adapters(model: Any, folder: str | os.PathLike) -> RenamedWeights:
+    """The adapters of a folder, by the names that they have in a patched model. Collective.
 
     Raises: SDPConfigError on every worker when one is missing, is of another shape, or means something else.
     """
-
-    def __init__(self, model: Any, folder: str | os.PathLike):
-        self.places: dict[str, tuple[Weights, str]] = {}
-        shapes = get_state(model).held.plan.shapes
-        saved = _saved_names(model)
-        with together(control_group(model)):
-            for adapter, names in saved.items():
-                of_adapter = Path(folder) if adapter == "default" else Path(folder) / adapter
-                weights = Weights(of_adapter, dict.fromkeys(names, FILE))
-                weights.check({key: shapes[name] for key, name in names.items() if name in shapes})
-                _check_config(model.peft_config[adapter], of_adapter / _CONFIG)
-                self.places |= {name: (weights, key) for key, name in names.items()}
-
-    def shape(self, name: str) -> Shape | None:
-        """None when there is no such tensor."""
-        weights, key = self.places.get(name, (None, name))
-        return None if weights is None else weights.shape(key)
-
-    def read(self, region: Region, into: torch.Tensor) -> None:
-        """Fill ``into``, of the region's shape, with the region of a tensor."""
-        weights, key = self.places[region.name]
-        weights.read(Region(key, region.ranges), into)
+    places: dict[str, tuple[Weights, str]] = {}
+    shapes = get_state(model).held.plan.shapes
+    saved = _saved_names(model)
+    with together(control_group(model)):
+        for adapter, names in saved.items():
+            of_adapter = Path(folder) if adapter == "default" else Path(folder) / adapter
+            weights = Weights(of_adapter, dict.fromkeys(names, FILE))
+            weights.check({key: shapes[name] for key, name in names.items() if name in shapes})
+            _check_config(model.peft_config[adapter], of_adapter / _CONFIG)
+            places |= {name: (weights, key) for key, name in names.items()}
+    return RenamedWeights(places)
 
 
 def _check_config(config: Any, file: Path) -> None:

@@ -16,18 +16,18 @@ from ..families.model_config import differences
 from ..model.state import find_peft, find_state, get_state, unwrap
 from ..plan.region import Region
 from ..world.agreement import from_rank_0, together
-from .adapters import AdapterWeights
+from .adapters import saved_adapters
 from .converted import ConvertedWeights
 from .files import size_of
 from .marker import OPTIMIZER, changes, check_together, read_marker
 from .optimizer_state import check_optimizer
 from .saved_optimizer import SavedByTorch, SavedOptimizer
-from .weights import Weights
+from .weights import RenamedWeights, Weights
 
 logger = logging.getLogger(__name__)
 
 
-def check_weights(model: nn.Module, folder: str | Path) -> Weights | AdapterWeights:
+def check_weights(model: nn.Module, folder: str | Path) -> Weights | RenamedWeights:
     """The folder's weights, or adapters of a model of PEFT, which fit the patched model; nothing is changed.
 
     Collective. Raises: as :func:`load_weights`, which alone looks into those that are converted while loading.
@@ -36,7 +36,7 @@ def check_weights(model: nn.Module, folder: str | Path) -> Weights | AdapterWeig
     peft_model = find_peft(model)
     if peft_model is not None:
         check_together(folder, only="adapter", group=group)
-        return AdapterWeights(peft_model, folder)
+        return saved_adapters(peft_model, folder)
     check_together(folder, only="model", group=group)
     file_names = from_rank_0(lambda: Weights(folder).file_names, group)
     with together(group):
@@ -58,13 +58,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         SDPConfigError when a parameter is missing or has another shape, or the folder's config.json makes another
         model.
     """
-    sharded, group = find_sharded(model), control_group(model)
+    group = control_group(model)
     come_to(model, "loading weights")
-    weights: Weights | AdapterWeights | ConvertedWeights = check_weights(model, folder)
-    model = unwrap(model)
-    if converts_checkpoints(model) and isinstance(weights, Weights):
+    weights: Weights | RenamedWeights | ConvertedWeights = check_weights(model, folder)
+    if converts_checkpoints(unwrap(model)) and isinstance(weights, Weights):
         with together(group):
             weights = ConvertedWeights(folder, get_state(model).held.model_class)
+    read_weights(model, weights)
+
+
+@torch.no_grad()
+def read_weights(model: nn.Module, weights: Weights | RenamedWeights | ConvertedWeights) -> None:
+    """Read what this worker stores into a patched model, of all parameters and buffers that there are. Collective."""
+    model = unwrap(model)
+    sharded, group = find_sharded(model), control_group(model)
     if sharded is not None:
         reshard(model)
         sharded.weights_changed()  # first: if reading fails halfway, nothing that was kept is current

@@ -98,6 +98,25 @@ class Weights:
                 view.copy_(stored[tuple(slice(start, stop) for start, stop in box)])
 
 
+class RenamedWeights:
+    """Tensors of folders by other names. ``places``: name -> the weights of its folder, and its name there."""
+
+    def __init__(self, places: dict[str, tuple[Weights, str]]):
+        self.places = places
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None when there is no such tensor."""
+        if name not in self.places:
+            return None
+        weights, key = self.places[name]
+        return weights.shape(key)
+
+    def read(self, region: Region, into: torch.Tensor) -> None:
+        """Fill ``into``, of the region's shape, with the region of a tensor."""
+        weights, key = self.places[region.name]
+        weights.read(Region(key, region.ranges), into)
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file. Raises: SDPConfigError that names the index when it is damaged or names files elsewhere."""
     try:

@@ -156,7 +156,7 @@ def compiled_layer(model):
 
 
 def peft(model):
-    model.peft_config = {"default": object()}
+    model._hf_peft_config_loaded = True  # set by model.add_adapter
 
 
 def on_meta(model):
@@ -188,7 +188,7 @@ REFUSED = {
     "a compiled layer": (changed(compiled_layer), "model.layers.1 is compiled"),
     "patched": (changed(patched), "already patched"),
     "patched and wrapped": (changed(lambda m: Wrapper(patched(m))), "already patched|Patch before wrapping"),
-    "PEFT": (changed(peft), "PEFT"),
+    "PEFT": (changed(peft), "peft.get_peft_model"),
     "meta": (changed(on_meta), "meta device"),
     "partly meta": (changed(partly_on_meta), "layers.0.mlp.*meta device"),
     "quantized": (changed(lambda m: setattr(m, "is_quantized", True)), "Quantized"),

@@ -188,6 +188,7 @@ def test_data_parallel_groups_are_layers_and_the_rest():
 
 def test_a_module_that_is_not_packed_is_written_as_before():
     plan = make_plan(tiny_config(), SDPConfig(), N)
-    assert not any(name in plan.to_json() for name in ("packed", "members", "arguments"))
+    assert not any(name in plan.to_json() for name in ("packed", "members", "arguments", "switched"))
     fields = [f.name for f in dataclasses.fields(MaskableModule)]
-    assert fields == ["name", "kind", "layer", "num_units", "dims", "packed", "members", "sizes", "arguments"]
+    written = ["name", "kind", "layer", "num_units", "dims", "packed", "members", "sizes", "arguments", "switched"]
+    assert fields == written
