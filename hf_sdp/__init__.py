@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .errors import SDPConfigError, SDPStateError
     from .families.registered import Family, register_family
     from .hosts.accelerator import SDPAccelerator
-    from .hosts.trainer import SDPCallback, enable
+    from .hosts.adoption import disable, enable
+    from .hosts.trainer import SDPCallback
     from .hosts.trainer_checkpoint import last_checkpoint
     from .model.forward import local_state_dict
     from .patch import patch_model
@@ -38,7 +39,8 @@ _HOMES = {
     "SDPStateError": "errors",
     "Workload": "workload",
     "consolidate": "engine.consolidate",
-    "enable": "hosts.trainer",
+    "disable": "hosts.adoption",
+    "enable": "hosts.adoption",
     "export_subnetwork": "checkpoint.export",
     "from_config": "pretrained",
     "from_pretrained": "pretrained",
@@ -65,6 +67,7 @@ __all__ = [
     "SDPStateError",
     "Workload",
     "consolidate",
+    "disable",
     "enable",
     "export_subnetwork",
     "from_config",

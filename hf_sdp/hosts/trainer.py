@@ -1,4 +1,4 @@
-"""The unmodified ``transformers.Trainer`` with SDP: a callback, and what :func:`enable` puts under the Trainer.
+"""The unmodified ``transformers.Trainer`` with SDP: a callback, and what :func:`install` puts under the Trainer.
 
 Trainer builds ``Accelerator(**args)`` from its module's global, so that name is set to an SDPAccelerator. A few
 methods are wrapped; each wrap does nothing for a model that is not patched. Source: transformers/trainer.py.
@@ -25,6 +25,7 @@ from .accelerator import SDPAccelerator
 from .optimizer import VotingOptimizer
 from .preemption import AgreedJITCheckpoint
 from .refusals import refuse_other_engines
+from .replaced import replace
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
 from .trainer_together import TOGETHER
 
@@ -61,7 +62,7 @@ class SDPCallback(TrainerCallback):
     """
 
     def __init__(self, config: SDPConfig | None = None, *, keep_weights_gib: float = 2.0):
-        enable()
+        install()
         self.config, self.keep_weights_gib = config, keep_weights_gib
         self.meter: StepMeter | None = None
         self._first_training = True
@@ -140,7 +141,7 @@ def _check_training(args, model) -> None:
         )
 
 
-def enable() -> None:
+def install() -> None:
     """Let every Trainer made from now on in this process handle patched models. Called by ``SDPCallback()``.
 
     Raises: SDPStateError when the installed transformers has other Trainer methods than this version knows.
@@ -160,10 +161,10 @@ def enable() -> None:
             )
     for name, wrap in wraps.items():
         original = getattr(host.Trainer, name)
-        setattr(host.Trainer, name, functools.wraps(original)(wrap(original)))
-    host.get_last_checkpoint = last_checkpoint
-    host_jit_checkpoint.JITCheckpointCallback = AgreedJITCheckpoint
-    host.Accelerator = _TrainerAccelerator
+        replace(host.Trainer, name, functools.wraps(original)(wrap(original)))
+    replace(host, "get_last_checkpoint", last_checkpoint)
+    replace(host_jit_checkpoint, "JITCheckpointCallback", AgreedJITCheckpoint)
+    replace(host, "Accelerator", _TrainerAccelerator)
 
 
 def _log(original):

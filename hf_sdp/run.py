@@ -1,0 +1,74 @@
+"""``accelerate launch ... -m hf_sdp.run --level block --coverage 0.5 script.py ...``: a script as it is, with SDP.
+
+The script is neither edited nor need it import hf_sdp. Under ``torchrun`` likewise: ``torchrun ... -m hf_sdp.run ...``.
+"""
+
+import dataclasses
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli.options import add_options, option_of
+from .config import SDPConfig
+from .errors import SDPConfigError
+from .options import kind_of
+
+
+def _options() -> list:
+    """One for each of SDPConfig, without a default: the environment has what is not given."""
+    made = []
+    for field in dataclasses.fields(SDPConfig):
+        is_bool = kind_of(field.type).element is bool
+        settings: dict[str, Any] = {"is_flag": False, "type": click.BOOL} if is_bool else {}
+        made.append(option_of(field, default=None, show_default=str(field.default), **settings))
+    return made
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "allow_interspersed_args": False},
+    epilog="Each option can also be a variable of the environment: HF_SDP_LEVEL=block.",
+)
+@add_options(*_options())
+@click.option("--only", help="Pattern of the classes of models to train with SDP, where a script trains several.")
+@click.option("-m", "is_module", is_flag=True, help="SCRIPT is a module, as of python -m.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(script: str, arguments: tuple[str, ...], is_module: bool, only: str | None, **options) -> None:
+    """Run SCRIPT with its ARGUMENTS; the model that it hands to a Trainer or to accelerator.prepare is patched."""
+    if not is_module and not Path(script).is_file():
+        raise click.UsageError(f"There is no file {script}. Options of hf_sdp come before it, its own after it.")
+    from .hosts.adoption import enable
+    from .hosts.environment import options_in_environment
+
+    given = {name: value for name, value in options.items() if value is not None}
+    adoption = enable(SDPConfig(**{**options_in_environment(), **given}), only=only)
+    assert adoption is not None  # a config was given
+    sys.argv = [script, *arguments]
+    if is_module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
+    if not adoption.adopted:
+        raise SDPConfigError(
+            f"{script} has ended, and no model was trained with SDP: none that learns came to a transformers.Trainer "
+            "or to Accelerator.prepare."
+        )
+
+
+def main() -> None:
+    """Bad options are one line on stderr and exit code 2; an error of the script is its own."""
+    try:
+        run.main(prog_name="python -m hf_sdp.run", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+    except click.ClickException as error:
+        print(f"hf_sdp.run: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
