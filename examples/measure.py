@@ -19,7 +19,7 @@ class MeterCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         wrapped = self.trainer.model_wrapped
         traffic = DDPTraffic(wrapped) if isinstance(wrapped, DistributedDataParallel) else Traffic(wrapped)
-        self.meter = StepMeter(model, args.device, traffic)
+        self.meter = StepMeter(model, args.device, traffic, profiles_memory=True)
 
     # The first step is left out: DDP cuts its buckets anew at the start of the second one, and the step whose memory
     # is measured, the meter's second, must come after that.

@@ -76,7 +76,7 @@ def main() -> None:
         eval_dataset=data["valid"].select(range(min(data_args.max_eval_blocks, len(data["valid"])))),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[SDPCallback()] if training.engine == "sdp" else None,
+        callbacks=[SDPCallback(profile_memory=True)] if training.engine == "sdp" else None,
     )
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     train_and_measure(trainer, config, tokens_per_step=data_args.block_length * batch)

@@ -213,7 +213,7 @@ def main() -> None:
         data_collator=functools.partial(collate, memory_format=memory_format),
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-        callbacks=[SDPCallback()] if training.engine == "sdp" else None,
+        callbacks=[SDPCallback(profile_memory=True)] if training.engine == "sdp" else None,
     )
     # The loss is the mean of a batch. Not all models for images can take the number of images of the world instead.
     trainer.model_accepts_loss_kwargs = False

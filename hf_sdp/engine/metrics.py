@@ -77,10 +77,12 @@ class StepMeter:
 
     Args:
         traffic: counts bytes in ``bytes_sent``.
+        profiles_memory: on the CPU, whether the second step is profiled: a second or two, and lines in the log.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, traffic: BytesSent):
+    def __init__(self, model: nn.Module, device: torch.device, traffic: BytesSent, *, profiles_memory: bool):
         self.model, self.device, self.traffic = model, device, traffic
+        self._measures_peak = profiles_memory or device.type == "cuda"
         self._reported_state = False
         self.num_steps = 0
         self.step_times_s: list[float] = []
@@ -90,7 +92,7 @@ class StepMeter:
         self._memory: PeakMemory | None = None
 
     def step_begin(self) -> None:
-        if self.num_steps == 1:
+        if self.num_steps == 1 and self._measures_peak:
             self._resident = sum(self.state.values()) - self.state["gradients"]
             self._memory = PeakMemory(self.device)
             self._memory.start()

@@ -59,11 +59,13 @@ class SDPCallback(TrainerCallback):
         keep_weights_gib: after training rank 0 keeps the full weights (of a model of PEFT its adapters) in its host
             memory when they take at most as many GiB, and may then save alone. Of a larger model saving stays a
             collective (0: of every model).
+        profile_memory: on the CPU ``sdp/peak_bytes`` needs one step under torch's profiler, which takes a second or
+            two and writes lines to the log. On CUDA it is always there.
     """
 
-    def __init__(self, config: SDPConfig | None = None, *, keep_weights_gib: float = 2.0):
+    def __init__(self, config: SDPConfig | None = None, *, keep_weights_gib: float = 2.0, profile_memory: bool = False):
         install()
-        self.config, self.keep_weights_gib = config, keep_weights_gib
+        self.config, self.keep_weights_gib, self.profile_memory = config, keep_weights_gib, profile_memory
         self.meter: StepMeter | None = None
         self._first_training = True
 
@@ -97,7 +99,9 @@ class SDPCallback(TrainerCallback):
             if state.global_step == 0:
                 refuse_to_overwrite(args.output_dir)
         self._first_training = False
-        self.meter = None if sharded is None else StepMeter(model, args.device, sharded.traffic)
+        self.meter = None
+        if sharded is not None:
+            self.meter = StepMeter(model, args.device, sharded.traffic, profiles_memory=self.profile_memory)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         get_state(model).run.cursor.start(0)  # a short last window of an epoch must not shift the next one

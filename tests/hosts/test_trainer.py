@@ -77,8 +77,10 @@ def test_recomputing_parts_that_are_gathered_twice_is_an_error_not_a_hang(tmp_pa
     run_workers(checkpoint_parts, tmp_path)
 
 
-def log_everything(folder, arguments):
+def log_everything(folder, arguments, profile_memory):
     trainer = make_trainer(folder, dict(), arguments)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SDPCallback))
+    callback.profile_memory = profile_memory
     trainer.train()
     return trainer.state.log_history
 
@@ -87,7 +89,7 @@ def test_what_is_logged(tmp_path):
     from hf_sdp import make_plan
     from tests.support.models import tiny_config
 
-    histories = run_workers(log_everything, tmp_path, dict(max_steps=4))
+    histories = run_workers(log_everything, tmp_path, dict(max_steps=4), True)
     logged = [entry for entry in histories[0] if "loss" in entry]
     assert sum("sdp/state_bytes_max" in entry for entry in logged) == 1
     last = {key: value for entry in logged for key, value in entry.items()}
@@ -98,6 +100,12 @@ def test_what_is_logged(tmp_path):
     assert last["sdp/bytes_sent_per_step"] > 0 and last["sdp/step_time_s"] > 0
     assert last["sdp/peak_bytes"] > 3 * full // 4 and math.isfinite(last["grad_norm"])
     assert all(norms_of(h) == norms_of(histories[0]) for h in histories)
+
+
+def test_memory_is_profiled_only_where_it_is_asked_for(tmp_path):
+    history = run_workers(log_everything, tmp_path, dict(max_steps=4), False, world_size=2)[0]
+    assert any("sdp/step_time_s" in entry for entry in history)
+    assert not any("sdp/peak_bytes" in entry for entry in history)
 
 
 def test_label_smoothing_shifts_labels_as_without_sdp(tmp_path):
