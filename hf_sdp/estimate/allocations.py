@@ -275,8 +275,13 @@ class Replicated(Allocator):
             if mixed and workload.gradient_checkpointing and not shapes.is_traced_whole:
                 # Autocast's copies of the weights go when forward ends; the trace has seen those of few layers.
                 layers = shapes.structure.layers
-                of_first = (s for name, s in shapes.tensors.items() if name.startswith(layers[0] + ".") and len(s) == 2)
-                self._untraced_copies = (len(layers) - TRACED_LAYERS) * sum(map(math.prod, of_first)) * computed_bytes
+                learned_of_first = (
+                    s
+                    for name, s in shapes.tensors.items()
+                    if name.startswith(layers[0] + ".") and len(s) == 2 and name not in shapes.frozen
+                )
+                of_first = sum(map(math.prod, learned_of_first))
+                self._untraced_copies = (len(layers) - TRACED_LAYERS) * of_first * computed_bytes
         else:
             # ZeRO: parameters and gradients in the dtype of computation; the sharded optimizer has the stored ones
             shard = -(-learned // world_size)

@@ -160,7 +160,9 @@ def test_a_deep_model_is_put_together_from_shallow_traces():
         model = patch_meta_model(meta_model(config), sdp, rank=subnetwork, world_size=8)
         held = get_state(model).held
         watched = shardable_modules(held.subnetwork, held.structure)
-        composed = _stream(shapes_of(config).structure, *trace_subnetwork(config, workload, plan, subnetwork))
+        composed = _stream(
+            shapes_of(config).structure, *trace_subnetwork(shapes_of(config), workload, plan, subnetwork)
+        )
         assert peak(item for item, _ in composed) == peak(_trace_stream(model, workload, watched))
 
 
@@ -198,7 +200,7 @@ def test_flops_are_six_per_weight_and_token_and_the_attention():
     weights = sum(p.numel() for n, p in meta_model(config).named_parameters() if p.dim() == 2 and "embed" not in n)
     attention = 2 * workload.batch * workload.sequence**2 * config.hidden_size * config.num_hidden_layers
     assert flops == 6 * weights * workload.tokens + 7 * attention + rotary_flops(config, workload.sequence)
-    layers, _ = trace(config, workload)
+    layers, _ = trace(shapes_of(config), workload)
     assert layers[0] is layers[1]  # traced once
 
 
