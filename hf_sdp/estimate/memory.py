@@ -78,11 +78,11 @@ def fsdp_step(model: Model, workload: Workload, world_size: int, *, reshard_afte
 def replicated_step(model: Model, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
     """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters.
 
-    Another dtype of computation than the stored one means autocast for DDP, and for ZeRO parameters and gradients in
-    that dtype.
+    DDP computes with parameters as they are stored, under autocast where the dtype of computation is another one. ZeRO
+    has parameters and gradients in the dtype of computation.
     """
     shapes = shapes_of(model)
-    traces = trace(shapes, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)
+    traces = trace(shapes, workload, as_stored=zero_stage == 0)
     return _walk(shapes.structure, *traces, Replicated(shapes, workload, world_size, zero_stage))
 
 

@@ -29,7 +29,7 @@ from ..plan.groups import ROOT, shardable_modules
 from ..plan.plan import Plan
 from ..plan.subnetwork import subnetwork_of, whole_model
 from ..plan.units import MaskableModule
-from ..workload import Workload
+from ..workload import Dtype, Workload
 from .attention import ATTENTION
 from .batch import training_batch
 from .grouped_products import grouped_products_on_meta
@@ -73,22 +73,25 @@ class Trace:
 _cache: dict[tuple, Trace] = {}
 
 
-def trace(shapes: ModelShapes, workload: Workload, *, autocast: bool = False) -> tuple[list[Trace], Trace]:
+def trace(shapes: ModelShapes, workload: Workload, *, as_stored: bool = False) -> tuple[list[Trace], Trace]:
     """For each layer the trace of the full model, and one for what is outside of the layers; of a model with several
     stacks no layers, and one for all. Kept: asking again costs nothing.
 
     Args:
-        autocast: parameters and the residual stream stay float32, linear layers and attention compute in
-            ``workload.dtype``, as under ``torch.autocast``; else everything is in that dtype.
+        as_stored: parameters keep the dtypes in which they are stored. Where those that learn have another than
+            ``workload.dtype``, linear layers and attention compute in that, as under ``torch.autocast``. Else
+            everything is in that dtype.
     """
+    dtypes = (workload.param_dtype, workload.dtype_of_frozen) if as_stored else (workload.dtype, workload.dtype)
 
     def prepare(model: PreTrainedModel, structure: Structure) -> list[str]:
-        if autocast:
+        _cast(model, *dtypes)
+        if dtypes[0] != workload.dtype:
             _autocast_linear_layers(model, getattr(torch, workload.dtype))
         return [*structure.layers, ROOT]
 
     def traced(*chosen: int) -> Trace:
-        return _cached(shapes, workload, chosen, ("autocast",) if autocast else (), prepare)
+        return _cached(shapes, workload, chosen, dtypes, prepare)
 
     types = shapes.layer_types
     if shapes.is_traced_whole:
@@ -111,6 +114,7 @@ def trace_subnetwork(shapes: ModelShapes, workload: Workload, plan: Plan, index:
 
     def traced(*chosen: int) -> Trace:
         def prepare(model: nn.Module, structure: Structure) -> list[str]:
+            _cast(model, workload.dtype, workload.dtype)
             few = _plan_of_layers(plan, [layers[i] for i in chosen], model, structure)
             if plan.masking == "backward":
                 mask_weight_gradients(model, few, Cursor(index), [index])
@@ -167,6 +171,11 @@ def _cached(shapes: ModelShapes, workload: Workload, chosen: tuple[int, ...], st
     return _cache[key]
 
 
+def _cast(model: nn.Module, learned: Dtype, frozen: Dtype) -> None:
+    for p in model.parameters():  # not the buffers: rotary frequencies stay float32
+        p.data = p.data.to(getattr(torch, learned if p.requires_grad else frozen))
+
+
 def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: Structure) -> Plan:
     """A plan for ``model``, whose layers are held as those of the names ``chosen`` are in ``plan``."""
     modules, unit_holders = [], {}
@@ -188,9 +197,6 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
 
 def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[str]) -> list[Segment | Mark]:
     """One step of a model on the meta device. It is not to be used any more."""
-    if _AUTOCAST not in vars(model):
-        for p in model.parameters():
-            p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
     for module in model.modules():
         if (config := getattr(module, "config", None)) is not None:
             config.use_cache = False  # each stack may have its own
