@@ -8,6 +8,7 @@ from typing import TypeAlias
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import SDPConfigError
 from ..families import Structure, structure_of
 from ..families.adapters import without_peft
 from ..families.meta_model import meta_copy, meta_model
@@ -53,10 +54,11 @@ _cache: dict[Hashable, ModelShapes] = {}
 
 
 def shapes_of(model: Model) -> ModelShapes:
-    """Raises: SDPConfigError when the family is unknown."""
-    key = config_key(model) if isinstance(model, PreTrainedConfig) else _key(without_peft(model))
+    """Raises: SDPConfigError when the family is unknown, or parameters are quantized."""
+    model = without_peft(model)
+    key = config_key(model) if isinstance(model, PreTrainedConfig) else _key(model)
     if key not in _cache:
-        on_meta = meta_model(model) if isinstance(model, PreTrainedConfig) else meta_copy(without_peft(model))
+        on_meta = meta_model(model) if isinstance(model, PreTrainedConfig) else meta_copy(model)
         shapes = {name: tuple(p.shape) for name, p in on_meta.named_parameters()}
         frozen = frozenset(name for name, p in on_meta.named_parameters() if not p.requires_grad)
         structure = structure_of(on_meta)
@@ -65,6 +67,12 @@ def shapes_of(model: Model) -> ModelShapes:
 
 
 def _key(model: PreTrainedModel) -> Hashable:
+    for name, p in model.named_parameters():
+        if type(p) is not nn.Parameter or not p.is_floating_point():
+            raise SDPConfigError(
+                f"{name} is a {type(p).__name__} of {p.dtype}: what quantized or sharded parameters take is not "
+                "estimated. Use a plain model, or its config."
+            )
     modules = tuple((name, type(module)) for name, module in model.named_modules())
     parameters = tuple((name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters())
     return config_key(model.config), modules, parameters

@@ -58,6 +58,22 @@ def test_so_is_what_is_frozen_without_adapters(engine):
     compare(predicted_step(model, engine, workload, WORLD, RANK), model, engine, workload, WORLD, RANK)
 
 
+def test_frozen_experts_keep_no_tokens():
+    engine, workload = SDPConfig(level="block"), Workload(batch=2, sequence=128)
+    model = tiny_model(model_type="mixtral", **SIZES)
+    for layer in model.model.layers:
+        layer.mlp.experts.requires_grad_(False)
+    compare(predicted_step(model, engine, workload, WORLD, RANK), model, engine, workload, WORLD, RANK)
+
+
+def test_quantized_parameters_are_refused_by_name():
+    model = with_adapters(tiny_model(**SIZES))
+    packed = nn.Parameter(torch.zeros(128, 64, dtype=torch.uint8), requires_grad=False)
+    model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight = packed
+    with pytest.raises(SDPConfigError, match="layers.1.mlp.up_proj.base_layer.weight is a Parameter of torch.uint8"):
+        fsdp_step(model, Workload(batch=1, sequence=16), WORLD)
+
+
 def test_frozen_weights_have_no_flops_of_gradients():
     """Two thirds of those of weights that learn. Where nothing before the first layer learns, nor have its inputs."""
     workload = Workload(batch=2, sequence=64)
