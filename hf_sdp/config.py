@@ -171,10 +171,12 @@ class SDPConfig:
                 f"memory_gib={list(self.memory_gib)} needs a workload: what fits depends on the activations. "
                 "Use workload=Workload(batch=4, sequence=1024)."
             )
-        gathered = self.param_dtype or self.workload.param_dtype
-        if self.simulate is None and gathered != self.workload.dtype:
+        stored = (self.workload.param_dtype, self.workload.dtype_of_frozen)
+        gathered = (self.param_dtype,) if self.param_dtype else stored
+        others = [dtype for dtype in gathered if dtype != self.workload.dtype]
+        if self.simulate is None and others:
             raise SDPConfigError(
-                f"The workload computes in {self.workload.dtype}, parameters would be gathered in {gathered} "
+                f"The workload computes in {self.workload.dtype}, parameters would be gathered in {others[0]} "
                 f"(param_dtype={self.param_dtype!r}). Use param_dtype={self.workload.dtype!r}, or that dtype in the "
                 "workload."
             )

@@ -62,7 +62,7 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     if config.memory_gib is not None:
         from .estimate.capacity import fit  # the estimate traces a model: plans of given shares need none of it
 
-        coverages = fit(model.config, config, num_subnetworks, lambda shares: plan_of(model, config, shares))
+        coverages = fit(model, config, num_subnetworks, lambda shares: plan_of(model, config, shares))
     else:
         coverages = _coverages(config, num_subnetworks)
     return plan_of(model, config, coverages)

@@ -31,15 +31,23 @@ class Workload:
     sequence: int = option("Tokens of a sequence, of an encoder and of a decoder alike.", positive=True, most=MOST)
     dtype: Dtype = option("Number format of computation, activations and gathered parameters.", default="float32")
     param_dtype: Dtype = option("Number format of stored parameters, gradients and optimizer state.", default="float32")
+    frozen_dtype: Dtype | None = option(
+        "Number format of stored parameters that do not learn (under LoRA adapters); by default as the others.",
+        default=None,
+    )
     optimizer: Optimizer = option("Decides how many tensors of state a parameter has.", default="adamw")
     gradient_checkpointing: bool = option("Decoder layers are recomputed in backward.", default=False)
 
     def __post_init__(self):
-        for name in ("dtype", "param_dtype"):
+        for name in ("dtype", "param_dtype", "frozen_dtype"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, SHORT_DTYPES.get(value, value))
         options.check(self)
+
+    @property
+    def dtype_of_frozen(self) -> Dtype:
+        return self.frozen_dtype or self.param_dtype
 
     @property
     def tokens(self) -> int:

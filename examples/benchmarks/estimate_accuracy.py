@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_sdp import SDPConfig, make_plan
+from hf_sdp import SDPConfig
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.bench.predicted import predicted_step
 from hf_sdp.bench.small_llama import small_llama
-from hf_sdp.estimate.memory import Step, fsdp_step, replicated_step, sdp_step
+from hf_sdp.estimate.memory import Step
 from hf_sdp.workload import Workload
 
 WORLD_SIZE = 8
@@ -108,20 +109,7 @@ def predict(setting: Setting, batch: tuple[int, int]) -> Step:
         dtype=setting.dtype,
         gradient_checkpointing=setting.gradient_checkpointing,
     )
-    engine = setting.engine
-    if engine == "DDP":
-        return replicated_step(config, workload, WORLD_SIZE, zero_stage=0)
-    if isinstance(engine, str):
-        return fsdp_step(config, workload, WORLD_SIZE, reshard_after_forward=engine == "FSDP2")
-    plan = make_plan(config, engine, WORLD_SIZE)
-    return sdp_step(
-        config,
-        plan,
-        setting.rank,
-        workload,
-        sharding=engine.sharding,
-        reshard_after_forward=engine.reshard_after_forward,
-    )
+    return predicted_step(config, setting.engine, workload, WORLD_SIZE, setting.rank)
 
 
 def measure(setting: Setting) -> list[dict[str, int]]:

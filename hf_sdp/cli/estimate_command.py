@@ -14,7 +14,8 @@ from ..estimate.time import StepTime, step_time
 from ..plan.plan import Plan
 from ..quantities import bytes_per_second, flops_per_second
 from ..workload import Workload
-from .models import load_config, make_meta_model, running
+from .adapters import lora_options, with_lora
+from .models import load_meta_model, running
 from .options import (
     PositiveNumber,
     Text,
@@ -37,6 +38,7 @@ _KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
 @workers_option
 @sdp_options
 @workload_options
+@lora_options
 @click.option("--gib", type=PositiveNumber(), help="Memory of a worker, GiB: what fits?")
 @click.option(
     "--bandwidth",
@@ -46,7 +48,15 @@ _KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
 @click.option("--flops", type=Text("flop/s", flops_per_second), help="That the device reaches: 100TFLOPS, 100e12.")
 @json_option
 def estimate(
-    model: str, workers: int, gib: float | None, bandwidth: float | None, flops: float | None, as_json: bool, **options
+    model: str,
+    workers: int,
+    lora_r: int | None,
+    lora_targets: str | None,
+    gib: float | None,
+    bandwidth: float | None,
+    flops: float | None,
+    as_json: bool,
+    **options,
 ) -> None:
     """Memory, traffic and step time, beside DDP, ZeRO and FSDP2. Nothing is allocated.
 
@@ -58,11 +68,10 @@ def estimate(
     workload = pop_workload(options)
     config = sdp_config(workload=workload, **options)
     n = num_subnetworks(config, workers)
-    model_config = load_config(model)
-    full = make_meta_model(model_config, model)
+    full = with_lora(load_meta_model(model), lora_r, lora_targets)
     plan = make_plan(full, config, n)
     with running(model):
-        rows = other_rows(model_config, workload, workers) + sdp_rows(model_config, plan, workload, workers)
+        rows = other_rows(full, workload, workers) + sdp_rows(full, plan, workload, workers)
     times = {}
     if bandwidth is not None and flops is not None:
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
@@ -70,16 +79,19 @@ def estimate(
     if gib is not None and n == workers:
         coverages = largest_coverage(
             lambda coverage: make_plan(full, config_of(config, coverage), workers),
-            model_config,
+            full,
             workload,
             workers,
             int(gib * GIB),
         )
+    learned = sum(p.numel() for p in full.parameters() if p.requires_grad)
     if as_json:
-        click.echo(json.dumps(_report(model, workers, workload, plan, rows, gib, times, coverages), indent=1))
+        report = _report(model, workers, workload, plan, learned, rows, gib, times, coverages)
+        click.echo(json.dumps(report, indent=1))
         return
     console = Console(width=max(Console().width, 165))  # rows do not wrap: a terminal scrolls, a file does not care
-    console.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters", rows, gib, times))
+    of_them = f", {learned / 1e6:,.1f} M of them learn" if learned < plan.full_numel else ""
+    console.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters{of_them}", rows, gib, times))
     _print_notes(console, workers, workload, plan, rows, gib, coverages, times)
 
 
@@ -123,9 +135,10 @@ def _seconds(seconds: float) -> str:
 
 def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, times) -> None:
     checkpointing = ", activation checkpointing" if workload.gradient_checkpointing else ""
+    stored = " and ".join(dict.fromkeys([workload.param_dtype, workload.dtype_of_frozen]))
     console.print(
         f"{workers} workers, batch {workload.batch} x {workload.sequence} each, {workload.dtype} (stored "
-        f"{workload.param_dtype}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} "
+        f"{stored}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} "
         f"masking, coverage {plan.coverage:.3g}.",
         highlight=False,
     )
@@ -150,7 +163,7 @@ def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, t
         console.print(f"{name}: {found} {gib:g} GiB", highlight=False)
 
 
-def _report(model, workers, workload: Workload, plan: Plan, rows, gib, times, coverages) -> dict:
+def _report(model, workers, workload: Workload, plan: Plan, learned: int, rows, gib, times, coverages) -> dict:
     engines = []
     for row in rows:
         entry: dict = {"engine": row.engine}
@@ -175,6 +188,7 @@ def _report(model, workers, workload: Workload, plan: Plan, rows, gib, times, co
     return {
         "model": model,
         "parameters": plan.full_numel,
+        "learned_parameters": learned,
         "workers": workers,
         "workload": dataclasses.asdict(workload),
         "plan": {"level": plan.level, "masking": plan.masking, "coverage": plan.coverage, "hash": plan.hash},

@@ -104,6 +104,7 @@ workload_options = add_options(
     option_of(_WORKLOAD["sequence"], flag="--seq", default=1024),
     option_of(_WORKLOAD["dtype"], type=_short_dtypes, default="bf16"),
     option_of(_WORKLOAD["param_dtype"], type=_short_dtypes, default="fp32"),
+    option_of(_WORKLOAD["frozen_dtype"], type=_short_dtypes),
     option_of(_WORKLOAD["optimizer"]),
     option_of(_WORKLOAD["gradient_checkpointing"]),
 )
@@ -122,8 +123,9 @@ def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
     """
     if options.get("memory_gib") is not None or options.get("balance") == "compute":
         options["workload"] = workload
-        if options.get("memory_gib") is not None and workload and workload.dtype != workload.param_dtype:
-            options["param_dtype"] = workload.dtype  # gathered in the dtype of computation
+        if options.get("memory_gib") is not None and workload:
+            if {workload.param_dtype, workload.dtype_of_frozen} != {workload.dtype}:
+                options["param_dtype"] = workload.dtype  # gathered in the dtype of computation
     return SDPConfig(**{name: value for name, value in options.items() if value is not None})
 
 

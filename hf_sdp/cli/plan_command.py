@@ -51,7 +51,7 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
     for sequences of --seq tokens, bytes for elements of --dtype; the other options of the batch matter with
     --memory-gib only.
     """
-    refuse_without_memory(context, ("batch", "param_dtype", "optimizer", "gradient_checkpointing"))
+    refuse_without_memory(context, ("batch", "param_dtype", "frozen_dtype", "optimizer", "gradient_checkpointing"))
     if picture is not None:
         _check_picture(picture)
     workload = pop_workload(options)

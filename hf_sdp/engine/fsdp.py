@@ -75,7 +75,8 @@ _MEANWHILE = "hf_sdp_meanwhile"
 def fully_shard_plainly(
     model: nn.Module, device_type: str, *, reshard_after_forward: bool, mp_policy: MixedPrecisionPolicy | None = None
 ) -> None:
-    """Plain FSDP2 of a full model over the world, in place. Collective (it makes a mesh)."""
+    """Plain FSDP2 of a full model (or that in one of PEFT) over the world, in place. Collective (it makes a mesh)."""
+    model = unwrap(model)
     num_workers = dist.get_world_size()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     groups = data_parallel_groups(structure_of(model), shapes, num_workers)

@@ -121,8 +121,10 @@ class FullyShard(Allocator):
         self.with_root = tuple(with_root)
         self.reshards = reshard_after_forward  # also the root: only reshard_after_forward=None makes an exception of it
         self.stored_bytes, self.computed_bytes = DTYPES[workload.param_dtype], DTYPES[workload.dtype]
-        self.parameters = sum(group.stored_numel for group in groups) * self.stored_bytes
+        self.frozen_bytes = DTYPES[workload.dtype_of_frozen]
         self.gradients_stored = sum(group.learned_numel for group in groups) * self.stored_bytes
+        frozen_numel = sum(group.stored_numel - group.learned_numel for group in groups)
+        self.parameters = self.gradients_stored + frozen_numel * self.frozen_bytes
         self.optimizer = self.gradients_stored * OPTIMIZER_STATES[workload.optimizer]
         self._by_module: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
@@ -184,8 +186,7 @@ class FullyShard(Allocator):
             return 0
         output = group.gathered_numel * self.computed_bytes
         self.gathered += output
-        if self.stored_bytes != self.computed_bytes:
-            cast = group.shard_numel * self.computed_bytes
+        if cast := self._cast_numel(group) * self.computed_bytes:
             self.gathered += cast
             self.note()
             self.gathered -= cast
@@ -193,13 +194,19 @@ class FullyShard(Allocator):
         self.actions.append(Action("gather", (group.members - 1) * group.shard_numel * self.computed_bytes, index))
         return output
 
+    def _cast_numel(self, group: StoredGroup) -> int:
+        """Elements of a shard that are stored in another dtype than they are gathered in."""
+        frozen_numel = group.shard_numel - group.reduced_numel
+        learned_are_cast, frozen_are_cast = (b != self.computed_bytes for b in (self.stored_bytes, self.frozen_bytes))
+        return group.reduced_numel * learned_are_cast + frozen_numel * frozen_are_cast
+
     def _gather(self, index: int, *, keep_output: bool) -> None:
         group = self.groups[index]
         if self._gathered[index] or not group.group.tensors:
             return
         output = self._prefetched.pop(index) if index in self._prefetched else self._start_gather(index)
         self.gathered += group.gathered_numel * self.computed_bytes
-        if group.members == 1 and self.stored_bytes != self.computed_bytes:
+        if group.members == 1 and self._cast_numel(group):
             self.note(group.largest_numel * self.computed_bytes)
         self.note()
         if keep_output:  # that of the group before goes only when wait_for_unshard returns: a local variable has it
@@ -268,15 +275,21 @@ class Replicated(Allocator):
         mixed = stored_bytes != computed_bytes
         num_states = OPTIMIZER_STATES[workload.optimizer]
         if zero_stage == 0:
-            self.parameters, self.gradients_stored = numel * stored_bytes, learned * stored_bytes
+            self.gradients_stored = learned * stored_bytes
+            self.parameters = self.gradients_stored + (numel - learned) * DTYPES[workload.dtype_of_frozen]
             self.optimizer = self.gradients_stored * num_states
             self.gradients = self.gradients_stored  # the buckets
             self.share = 1
             if mixed and workload.gradient_checkpointing and not shapes.is_traced_whole:
                 # Autocast's copies of the weights go when forward ends; the trace has seen those of few layers.
                 layers = shapes.structure.layers
-                of_first = (s for name, s in shapes.tensors.items() if name.startswith(layers[0] + ".") and len(s) == 2)
-                self._untraced_copies = (len(layers) - TRACED_LAYERS) * sum(map(math.prod, of_first)) * computed_bytes
+                learned_of_first = (
+                    s
+                    for name, s in shapes.tensors.items()
+                    if name.startswith(layers[0] + ".") and len(s) == 2 and name not in shapes.frozen
+                )
+                of_first = sum(map(math.prod, learned_of_first))
+                self._untraced_copies = (len(layers) - TRACED_LAYERS) * of_first * computed_bytes
         else:
             # ZeRO: parameters and gradients in the dtype of computation; the sharded optimizer has the stored ones
             shard = -(-learned // world_size)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from transformers import PreTrainedConfig
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..plan.plan import Plan
 from .memory import sdp_step
+from .shapes import Model
 
 STEPS = 8  # coverages are multiples of 1/8: as fine as a linear depth profile can halve again
 MAX_ESTIMATES = 64  # of the workers of one capacity, who hold equal shares
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def fit(
-    model_config: PreTrainedConfig,
+    model: Model,
     config: SDPConfig,
     num_subnetworks: int,
     plan_of: Callable[[np.ndarray], Plan],
@@ -39,7 +39,7 @@ def fit(
             f"memory_gib lists {len(capacities)} subnetworks {list(config.memory_gib)}, there are {num_subnetworks}. "
             f"Give one for each, or num_subnetworks={len(capacities)} for replicas of them."
         )
-    search = _Search(model_config, config, capacities, plan_of)
+    search = _Search(model, config, capacities, plan_of)
     steps, stuck, reason = np.full(num_subnetworks, STEPS), np.zeros(num_subnetworks, dtype=bool), None
     while (over := (need := search.need(steps)) > capacities).any():
         if (over <= stuck).all():
@@ -64,8 +64,8 @@ def _shortage(
 
 
 class _Search:
-    def __init__(self, model_config, config: SDPConfig, capacities: np.ndarray, plan_of):
-        self.model_config, self.config, self.capacities, self.plan_of = model_config, config, capacities, plan_of
+    def __init__(self, model: Model, config: SDPConfig, capacities: np.ndarray, plan_of):
+        self.model, self.config, self.capacities, self.plan_of = model, config, capacities, plan_of
 
     def need(self, steps: np.ndarray) -> np.ndarray:
         """Peak bytes of each worker; of many with one capacity, the largest of some."""
@@ -80,7 +80,7 @@ class _Search:
     def _peak(self, plan: Plan, subnetwork: int) -> int:
         assert self.config.workload is not None  # SDPConfig asks for it beside memory_gib
         return sdp_step(
-            self.model_config,
+            self.model,
             plan,
             subnetwork,
             self.config.workload,

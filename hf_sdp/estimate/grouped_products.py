@@ -16,15 +16,17 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weights, offs)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, offs)
         return x @ weights[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
         x, weights, _ = ctx.saved_tensors
-        grad_weights = torch.empty_like(weights)
-        torch.mm(x.t(), grad, out=grad_weights[0])
+        grad_weights = None
+        if ctx.needs_input_grad[1]:  # not frozen
+            grad_weights = torch.empty_like(weights)
+            torch.mm(x.t(), grad, out=grad_weights[0])
         return grad @ weights[0].t(), grad_weights, None
 
 

@@ -8,8 +8,6 @@ computation and communication for ``time.py``. Every formula with its source: ``
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
-
 from ..families import Structure
 from ..plan.groups import data_parallel_groups, sharding_groups
 from ..plan.placement import Placement
@@ -18,7 +16,7 @@ from ..plan.subnetwork import subnetwork_of, whole_model
 from ..workload import Workload
 from .allocations import Action, Allocator, FullyShard, Replicated, WorkerMemory
 from .groups import stored_groups
-from .shapes import shapes_of
+from .shapes import Model, shapes_of
 from .trace import Mark, Segment, Trace, trace, trace_subnetwork
 
 
@@ -39,7 +37,7 @@ class Step:
 
 
 def sdp_step(
-    model_config: PreTrainedConfig,
+    model: Model,
     plan: Plan,
     subnetwork: int,
     workload: Workload,
@@ -53,40 +51,38 @@ def sdp_step(
     Nothing is allocated. It takes milliseconds after the first call with a layer of the same structure.
 
     Args:
-        model_config: of the full model; ``plan`` may give each unit its own number of holders.
+        model: full, not patched; ``plan``, made for it, may give each unit its own number of holders.
         sharding, reshard_after_forward: as in ``SDPConfig``.
         world_size: workers; default: one for each subnetwork.
     """
     placement = Placement(world_size or plan.num_subnetworks, plan.num_subnetworks, sharding)
     local = subnetwork_of(plan, subnetwork) if plan.masking == "forward" else whole_model(plan)
-    shapes = shapes_of(model_config)
+    shapes = shapes_of(model)
     structure = shapes.structure
     groups = stored_groups(sharding_groups(local, structure), placement, subnetwork, shapes.frozen)
-    layers, outside = trace_subnetwork(model_config, workload, plan, subnetwork)
+    layers, outside = trace_subnetwork(shapes, workload, plan, subnetwork)
     with_root = [modules[0] for modules in structure.outer]
     allocator = FullyShard(groups, workload, reshard_after_forward, prefetches=False, with_root=with_root)
     return _walk(structure, layers, outside, allocator)
 
 
-def fsdp_step(
-    model_config: PreTrainedConfig, workload: Workload, world_size: int, *, reshard_after_forward: bool = True
-) -> Step:
+def fsdp_step(model: Model, workload: Workload, world_size: int, *, reshard_after_forward: bool = True) -> Step:
     """Plain FSDP2 (ZeRO-3), layer by layer, with its default prefetching."""
-    shapes = shapes_of(model_config)
+    shapes = shapes_of(model)
     groups = data_parallel_groups(shapes.structure, shapes.tensors, world_size)
     stored = stored_groups(groups, Placement(world_size, world_size, "full"), 0, shapes.frozen)
     allocator = FullyShard(stored, workload, reshard_after_forward, prefetches=True)
-    return _walk(shapes.structure, *trace(model_config, workload), allocator)
+    return _walk(shapes.structure, *trace(shapes, workload), allocator)
 
 
-def replicated_step(model_config: PreTrainedConfig, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
+def replicated_step(model: Model, workload: Workload, world_size: int, *, zero_stage: int) -> Step:
     """DDP (``zero_stage=0``), ZeRO-1 and ZeRO-2: every worker has all parameters.
 
-    Another dtype of computation than the stored one means autocast for DDP, and for ZeRO parameters and gradients in
-    that dtype.
+    DDP computes with parameters as they are stored, under autocast where the dtype of computation is another one. ZeRO
+    has parameters and gradients in the dtype of computation.
     """
-    shapes = shapes_of(model_config)
-    traces = trace(model_config, workload, autocast=zero_stage == 0 and workload.dtype != workload.param_dtype)
+    shapes = shapes_of(model)
+    traces = trace(shapes, workload, as_stored=zero_stage == 0)
     return _walk(shapes.structure, *traces, Replicated(shapes, workload, world_size, zero_stage))
 
 
@@ -95,7 +91,7 @@ def _stream(structure: Structure, layers: list[Trace], outside: Trace) -> Iterat
     for item in outside.before:
         yield item, ""
     for index, layer in enumerate(layers):
-        for item in layer.layer_forward:
+        for item in layer.layer_forward if index else layer.first_forward:
             yield item, structure.layers[index]
         if index < len(layers) - 1:
             for item in outside.to_second_layer if index == 0 else layer.to_next_layer:
@@ -103,7 +99,7 @@ def _stream(structure: Structure, layers: list[Trace], outside: Trace) -> Iterat
     for item in outside.head:
         yield item, ""
     for index, layer in reversed([*enumerate(layers)]):
-        for item in layer.layer_backward:
+        for item in layer.layer_backward if index else layer.first_backward:
             yield item, structure.layers[index]
     for item in outside.after:
         yield item, ""

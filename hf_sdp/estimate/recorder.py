@@ -120,7 +120,7 @@ def _watch_module(module: nn.Module, name: str, recorder: Recorder) -> None:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda grad: recorder.mark("pre_backward", name))
 
-    module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
 
 

@@ -3,19 +3,16 @@
 import copy
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
-from ..families import Structure, structure_of
-from ..families.meta_model import meta_model
-from .shapes import shapes_of
+from ..families import Structure
+from .shapes import ModelShapes
 
 
-def shallow_model(model_config: PreTrainedConfig, chosen: tuple[int, ...]) -> tuple[nn.Module, Structure]:
+def shallow_model(shapes: ModelShapes, chosen: tuple[int, ...]) -> tuple[PreTrainedModel, Structure]:
     """On the meta device, with the layers of these numbers (one may come several times) in the place of all, and its
     structure. Of a model with several stacks of layers: all of it."""
-    model = meta_model(model_config)
-    full = structure_of(model)
-    shapes = shapes_of(model_config)
+    model, full = copy.deepcopy(shapes.model), shapes.structure
     if shapes.is_traced_whole:
         return model, full
     (stack,) = shapes.stacks

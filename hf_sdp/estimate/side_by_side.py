@@ -4,15 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
-
 from ..config import SDPConfig
 from ..errors import SDPConfigError
-from ..families.meta_model import meta_model
 from ..model.recomputation import recomputation_reorders
 from ..plan.plan import Plan
 from ..workload import Workload
 from .memory import Step, fsdp_step, replicated_step, sdp_step
+from .shapes import Model, shapes_of
 
 MAX_WORKERS = 64
 SHARDINGS: dict[str, dict] = {
@@ -41,31 +39,31 @@ def subnetworks(plan: Plan) -> list[int]:
     return [i * plan.num_subnetworks // number for i in range(number)]
 
 
-def sdp_rows(model_config: PreTrainedConfig, plan: Plan, workload: Workload, world_size: int) -> list[Row]:
+def sdp_rows(model: Model, plan: Plan, workload: Workload, world_size: int) -> list[Row]:
     """One row for each sharding that the engine runs."""
     rows = []
     for name, sharding in SHARDINGS.items():
         gathers_again = sharding.get("reshard_after_forward") and workload.gradient_checkpointing
         if not (gathers_again and recomputation_reorders(plan)):  # which the engine refuses
             steps = tuple(
-                sdp_step(model_config, plan, subnetwork, workload, world_size=world_size, **sharding)
+                sdp_step(model, plan, subnetwork, workload, world_size=world_size, **sharding)
                 for subnetwork in subnetworks(plan)
             )
             rows.append(Row(name, steps))
     return rows
 
 
-def other_rows(model_config: PreTrainedConfig, workload: Workload, world_size: int) -> list[Row]:
+def other_rows(model: Model, workload: Workload, world_size: int) -> list[Row]:
     """What everyone asks about: DDP (also with activation checkpointing, if it can), ZeRO-1, ZeRO-2, FSDP2."""
 
     def replicated(zero_stage: int, of: Workload = workload) -> tuple[Step, ...]:
-        return (replicated_step(model_config, of, world_size, zero_stage=zero_stage),)
+        return (replicated_step(model, of, world_size, zero_stage=zero_stage),)
 
     def sharded(reshard_after_forward: bool) -> tuple[Step, ...]:
-        return (fsdp_step(model_config, workload, world_size, reshard_after_forward=reshard_after_forward),)
+        return (fsdp_step(model, workload, world_size, reshard_after_forward=reshard_after_forward),)
 
     saves_all, recomputes = (dataclasses.replace(workload, gradient_checkpointing=on) for on in (False, True))
-    can_recompute = meta_model(model_config).supports_gradient_checkpointing
+    can_recompute = shapes_of(model).model.supports_gradient_checkpointing
     return [
         Row("DDP", replicated(0, saves_all)),
         *([Row("DDP, activation checkpointing", replicated(0, recomputes))] if can_recompute else []),
@@ -77,7 +75,7 @@ def other_rows(model_config: PreTrainedConfig, workload: Workload, world_size: i
 
 
 def largest_coverage(
-    make: Callable[[float], Plan], model_config: PreTrainedConfig, workload: Workload, world_size: int, limit: int
+    make: Callable[[float], Plan], model: Model, workload: Workload, world_size: int, limit: int
 ) -> dict[str, float | None]:
     """For each sharding the largest coverage r/N whose workers all stay within ``limit`` bytes; None when none does.
 
@@ -99,7 +97,7 @@ def largest_coverage(
     def fits(holders: int, sharding: dict) -> bool:
         plan = plan_of(holders)
         return plan is not None and all(
-            sdp_step(model_config, plan, subnetwork, workload, world_size=world_size, **sharding).memory.peak <= limit
+            sdp_step(model, plan, subnetwork, workload, world_size=world_size, **sharding).memory.peak <= limit
             for subnetwork in subnetworks(plan)
         )
 

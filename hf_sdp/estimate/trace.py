@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compat import checkpoint_activations, is_within_backward
+from ..engine.frozen import let_inputs_need_gradients
 from ..errors import SDPConfigError
 from ..families import Structure
 from ..families.attention import set_attention
-from ..families.model_config import config_key
 from ..model.backward_masking import mask_weight_gradients
 from ..model.cut import cut
 from ..model.state import Cursor, Run
@@ -29,13 +29,13 @@ from ..plan.groups import ROOT, shardable_modules
 from ..plan.plan import Plan
 from ..plan.subnetwork import subnetwork_of, whole_model
 from ..plan.units import MaskableModule
-from ..workload import Workload
+from ..workload import Dtype, Workload
 from .attention import ATTENTION
 from .batch import training_batch
 from .grouped_products import grouped_products_on_meta
 from .recorder import Mark, Recorder, Segment, watch
 from .shallow import shallow_model
-from .shapes import shapes_of
+from .shapes import ModelShapes
 
 TRACED_LAYERS = 3  # one in the middle, with a layer on both sides
 _AUTOCAST = "_hf_sdp_autocast"
@@ -49,78 +49,86 @@ class Trace:
 
     Attributes:
         before: up to the first decoder layer; the whole step of a model with several stacks.
-        layer_forward: forward of a layer.
+        first_forward: forward of the first layer, whose inputs may need no gradients.
+        layer_forward: forward of any other layer.
         to_second_layer, to_next_layer: between the first layer and the second, and other neighbours: inputs are freed,
             except for the first layer's, which transformers keeps.
         head: from the last layer to its backward.
-        layer_backward: backward of a layer.
+        layer_backward: backward of any layer but the first.
+        first_backward: backward of the first layer.
         after: after the first layer's backward.
     """
 
     before: Stream
+    first_forward: Stream = ()
     layer_forward: Stream = ()
     to_second_layer: Stream = ()
     to_next_layer: Stream = ()
     head: Stream = ()
     layer_backward: Stream = ()
+    first_backward: Stream = ()
     after: Stream = ()
 
 
 _cache: dict[tuple, Trace] = {}
 
 
-def trace(model_config: PreTrainedConfig, workload: Workload, *, autocast: bool = False) -> tuple[list[Trace], Trace]:
+def trace(shapes: ModelShapes, workload: Workload, *, as_stored: bool = False) -> tuple[list[Trace], Trace]:
     """For each layer the trace of the full model, and one for what is outside of the layers; of a model with several
     stacks no layers, and one for all. Kept: asking again costs nothing.
 
     Args:
-        autocast: parameters and the residual stream stay float32, linear layers and attention compute in
-            ``workload.dtype``, as under ``torch.autocast``; else everything is in that dtype.
+        as_stored: parameters keep the dtypes in which they are stored. Where those that learn have another than
+            ``workload.dtype``, linear layers and attention compute in that, as under ``torch.autocast``. Else
+            everything is in that dtype.
     """
+    dtypes = (workload.param_dtype, workload.dtype_of_frozen) if as_stored else (workload.dtype, workload.dtype)
 
     def prepare(model: PreTrainedModel, structure: Structure) -> list[str]:
-        if autocast:
+        _cast(model, *dtypes)
+        if dtypes[0] != workload.dtype:
             _autocast_linear_layers(model, getattr(torch, workload.dtype))
         return [*structure.layers, ROOT]
 
     def traced(*chosen: int) -> Trace:
-        return _cached(model_config, workload, chosen, ("autocast",) if autocast else (), prepare)
+        return _cached(shapes, workload, chosen, dtypes, prepare)
 
-    types = shapes_of(model_config).layer_types
-    if shapes_of(model_config).is_traced_whole:
+    types = shapes.layer_types
+    if shapes.is_traced_whole:
         return [], traced(*range(len(types)))
     alike = {of_type: traced(layer, layer, layer) for of_type, layer in _first(types).items()}
     layers = [alike[of_type] for of_type in types]
     return layers, layers[0]
 
 
-def trace_subnetwork(
-    model_config: PreTrainedConfig, workload: Workload, plan: Plan, index: int
-) -> tuple[list[Trace], Trace]:
+def trace_subnetwork(shapes: ModelShapes, workload: Workload, plan: Plan, index: int) -> tuple[list[Trace], Trace]:
     """For each layer the trace of subnetwork ``index`` in a model whose layers are all like it.
 
     Layers of one structure, of whatever plan, are traced once.
     Returns: as :func:`trace`.
     """
-    layers = shapes_of(model_config).structure.layers
-    of_layer: list[tuple] = [(of_type,) for of_type in shapes_of(model_config).layer_types]
+    layers = shapes.structure.layers
+    of_layer: list[tuple] = [(of_type,) for of_type in shapes.layer_types]
     for module, structure_of_module in _structures(plan, index):
         of_layer[module.layer] += (module.kind, structure_of_module)
 
     def traced(*chosen: int) -> Trace:
         def prepare(model: nn.Module, structure: Structure) -> list[str]:
+            _cast(model, workload.dtype, workload.dtype)
             few = _plan_of_layers(plan, [layers[i] for i in chosen], model, structure)
             if plan.masking == "backward":
                 mask_weight_gradients(model, few, Cursor(index), [index])
                 return shardable_modules(whole_model(few), structure)
             subnetwork = subnetwork_of(few, index)
             cut(model, subnetwork, structure, Run(Cursor(index), evaluates_full=False))
+            if not plan.is_full:
+                let_inputs_need_gradients(model, structure.layers)
             return shardable_modules(subnetwork, structure)
 
         structures = (plan.level, plan.masking, *(of_layer[i] for i in chosen))
-        return _cached(model_config, workload, chosen, structures, prepare)
+        return _cached(shapes, workload, chosen, structures, prepare)
 
-    if shapes_of(model_config).is_traced_whole:
+    if shapes.is_traced_whole:
         return [], traced(*range(len(of_layer)))
     alike = {structure: traced(layer, layer, layer) for structure, layer in _first(of_layer).items()}
     if plan.level == "neuron":  # every layer has something of everything
@@ -146,25 +154,26 @@ def _structures(plan: Plan, index: int) -> Iterator[tuple[MaskableModule, tuple]
             yield local.module, (*(part.part.numel for part in local.parts), local.has_parts)
 
 
-def _cached(
-    model_config: PreTrainedConfig, workload: Workload, chosen: tuple[int, ...], structure: tuple, prepare
-) -> Trace:
+def _cached(shapes: ModelShapes, workload: Workload, chosen: tuple[int, ...], structure: tuple, prepare) -> Trace:
     """``prepare(model, structure)`` changes a model on the meta device that has the layers of these numbers, and names
     the modules to watch. ``structure``: what decides the result, beside the types of these layers."""
-    types = shapes_of(model_config).layer_types
     key = (
-        config_key(model_config),
+        shapes.key,
         *(workload.batch, workload.sequence, workload.dtype, workload.gradient_checkpointing),
-        tuple(types[index] for index in chosen),
+        tuple(shapes.layer_types[index] for index in chosen),
         structure,
     )
     if key not in _cache:
-        model, names = shallow_model(model_config, chosen)
+        model, names = shallow_model(shapes, chosen)
         watched = prepare(model, names)
         stream = _trace_stream(model, workload, watched)
-        whole = shapes_of(model_config).is_traced_whole
-        _cache[key] = Trace(tuple(stream)) if whole else _cut(stream, names.layers)
+        _cache[key] = Trace(tuple(stream)) if shapes.is_traced_whole else _cut(stream, names.layers)
     return _cache[key]
+
+
+def _cast(model: nn.Module, learned: Dtype, frozen: Dtype) -> None:
+    for p in model.parameters():  # not the buffers: rotary frequencies stay float32
+        p.data = p.data.to(getattr(torch, learned if p.requires_grad else frozen))
 
 
 def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: Structure) -> Plan:
@@ -188,9 +197,6 @@ def _plan_of_layers(plan: Plan, chosen: list[str], model: nn.Module, structure: 
 
 def _trace_stream(model: PreTrainedModel, workload: Workload, watched: Iterable[str]) -> list[Segment | Mark]:
     """One step of a model on the meta device. It is not to be used any more."""
-    if _AUTOCAST not in vars(model):
-        for p in model.parameters():
-            p.data = p.data.to(getattr(torch, workload.dtype))  # not the buffers: rotary frequencies stay float32
     for module in model.modules():
         if (config := getattr(module, "config", None)) is not None:
             config.use_cache = False  # each stack may have its own
@@ -227,8 +233,8 @@ def _cut(stream: list[Segment | Mark], layers: tuple[str, ...]) -> Trace:
     def at(kind: str, layer: int) -> int:
         return stream.index(Mark(kind, layers[layer]))
 
-    def relative(piece: list[Segment | Mark]) -> Stream:
-        own = layers[1]
+    def relative(piece: list[Segment | Mark], layer: int = 1) -> Stream:
+        own = layers[layer]
         result: list[Segment | Mark] = []
         for item in piece:
             if isinstance(item, Mark):
@@ -240,14 +246,17 @@ def _cut(stream: list[Segment | Mark], layers: tuple[str, ...]) -> Trace:
         return tuple(result)
 
     last = TRACED_LAYERS - 1
+    end = at("post_backward", 0) if Mark("post_backward", layers[0]) in stream else stream.index(Mark("end", ""))
     return Trace(
         before=tuple(stream[: at("pre_forward", 0)]),
+        first_forward=relative(stream[at("pre_forward", 0) : at("post_forward", 0) + 1], 0),
         layer_forward=relative(stream[at("pre_forward", 1) : at("post_forward", 1) + 1]),
         to_second_layer=tuple(stream[at("post_forward", 0) + 1 : at("pre_forward", 1)]),
         to_next_layer=relative(stream[at("post_forward", 1) + 1 : at("pre_forward", 2)]),
         head=tuple(stream[at("post_forward", last) + 1 : at("pre_backward", last)]),
         layer_backward=relative(stream[at("pre_backward", 1) : at("pre_backward", 0)]),
-        after=tuple(stream[at("post_backward", 0) :]),
+        first_backward=relative(stream[at("pre_backward", 0) : end], 0),
+        after=tuple(stream[end:]),
     )
 
 
@@ -260,8 +269,9 @@ def _without(prefix: str, name: str) -> str:
 def _autocast_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """What ``torch.autocast``, which knows no meta device, does to linear layers.
 
-    Inputs are cast each time, and weights once in a forward. The copies of the weights are kept until its end. Those
-    for recomputation are kept as long as they are used. Source: aten/src/ATen/autocast_mode.cpp (``cached_cast``).
+    Inputs and frozen weights are cast each time, other weights once in a forward. The copies of these are kept until
+    its end. Those for recomputation are kept as long as they are used. Source: aten/src/ATen/autocast_mode.cpp
+    (``cached_cast``).
     """
     copies: dict[torch.Tensor, torch.Tensor] = {}
     object.__setattr__(model, _AUTOCAST, copies)
@@ -270,7 +280,7 @@ def _autocast_linear_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         weight = copies.get(linear.weight)
         if weight is None:
             weight = linear.weight.to(dtype)
-            if not is_within_backward():
+            if linear.weight.requires_grad and not is_within_backward():
                 copies[linear.weight] = weight
         return F.linear(x.to(dtype), weight, None if linear.bias is None else linear.bias.to(dtype))
 

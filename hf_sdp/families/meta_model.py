@@ -1,9 +1,10 @@
-"""The full model of a transformers config, without memory."""
+"""A full model without memory: of a transformers config, or as a model is."""
 
 import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,3 +30,11 @@ def meta_model(model_config, model_class: type | None = None) -> "PreTrainedMode
         auto_classes = [getattr(transformers, name) for name in _AUTO_CLASSES]
         known = (auto for auto in auto_classes if type(model_config) in auto._model_mapping)
         return next(known, auto_classes[0]).from_config(copy.deepcopy(model_config))
+
+
+def meta_copy(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy on the meta device of a full model on any device. Parameters learn where the model's do."""
+    of_tensors: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for p in model.parameters():
+        of_tensors[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+    return copy.deepcopy(model, of_tensors)

@@ -6,12 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
-from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
+from hf_sdp.bench.fake_world import fake_world
+from hf_sdp.bench.predicted import predicted_step
 from hf_sdp.engine.fsdp import fsdp_modules
 from hf_sdp.engine.shard import shard
 from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.estimate.groups import stored_groups
-from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, replicated_step, sdp_step
+from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, sdp_step
 from hf_sdp.estimate.shapes import shapes_of
 from hf_sdp.estimate.time import step_time
 from hf_sdp.estimate.trace import Segment, _trace_stream, trace, trace_subnetwork
@@ -20,27 +21,11 @@ from hf_sdp.model.state import get_state
 from hf_sdp.patch import patch_meta_model
 from hf_sdp.plan.groups import shardable_modules
 from hf_sdp.workload import Workload
+from tests.support.estimates import compare
 from tests.support.models import SMALL, tiny_config
 
 CPU = torch.device("cpu")
 BATCH = (2, 128)
-
-
-def predicted(config, engine, workload, world_size, rank) -> Step:
-    if engine == "DDP":
-        return replicated_step(config, workload, world_size, zero_stage=0)
-    if isinstance(engine, str):
-        return fsdp_step(config, workload, world_size, reshard_after_forward=engine == "FSDP2")
-    num_subnetworks = engine.num_subnetworks or world_size
-    return sdp_step(
-        config,
-        make_plan(config, engine, num_subnetworks),
-        rank % num_subnetworks,
-        workload,
-        sharding=engine.sharding,
-        reshard_after_forward=engine.reshard_after_forward,
-        world_size=world_size,
-    )
 
 
 @pytest.mark.parametrize(
@@ -78,29 +63,8 @@ def test_predicted_equals_measured(engine, dtype, checkpointing, rank, world_siz
     workload = Workload(
         batch=BATCH[0], sequence=BATCH[1], dtype=dtype, gradient_checkpointing=checkpointing, optimizer="adamw"
     )
-    step = predicted(config, engine, workload, world_size, rank)
-    model = AutoModelForCausalLM.from_config(config)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    with fake_world(world_size, rank):
-        model, optimizer = parallelize(model, engine, CPU, None if dtype == "float32" else dtype)
-        (measured,) = measure_steps(model, optimizer, [BATCH], CPU)
-    memory = step.memory
-    assert (memory.parameters, memory.gradients, memory.optimizer) == tuple(
-        measured[kind] for kind in ("parameters", "gradients", "optimizer")
-    )
-    peak = measured["parameters"] + measured["optimizer"] + measured["buckets"] + measured["step"]
-    assert memory.peak == pytest.approx(peak, rel=0.01)
-    parts = (
-        memory.parameters,
-        memory.optimizer,
-        memory.gathered_at_peak,
-        memory.activations_at_peak,
-        memory.gradients_at_peak,
-    )
-    assert memory.peak == sum(parts)
-    if isinstance(engine, SDPConfig):
-        assert step.bytes_sent == measured["bytes_sent"]
+    step = predicted_step(config, engine, workload, world_size, rank)
+    compare(step, AutoModelForCausalLM.from_config(config), engine, workload, world_size, rank)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True, mlp_bias=True, attention_bias=True)], ids=str)
@@ -160,7 +124,9 @@ def test_a_deep_model_is_put_together_from_shallow_traces():
         model = patch_meta_model(meta_model(config), sdp, rank=subnetwork, world_size=8)
         held = get_state(model).held
         watched = shardable_modules(held.subnetwork, held.structure)
-        composed = _stream(shapes_of(config).structure, *trace_subnetwork(config, workload, plan, subnetwork))
+        composed = _stream(
+            shapes_of(config).structure, *trace_subnetwork(shapes_of(config), workload, plan, subnetwork)
+        )
         assert peak(item for item, _ in composed) == peak(_trace_stream(model, workload, watched))
 
 
@@ -198,7 +164,7 @@ def test_flops_are_six_per_weight_and_token_and_the_attention():
     weights = sum(p.numel() for n, p in meta_model(config).named_parameters() if p.dim() == 2 and "embed" not in n)
     attention = 2 * workload.batch * workload.sequence**2 * config.hidden_size * config.num_hidden_layers
     assert flops == 6 * weights * workload.tokens + 7 * attention + rotary_flops(config, workload.sequence)
-    layers, _ = trace(config, workload)
+    layers, _ = trace(shapes_of(config), workload)
     assert layers[0] is layers[1]  # traced once
 
 
