@@ -13,7 +13,7 @@ from .config import MAX_WORLD, SDPConfig
 from .engine.presence import open_roll_call
 from .errors import SDPConfigError
 from .families import structure_of
-from .families.adapters import is_peft_model, without_peft
+from .families.adapters import adapters_in_use, is_peft_model, without_peft
 from .families.model_config import architecture
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
@@ -95,6 +95,7 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         model_name=type(model).__name__,
         full_config=model.config,
         tied=_tied(model),
+        adapters=adapters_in_use(model),
     )
     if not config.simulate:
         refuse_mixed_groups(model, held)
