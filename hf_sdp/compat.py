@@ -65,8 +65,8 @@ def reset_after_exception(model: nn.Module) -> None:
 def fsdp_groups(module: "FSDPModule") -> list[Any]:
     """FSDP2's parameter groups of one module.
 
-    What is used of a group is private to torch as well: ``_is_hsdp``, ``mesh_info``, ``_all_gather_comm``,
-    ``_reduce_scatter_comm`` and ``_all_reduce_hook``.
+    What is used of a group is private to torch as well: ``is_unsharded``, ``_is_hsdp``, ``mesh_info``,
+    ``_all_gather_comm``, ``_reduce_scatter_comm`` and ``_all_reduce_hook``.
     """
     return module._get_fsdp_state()._fsdp_param_groups
 

@@ -13,7 +13,7 @@ from .config import MAX_WORLD, SDPConfig
 from .engine.presence import open_roll_call
 from .errors import SDPConfigError
 from .families import structure_of
-from .families.adapters import is_peft_model, without_peft
+from .families.adapters import adapters_in_use, is_peft_model, without_peft
 from .families.model_config import architecture
 from .model.backward_masking import mask_weight_gradients
 from .model.cut import cut
@@ -27,6 +27,7 @@ from .model.fitness import (
 )
 from .model.forward import install_forward
 from .model.mixin import mix_in
+from .model.packed import is_packed, let_storage_be_sharded, refuse_quantized
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
 from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
@@ -38,7 +39,6 @@ from .planner import make_plan
 from .world.agreement import agree, process_group_is_up, together
 
 logger = logging.getLogger(__name__)
-_QUANTIZED = ("hf_quantizer", "hf_device_map", "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
 def patch_model(
@@ -59,8 +59,10 @@ def patch_model(
         different seeds do not matter.
     """
     rank, world_size, plan = _agree(model, config, rank, world_size, meta=False)
-    if process_group_is_up() and not config.simulate:
-        _send_values_of_rank_0(without_peft(model))
+    if not config.simulate:
+        let_storage_be_sharded(without_peft(model))
+        if process_group_is_up():
+            _send_values_of_rank_0(without_peft(model))
     return _patch(model, config, rank, world_size, plan)
 
 
@@ -93,6 +95,7 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         model_name=type(model).__name__,
         full_config=model.config,
         tied=_tied(model),
+        adapters=adapters_in_use(model),
     )
     if not config.simulate:
         refuse_mixed_groups(model, held)
@@ -208,13 +211,11 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
         raise SDPConfigError("This model is already patched. Patch a newly made model.")
     refuse_what_is_no_model(model)
     refuse_adapters(model)
-    if is_peft_model(model):
+    is_adapted = is_peft_model(model)
+    if is_adapted:
         refuse_what_is_not_saved(model)
     model = without_peft(model)
-    if any(getattr(model, name, None) for name in _QUANTIZED) or getattr(model.config, "quantization_config", None):
-        raise SDPConfigError(
-            "Quantized models and device_map are not supported. Load the model in full, on one device."
-        )
+    refuse_quantized(model, config, is_adapted=is_adapted)
     for name, p in model.named_parameters():
         if p.is_meta and not meta:
             raise SDPConfigError(
@@ -226,7 +227,7 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
                 f"{name} has a hook for its gradient. Patching and sharding make new parameters, on which it would "
                 "never be called. Register it after the model has been prepared."
             )
-        if type(p) is not nn.Parameter:
+        if type(p) is not nn.Parameter and not is_packed(p):
             raise SDPConfigError(f"{name} is a {type(p).__name__}: the model is already sharded. Patch it before.")
     refuse_unlike_its_config(model)
     if not config.simulate:

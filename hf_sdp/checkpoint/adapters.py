@@ -93,6 +93,13 @@ _NOT_GIVEN: Any = object()
 class SavesAdapters:
     """Mixed into the class of a model of PEFT around a patched one: ``model.save_pretrained`` saves full adapters."""
 
+    def add_adapter(self, adapter_name, *args, **kwargs):
+        raise SDPConfigError(
+            f"Adapter {adapter_name!r} would be added to slices, and is in no plan: add adapters before patch_model. "
+            "TRL's DPOTrainer adds one (a copy, as the reference): give it the model without patch_model, with "
+            "SDPCallback(SDPConfig(...)), or a ref_model."
+        )
+
     def save_pretrained(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
         """Collective when ``state_dict`` is not given: call it on every worker, rank 0 writes."""
         model: Any = self

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..families.adapters import prefix_of
+from ..model.packed import quant_states
 from ..model.state import find_peft, get_state, local_tensor, unwrap
 from ..plan.region import Region
 from ..world.agreement import together
@@ -95,9 +96,10 @@ def consolidate(
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those that belong into a checkpoint, on the CPU; equal on all workers once statistics are averaged."""
     # Not through model.state_dict(): FSDP2 frees gathered parameters there, and this is one worker only.
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach().cpu()
+    buffers = {
+        f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+    return {name: buffer.detach().cpu() for name, buffer in {**buffers, **quant_states(model)}.items()}

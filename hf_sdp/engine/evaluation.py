@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
 from ..model.cut import CutModule
@@ -23,7 +23,7 @@ from ..model.state import get_state, local_tensor
 from ..plan.placement import Placement
 from ..plan.region import Region
 from .exchange import Route, find_route, move, owned_tensors
-from .fsdp import is_hook_of_fsdp, reshard
+from .fsdp import gathered_modules, is_hook_of_fsdp, reshard
 from .sharded import Sharded
 from .statistics import average_statistics
 
@@ -164,21 +164,26 @@ def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> 
 
     held, roll_call = sharded.held, sharded.roll_call
     is_local = held.config.evaluate == "subnetwork" and not held.trains_full_forward and held.config.sharding == "none"
+    awaited: set[FSDPModule] = set()  # gathered by a forward whose backward comes after this one
 
     @torch.compiler.disable
     def check(module, args):
-        if module.training:
+        nonlocal awaited
+        awaited = gathered_modules(module)
+        trains = module.training and sharded.run.computes != "full"
+        if trains:
             refuse_unsafe_checkpointing(module, get_state(module))
             if torch.is_grad_enabled():
                 sharded.refuse_other_learners()
             sharded.has_new_statistics = True
         if roll_call is None:
             return
-        if module.training:
+        if trains:
             roll_call.announce("a forward in training mode")
         elif not is_local:  # else of its subnetwork, which this worker has whole
             is_stale = shadow is not None and shadow.is_stale  # all ask for new weights, or none does
-            roll_call.wait("a forward in eval mode", " with new weights" if is_stale else "")
+            mode = "in training mode without its adapters" if module.training else "in eval mode"
+            roll_call.wait(f"a forward {mode}", " with new weights" if is_stale else "")
             average_statistics(module, sharded)
 
     @torch.compiler.disable
@@ -186,7 +191,7 @@ def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> 
         # After a forward without backward FSDP2 keeps parts gathered. A state_dict() on one worker would free them
         # there only, and the next forward would gather on that worker alone.
         if not torch.is_grad_enabled():
-            reshard(module)
+            reshard(module, but=awaited)
 
     model.register_forward_pre_hook(check, prepend=True)
     model.register_forward_hook(free_gathered)

@@ -1,7 +1,7 @@
 """FSDP2 on groups of modules: what is said of all models that are sharded, by a plan or plainly."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from ..compat import fsdp_groups
 from ..families import structure_of
 from ..model.state import unwrap
 from ..plan.groups import Group, data_parallel_groups
@@ -122,7 +123,12 @@ def is_hook_of_fsdp(hook: Callable) -> bool:
     return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
-def reshard(model: nn.Module) -> None:
+def gathered_modules(model: nn.Module) -> set[FSDPModule]:
+    return {m for m in fsdp_modules(model) if any(group.is_unsharded for group in fsdp_groups(m))}
+
+
+def reshard(model: nn.Module, but: Collection[FSDPModule] = ()) -> None:
     """Free gathered parameters, so that the next forward gathers new values. Not from within a forward."""
     for module in fsdp_modules(model):
-        module.reshard()
+        if module not in but:
+            module.reshard()

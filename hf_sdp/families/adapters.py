@@ -42,6 +42,12 @@ def is_adapted(module: nn.Module) -> bool:
     return _BASE in module._modules and hasattr(module, "adapter_layer_names")
 
 
+def adapters_in_use(model: nn.Module) -> frozenset[str]:
+    """Names of the adapters that take part in a forward: none where there are none, or while they are switched off."""
+    layer: Any = next(filter(is_adapted, model.modules()), None)
+    return frozenset() if layer is None or layer.disable_adapters else frozenset(layer.active_adapters)
+
+
 def adapted_around(model: nn.Module, name: str) -> str | None:
     """Name of the adapted layer that a module is in; None of any other module."""
     while name := name.rpartition(".")[0]:

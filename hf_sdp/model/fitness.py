@@ -10,6 +10,7 @@ from torch import nn
 from ..compat import is_compiled
 from ..errors import SDPConfigError
 from ..families.adapters import is_adapted, is_peft_model, own_names
+from .packed import full_shape
 from .state import Held
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _own_parameters(model: nn.Module) -> dict[str, tuple]:
     first: dict[int, str] = {}
     own = own_names(model)
     return {
-        own[name]: (tuple(p.shape), first.setdefault(id(p), own[name]))
+        own[name]: (full_shape(p), first.setdefault(id(p), own[name]))
         for name, p in model.named_parameters(remove_duplicate=False)
         if name in own
     }

@@ -1,7 +1,7 @@
 """The forward of a patched model: its subnetwork in training, the full model in evaluation.
 
-The mode of the model decides, when the model is called. What is cut asks what is being computed (``cut.CutModule``),
-whatever came between: another forward, a loss of one's own, the base model.
+The mode of the model decides, when the model is called, and whether its adapters are switched off. What is cut asks
+what is being computed (``cut.CutModule``), whatever came between: another forward, a loss of one's own, the base model.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ..errors import SDPConfigError, SDPStateError
+from ..families.adapters import adapters_in_use
 from .mixin import mix_in
-from .state import SDPState, get_state, refuse_changed
+from .state import Held, SDPState, get_state, refuse_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,15 +28,19 @@ class PatchedModel(nn.Module):
 
     def __call__(self, *args, **kwargs):
         held, run = get_state(self).held, get_state(self).run
+        trains = self.training and not _is_of_a_reference(self, held)
         if held.simulated:
-            run.cursor.trains = self.training
+            run.cursor.trains = trains
             if not run.is_simulated_as_patched:
                 refuse_changed(self, held)
                 run.is_simulated_as_patched = True
-            if self.training and torch.is_grad_enabled():
+            if trains and torch.is_grad_enabled():
                 run.cursor.begin_forward(held.plan.num_subnetworks)
-            return super().__call__(*args, **kwargs)
-        is_full = held.evaluates_full and not self.training
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                run.cursor.trains = self.training
+        is_full = held.evaluates_full and not trains
         if not is_full:
             around: Callable[[], AbstractContextManager] = contextlib.nullcontext
         elif run.full_model is not None:
@@ -68,13 +73,20 @@ class PatchedModel(nn.Module):
             raise SDPStateError(
                 "state_dict() of a patched model has slices under the names of full parameters. Call "
                 "hf_sdp.consolidate(model) on every worker for the full state dict (rank 0 gets it), "
-                "hf_sdp.save_pretrained(model, folder) to save it, or hf_sdp.local_state_dict(model) for the slices."
+                "hf_sdp.save_pretrained(model, folder) to save it, or hf_sdp.local_state_dict(model) for the slices. "
+                "TRL asks for it with precompute_ref_log_probs=True: give its trainer a model of its own (ref_model)."
             )
         return super().state_dict(*args, **kwargs)
 
     def _get_name(self) -> str:
         # FSDP2 renames the class; the Trainer looks up by this name whether labels are shifted (label smoothing).
         return get_state(self).held.model_name
+
+
+def _is_of_a_reference(model: nn.Module, held: Held) -> bool:
+    """Whether a forward in training mode is to be that of evaluation: trainers that compare what they train with what
+    it was switch the adapters off for it, or a copy of them on, and ask for no gradients."""
+    return bool(held.adapters) and not torch.is_grad_enabled() and adapters_in_use(model) != held.adapters
 
 
 class PatchedBase(nn.Module):

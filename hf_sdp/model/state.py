@@ -39,6 +39,7 @@ class Held:
         model_class, model_name: of the full model.
         full_config: the transformers config of the full model.
         tied: alias -> name in ``plan.shapes`` (tied embeddings).
+        adapters: those in use when the model was patched: they train.
     """
 
     config: SDPConfig
@@ -51,6 +52,7 @@ class Held:
     model_name: str
     full_config: PreTrainedConfig
     tied: dict[str, str]
+    adapters: frozenset[str]
 
     @property
     def world_size(self) -> int:

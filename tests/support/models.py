@@ -30,13 +30,17 @@ def tiny_config(model_type: str = "llama", **overrides) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**{name: value for name, value in sizes.items() if hasattr(known, name)})
 
 
-def tiny_model(seed: int = 0, task: str | None = None, lora: dict | None = None, **overrides) -> PreTrainedModel:
+def tiny_model(
+    seed: int = 0, task: str | None = None, lora: dict | None = None, quantized: dict | None = None, **overrides
+) -> PreTrainedModel:
     """``task``: of any model type, with the sizes of ``hf_sdp.bench.support`` (a key of its ``TASKS``).
 
-    ``lora``: options of adapters, none of which is zero.
+    ``lora``: options of adapters, none of which is zero. ``quantized``: of its BitsAndBytesConfig.
     """
     if lora is not None:
-        return with_adapters(tiny_model(seed, task, **overrides), **lora)
+        return with_adapters(tiny_model(seed, task, quantized=quantized, **overrides), **lora)
+    if quantized is not None:
+        return with_four_bits(tiny_model(seed, task, **overrides), **quantized)
     if task is not None:
         return support.tiny_model(support_config(**overrides), task, seed)
     torch.manual_seed(seed)
@@ -63,6 +67,16 @@ def with_adapters(model: PreTrainedModel, **options):
             if "lora_B" in name or "lora_embedding_A" in name:
                 p.copy_(0.1 * torch.randn(p.shape))
     return model
+
+
+def with_four_bits(model: PreTrainedModel, **options) -> PreTrainedModel:
+    """The same model, loaded with its linear layers in four bits. ``options``: of its BitsAndBytesConfig."""
+    from transformers import BitsAndBytesConfig
+
+    four_bits = dict(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16, bnb_4bit_compute_dtype=torch.float32)
+    loaded = dict(config=model.config, state_dict=model.state_dict())
+    quantization = BitsAndBytesConfig(**four_bits | options)
+    return type(model).from_pretrained(None, quantization_config=quantization, **loaded).train()
 
 
 def batch_for(model: PreTrainedModel, index: int, task: str | None = None) -> dict[str, torch.Tensor]:
