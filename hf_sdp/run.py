@@ -4,6 +4,8 @@ The script is neither edited nor need it import hf_sdp. Under ``torchrun`` likew
 """
 
 import dataclasses
+import functools
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -33,18 +35,31 @@ def _options() -> list:
 )
 @add_options(*_options())
 @click.option("--only", help="Pattern of the classes of models to train with SDP, where a script trains several.")
+@click.option("--dry-run", is_flag=True, help="Stop when the model is known, and print its plan and what it takes.")
+@click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, for --dry-run.")
 @click.option("-m", "is_module", is_flag=True, help="SCRIPT is a module, as of python -m.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run(script: str, arguments: tuple[str, ...], is_module: bool, only: str | None, **options) -> None:
+def run(
+    script: str,
+    arguments: tuple[str, ...],
+    is_module: bool,
+    only: str | None,
+    dry_run: bool,
+    seq: int | None,
+    **options,
+) -> None:
     """Run SCRIPT with its ARGUMENTS; the model that it hands to a Trainer or to accelerator.prepare is patched."""
     if not is_module and not Path(script).is_file():
         raise click.UsageError(f"There is no file {script}. Options of hf_sdp come before it, its own after it.")
+    if seq is not None and not dry_run:
+        raise click.UsageError("--seq has no effect without --dry-run.")
     from .hosts.adoption import enable
     from .hosts.environment import options_in_environment
 
     given = {name: value for name, value in options.items() if value is not None}
-    adoption = enable(SDPConfig(**{**options_in_environment(), **given}), only=only)
+    config = SDPConfig(**{**options_in_environment(), **given})
+    adoption = enable(config, only=only, before=functools.partial(_stop, config, seq) if dry_run else None)
     assert adoption is not None  # a config was given
     sys.argv = [script, *arguments]
     if is_module:
@@ -57,6 +72,15 @@ def run(script: str, arguments: tuple[str, ...], is_module: bool, only: str | No
             f"{script} has ended, and no model was trained with SDP: none that learns came to a transformers.Trainer "
             "or to Accelerator.prepare."
         )
+
+
+def _stop(config: SDPConfig, sequence: int | None, model: Any, arguments: Any) -> None:
+    """Instead of patching a model, rank 0 prints what it would take; the script ends on all workers."""
+    if os.environ.get("RANK", "0") == "0":
+        from .cli.dry_run import show
+
+        show(model, config, config.simulate or int(os.environ.get("WORLD_SIZE", "1")), arguments, sequence)
+    sys.exit(0)
 
 
 def main() -> None:

@@ -90,9 +90,30 @@ def estimate(
         click.echo(json.dumps(report, indent=1))
         return
     console = Console(width=max(Console().width, 165))  # rows do not wrap: a terminal scrolls, a file does not care
+    print_rows(console, model, workers, workload, plan, learned, rows, gib, coverages, times)
+
+
+def print_rows(
+    out: Console,
+    model: str,
+    workers: int,
+    workload: Workload,
+    plan: Plan,
+    learned: int,
+    rows: list[Row],
+    gib: float | None = None,
+    coverages: dict[str, float | None] | None = None,
+    times: dict[str, StepTime] | None = None,
+) -> None:
+    """The table of engines, and what it is of.
+
+    Args:
+        model: how it is called there. learned: how many of its parameters learn.
+        gib, coverages, times: of the options ``--gib``, ``--bandwidth`` and ``--flops``.
+    """
     of_them = f", {learned / 1e6:,.1f} M of them learn" if learned < plan.full_numel else ""
-    console.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters{of_them}", rows, gib, times))
-    _print_notes(console, workers, workload, plan, rows, gib, coverages, times)
+    out.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters{of_them}", rows, gib, times or {}))
+    _print_notes(out, workers, workload, plan, rows, gib, coverages, times or {})
 
 
 def _slowest(row: Row, bandwidth: float, flops: float) -> StepTime:

@@ -67,7 +67,7 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
     if as_json:
         print(json.dumps(_as_json(model, config, made.hash, figures), indent=1))
     else:
-        _print(console(), model, config, figures)
+        print_figures(console(), model, config, figures)
         if picture is not None:
             print(f"Picture: {picture}")
 
@@ -107,7 +107,8 @@ def _as_json(model: str, config: SDPConfig, plan_hash: str, figures: PlanFigures
     }
 
 
-def _print(out: Console, model: str, config: SDPConfig, figures: PlanFigures) -> None:
+def print_figures(out: Console, model: str, config: SDPConfig, figures: PlanFigures) -> None:
+    """Tables of the subnetworks, and of the whole. ``model``: how it is called there."""
     out.print(_subnetworks(model, config, figures))
     out.print(_summary(config, figures))
 

@@ -1,0 +1,51 @@
+"""The plan and the estimate of a model that a script has made: what ``hf_sdp.run --dry-run`` prints."""
+
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from ..config import SDPConfig
+from ..estimate.figures import plan_figures
+from ..estimate.side_by_side import other_rows, sdp_rows
+from ..families.adapters import without_peft
+from ..planner import make_plan
+from ..workload import DTYPES, Workload
+from .estimate_command import print_rows
+from .plan_command import print_figures
+from .tables import console
+
+_SEQUENCE = 512
+
+
+def workload_of(model: nn.Module, arguments: Any, sequence: int | None) -> Workload:
+    """Of a model, and of the ``TrainingArguments`` of its Trainer, if there is one.
+
+    ``sequence``: by default 512 tokens, or as many as the model has positions.
+    """
+    base = without_peft(model)
+    positions = getattr(base.config, "max_position_embeddings", _SEQUENCE)
+    stored = str(next(p for p in base.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
+    computes = "bfloat16" if getattr(arguments, "bf16", False) else stored
+    computes = "float16" if getattr(arguments, "fp16", False) else computes
+    return Workload(
+        batch=getattr(arguments, "per_device_train_batch_size", 1),
+        sequence=sequence or min(_SEQUENCE, positions),
+        dtype=computes,  # type: ignore[arg-type]
+        param_dtype=stored,  # type: ignore[arg-type]
+        gradient_checkpointing=bool(getattr(arguments, "gradient_checkpointing", False)),
+    )
+
+
+def show(model: nn.Module, config: SDPConfig, workers: int, arguments: Any, sequence: int | None) -> None:
+    """Print tables; nothing is changed. Raises: as ``make_plan``."""
+    plan = make_plan(model, config, config.num_subnetworks or workers)
+    workload, name, out = workload_of(model, arguments, sequence), type(without_peft(model)).__name__, console()
+    figures = plan_figures(
+        plan, without_peft(model), config, num_workers=workers, sequence=workload.sequence,
+        element_bytes=DTYPES[workload.dtype],
+    )  # fmt: skip
+    print_figures(out, name, config, figures)
+    rows = other_rows(model, workload, workers) + sdp_rows(model, plan, workload, workers)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print_rows(Console(width=max(out.width, 165)), name, workers, workload, plan, learned, rows)
