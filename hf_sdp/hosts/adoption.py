@@ -140,13 +140,8 @@ def enable(
     if _adoption is not None:
         raise SDPConfigError(f"hf_sdp.enable was called before, with {_adoption.config}. Call hf_sdp.disable() first.")
     adoption = _adoption = Adoption(config, only if only is not None else os.environ.get(ONLY), before)
-    accelerator = type("Accelerator", (AdoptingAccelerator,), {"adoption": adoption})
-
-    def make(cls, *args, **kwargs):
-        return object.__new__(accelerator if cls is accelerate.Accelerator else cls)
-
-    # A script may have imported the name already.
-    replace(accelerate.Accelerator, "__new__", make)
+    # Not the name of the class: a script may have imported that already.
+    replace(accelerate.Accelerator, "__init__", _becoming_init(accelerate.Accelerator, adoption))
     replace(host.Trainer, "__init__", _adopting_init(host.Trainer.__init__, adoption))
     replace(host.Trainer, "call_model_init", _adopting_model_init(host.Trainer.call_model_init, adoption))
     return adoption
@@ -160,6 +155,22 @@ def disable() -> None:
     global _adoption
     _adoption = None
     put_back()
+
+
+def _becoming_init(cls: type, adoption: Adoption) -> Callable:
+    """Of ``Accelerator``: what is made with it is an :class:`AdoptingAccelerator`. Classes made of it stay what they
+    are."""
+    original = cls.__init__  # type: ignore[misc]
+    adopting: Any = type(cls.__name__, (AdoptingAccelerator,), {"adoption": adoption})
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        if type(self) is cls:
+            self.__class__ = adopting
+            return adopting.__init__(self, *args, **kwargs)
+        original(self, *args, **kwargs)
+
+    return __init__
 
 
 def _adopting_init(original: Callable, adoption: Adoption) -> Callable:

@@ -1,0 +1,182 @@
+"""Scripts as they are: the model that they hand to a Trainer or an Accelerator is patched there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import transformers
+import transformers.trainer
+import transformers.trainer_jit_checkpoint
+from transformers import LlamaForCausalLM
+
+import hf_sdp
+from hf_sdp import SDPConfig, SDPConfigError
+from hf_sdp.hosts.environment import options_in_environment
+from hf_sdp.model.state import find_state
+from tests.support.models import batch, tiny_model
+from tests.support.trainer import losses_of, make_trainer, train
+from tests.support.workers import run_workers
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "tests" / "support" / "scripts"
+REPLACED = (
+    transformers.Trainer, transformers.trainer, transformers.trainer_jit_checkpoint, accelerate, accelerate.Accelerator,
+)  # fmt: skip
+
+
+def symbols() -> list[dict]:
+    return [dict(vars(owner)) for owner in REPLACED]
+
+
+def test_disable_takes_everything_back():
+    hf_sdp.disable()  # of other tests in this process
+    before = symbols()
+    hf_sdp.enable(SDPConfig())
+    changed = [
+        {name for name in {*old, *new} if old.get(name) is not new.get(name)}
+        for old, new in zip(before, symbols(), strict=True)
+    ]
+    assert {"__init__", "train", "_save"} <= changed[0] and "Accelerator" in changed[1] and changed[4] == {"__init__"}
+    hf_sdp.disable()
+    for old, new in zip(before, symbols(), strict=True):
+        assert old.keys() == new.keys() and all(old[name] is new[name] for name in old)
+    assert type(accelerate.Accelerator(cpu=True)) is accelerate.Accelerator
+    hf_sdp.enable(SDPConfig())
+    hf_sdp.disable()
+
+
+def test_options_of_the_environment():
+    values = options_in_environment(
+        {"HF_SDP_LEVEL": "block", "HF_SDP_COVERAGE": "0.5,1", "HF_SDP_DEBUG": "1", "A": "b"}
+    )
+    assert values == {"level": "block", "coverage": (0.5, 1.0)}
+    with pytest.raises(SDPConfigError, match="HF_SDP_COVERGE='1' is no option.*Did you mean HF_SDP_COVERAGE"):
+        options_in_environment({"HF_SDP_COVERGE": "1"})
+    with pytest.raises(SDPConfigError, match="HF_SDP_SEED: 'x' is not a whole number"):
+        options_in_environment({"HF_SDP_SEED": "x"})
+
+
+def train_unedited(folder, sdp: dict | None, own: dict | None):
+    """``sdp``: given to enable; None: in the environment. ``own``: what the script itself asks for."""
+    try:
+        hf_sdp.enable(None if sdp is None else SDPConfig(**sdp))
+        trainer = make_trainer(folder, own)
+        trainer.train()
+        return losses_of(trainer.state.log_history), find_state(trainer.model).held.config
+    finally:
+        hf_sdp.disable()
+
+
+def test_a_trainer_is_that_of_a_patched_model_and_the_script_s_own_config_goes_first(tmp_path):
+    config = dict(level="block", coverage=0.5)
+    expected = losses_of(run_workers(train, tmp_path, config, world_size=2)[0][2])
+    losses, used = run_workers(train_unedited, tmp_path, config, None, world_size=2)[0]
+    assert losses == expected and used == SDPConfig(**config)
+    assert run_workers(in_environment, tmp_path, world_size=2)[0] == (expected, SDPConfig(**config))
+    losses, used = run_workers(train_unedited, tmp_path, dict(level="neuron"), config, world_size=2)[0]
+    assert losses == expected and used == SDPConfig(**config)
+
+
+def in_environment(folder):
+    os.environ["HF_SDP_LEVEL"] = "block"
+    try:
+        return train_unedited(folder, None, None)
+    finally:
+        del os.environ["HF_SDP_LEVEL"]
+
+
+def prepare_two(only: str | None, second: str):
+    from accelerate import Accelerator  # as a script does it, before hf_sdp.enable
+
+    hf_sdp.enable(SDPConfig(level="block"), only=only)
+    try:
+        accelerator = Accelerator()
+        model = tiny_model()
+        other = tiny_model() if second == "like it" else tiny_model(model_type="gpt2")
+        if second == "frozen":
+            other = tiny_model().requires_grad_(False).eval()
+        models = accelerator.prepare(model, other)
+        optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.backward(models[0](**batch(accelerator.process_index)).loss)
+        optimizer.step()
+        return [find_state(m) is not None for m in models]
+    finally:
+        hf_sdp.disable()
+
+
+@pytest.mark.parametrize(("only", "second"), [("Llama", "gpt2"), (None, "frozen")])
+def test_of_several_models_one_is_patched(only, second):
+    assert run_workers(prepare_two, only, second, world_size=2) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize(("only", "second"), [(None, "gpt2"), ("Llama", "like it")])
+def test_which_of_several_models_is_not_guessed(only, second):
+    with pytest.raises(AssertionError, match="can both learn.*--only"):
+        run_workers(prepare_two, only, second, world_size=2)
+
+
+def launch(*arguments: object, workers: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", workers]
+    everything = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | environment
+    command += ["-m", "hf_sdp.run", *arguments]
+    return subprocess.run(map(str, command), capture_output=True, text=True, timeout=200, env=everything)
+
+
+@pytest.mark.parametrize("script", ["causal_trainer.py", pytest.param("loop.py", marks=pytest.mark.long)])
+def test_an_existing_script_trains_with_sdp_and_saves_a_standard_model(tmp_path, script):
+    options = [tmp_path]
+    if script == "causal_trainer.py":
+        options = [
+            "--output_dir",
+            tmp_path,
+            "--use_cpu",
+            "--max_steps",
+            4,
+            "--report_to",
+            "none",
+            "--save_strategy",
+            "no",
+        ]
+    done = launch("--coverage", "0.5", SCRIPTS / script, *options, HF_SDP_LEVEL="block", HF_SDP_COVERAGE="1.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    loss = float(re.search(r"loss ([\d.]+)\n", done.stdout)[1])
+    model = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(0))[:8]
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss, abs=1e-5)
+    assert (tmp_path / "state" / "sdp_plan.json").exists() or script != "loop.py"
+
+
+def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path):
+    options = ["--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", 4, "--report_to", "none"]
+    done = launch("--level", "block", "--dry-run", SCRIPTS / "causal_trainer.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 subnetworks, block level" in done.stdout and "SDP, sharding full" in done.stdout
+    assert done.stdout.count("worker graph") == 1 and "batch 8 x 64" in done.stdout  # rank 0 alone
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lvel", "block", "x.py"], "No such option"),
+        (["no_such_script.py"], "There is no file no_such_script.py"),
+        (["--seq", "4", __file__], "--seq has no effect without --dry-run"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_one_line(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "hf_sdp.run", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_script_in_which_nothing_is_trained_with_sdp_is_an_error(tmp_path):
+    (tmp_path / "script.py").write_text("import torch, sys\nassert sys.argv == [__file__, '--a', 'b']\n")
+    command = [sys.executable, "-m", "hf_sdp.run", "--level", "block", tmp_path / "script.py", "--a", "b"]
+    done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "no model was trained with SDP" in done.stderr
