@@ -96,9 +96,9 @@ def table(rows: list[dict]) -> str:
         first = of_engine[0]
         cells = [base, engine, *(_mib(first["measured"][kind], 1) for kind in STATE)]
         cells += ["yes" if all(map(_is_equal, of_engine)) else "NO", _mib(first["predicted"]["bytes_sent"], 1)]
-        for row, fsdp2 in zip(of_engine, by_engine.get((base, "FSDP2"), of_engine), strict=True):
+        for row, fsdp2 in zip(of_engine, by_engine.get((base, "FSDP2"), [{}] * len(of_engine)), strict=True):
             peak = row["measured"]["peak"]
-            cells += [_mib(peak), f"{peak / fsdp2['measured']['peak']:.2f}"]
+            cells += [_mib(peak), f"{peak / fsdp2['measured']['peak']:.2f}" if fsdp2 else ""]
             cells += [_mib(row["predicted"][kind]) for kind in ("peak", "activations")]
         lines.append(f"| {' | '.join(cells)} |")
     errors = [abs(row["predicted"]["peak"] / row["measured"]["peak"] - 1) for row in rows]
