@@ -83,25 +83,35 @@ def rows_of(name: str, dtype: str) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, MiB; measured but for what is said to be predicted."""
-    columns = [
-        *("base", "engine", "batch", *STATE, "peak", "/ FSDP2", "predicted", "error", "state and bytes sent"),
-        *("predicted: gathered", "activations", "sent"),
-    ]
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    reference = {(r["base"], r["batch"]): r["measured"]["peak"] for r in rows if r["engine"] == "FSDP2"}
+    """Markdown, MiB. Activations and what is sent are predicted, peaks and state are measured."""
+    by_engine: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        measured, predicted = row["measured"], row["predicted"]
-        equal = all(value == predicted[kind] for kind, value in measured.items() if kind != "peak")
-        cells = [row["base"], row["engine"], row["batch"], *(f"{measured[kind] / 2**20:.1f}" for kind in STATE)]
-        cells += [f"{measured['peak'] / 2**20:.0f}"]
-        cells += [f"{measured['peak'] / reference.get((row['base'], row['batch']), float('nan')):.2f}"]
-        cells += [f"{predicted['peak'] / 2**20:.0f}", f"{predicted['peak'] / measured['peak'] - 1:+.2%}"]
-        cells += ["equal" if equal else "DIFFER"]
-        cells += [f"{predicted[kind] / 2**20:.0f}" for kind in ("gathered_at_peak", "activations_at_peak")]
-        cells += [f"{predicted['bytes_sent'] / 2**20:.1f}"]
+        by_engine.setdefault((row["base"], row["engine"]), []).append(row)
+    of_batch = "peak | / FSDP2 | predicted | activations"
+    header = " | ".join(
+        ["base", "engine", *STATE, "equal", "sent", *(f"{b} x {length}: {of_batch}" for b, length in BATCHES)]
+    )
+    lines = [f"| {header} |", "| --- " * (header.count("|") + 1) + "|"]
+    for (base, engine), of_engine in by_engine.items():
+        first = of_engine[0]
+        cells = [base, engine, *(_mib(first["measured"][kind], 1) for kind in STATE)]
+        cells += ["yes" if all(map(_is_equal, of_engine)) else "NO", _mib(first["predicted"]["bytes_sent"], 1)]
+        for row, fsdp2 in zip(of_engine, by_engine.get((base, "FSDP2"), [{}] * len(of_engine)), strict=True):
+            peak = row["measured"]["peak"]
+            cells += [_mib(peak), f"{peak / fsdp2['measured']['peak']:.2f}" if fsdp2 else ""]
+            cells += [_mib(row["predicted"][kind]) for kind in ("peak", "activations")]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    errors = [abs(row["predicted"]["peak"] / row["measured"]["peak"] - 1) for row in rows]
+    return "\n".join([*lines, "", f"Largest error of a predicted peak: {max(errors):.3%}"])
+
+
+def _is_equal(row: dict) -> bool:
+    """Whether state, and bytes sent where they are counted, are as predicted."""
+    return all(value == row["predicted"][kind] for kind, value in row["measured"].items() if kind != "peak")
+
+
+def _mib(nbytes: int, digits: int = 0) -> str:
+    return f"{nbytes / 2**20:.{digits}f}"
 
 
 def main():
@@ -116,8 +126,7 @@ def main():
             rows += rows_of(name, dtype)
             if options.output:
                 options.output.write_text(json.dumps(rows, indent=1))
-            print(*table(rows).splitlines()[-len(BATCHES) :], sep="\n", flush=True)
-    print(f"\n{table(rows)}")
+    print(table(rows))
 
 
 if __name__ == "__main__":

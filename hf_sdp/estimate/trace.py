@@ -125,7 +125,7 @@ def trace_subnetwork(shapes: ModelShapes, workload: Workload, plan: Plan, index:
                 let_inputs_need_gradients(model, structure.layers)
             return shardable_modules(subnetwork, structure)
 
-        structures = (plan.level, plan.masking, *(of_layer[i] for i in chosen))
+        structures = (plan.level, plan.masking, plan.is_full, *(of_layer[i] for i in chosen))
         return _cached(shapes, workload, chosen, structures, prepare)
 
     if shapes.is_traced_whole:

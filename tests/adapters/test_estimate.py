@@ -91,6 +91,16 @@ def test_frozen_weights_have_no_flops_of_gradients():
     assert fsdp_step(model, workload, WORLD).flops == of_weights * workload.tokens + 7 * scores
 
 
+def test_a_full_plan_computes_what_plain_sharding_does():
+    """Also after others of which a worker holds whole layers: inputs of their first layer need gradients."""
+    workload, model = Workload(batch=2, sequence=32), with_adapters(tiny_model(**SIZES))
+    flops = {
+        coverage: predicted_step(model, SDPConfig(level="block", coverage=coverage), workload, WORLD).flops
+        for coverage in (0.75, 1.0)
+    }
+    assert flops[0.75] < flops[1.0] == fsdp_step(model, workload, WORLD).flops
+
+
 def test_what_fits_is_asked_of_the_model_with_its_adapters():
     workload, sdp = Workload(batch=1, sequence=16), SDPConfig(level="block")
     model = with_adapters(tiny_model(**SIZES))
