@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -37,6 +37,8 @@ def _options() -> list:
 @click.option("--only", help="Pattern of the classes of models to train with SDP, where a script trains several.")
 @click.option("--dry-run", is_flag=True, help="Stop when the model is known, and print its plan and what it takes.")
 @click.option("--seq", type=click.IntRange(1), help="Tokens of a sequence, for --dry-run.")
+@click.option("--compare", is_flag=True, help="20 steps with each of DDP, FSDP2 and SDP: a table of what they cost.")
+@click.option("--measure", hidden=True, help="ENGINE:FILE, of the processes of --compare.")
 @click.option("-m", "is_module", is_flag=True, help="SCRIPT is a module, as of python -m.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -47,6 +49,8 @@ def run(
     only: str | None,
     dry_run: bool,
     seq: int | None,
+    compare: bool,
+    measure: str | None,
     **options,
 ) -> None:
     """Run SCRIPT with its ARGUMENTS; the model that it hands to a Trainer or to accelerator.prepare is patched."""
@@ -59,7 +63,18 @@ def run(
 
     given = {name: value for name, value in options.items() if value is not None}
     config = SDPConfig(**{**options_in_environment(), **given})
-    adoption = enable(config, only=only, before=functools.partial(_stop, config, seq) if dry_run else None)
+    before: Any = functools.partial(_stop, config, seq) if dry_run else None
+    if compare:
+        from .bench.script import compare as compare_engines
+
+        return compare_engines([argument for argument in sys.argv[1:] if argument != "--compare"])
+    if measure is not None:
+        from .bench.script import config_of
+
+        engine, _, file = measure.partition(":")
+        before = functools.partial(_measure, engine != "ddp", Path(file))
+        config = config_of(engine, config) or config
+    adoption = enable(config, only=only, before=before)
     assert adoption is not None  # a config was given
     sys.argv = [script, *arguments]
     if is_module:
@@ -74,7 +89,14 @@ def run(
         )
 
 
-def _stop(config: SDPConfig, sequence: int | None, model: Any, arguments: Any) -> None:
+def _measure(is_patched: bool, file: Path, model: Any, arguments: Any) -> bool:
+    from .bench.script import Measured
+
+    Measured(model, file)
+    return is_patched
+
+
+def _stop(config: SDPConfig, sequence: int | None, model: Any, arguments: Any) -> NoReturn:
     """Instead of patching a model, rank 0 prints what it would take; the script ends on all workers."""
     if os.environ.get("RANK", "0") == "0":
         from .cli.dry_run import show

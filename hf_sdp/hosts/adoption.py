@@ -35,13 +35,13 @@ class Adoption:
     Attributes:
         config: that of every model that is patched.
         only: pattern of the names of classes; other models stay dense.
-        before: called with a model, and the arguments of its Trainer if it has one, before it is patched.
+        before: called with a model, and the arguments of its Trainer if it has one. It says whether to patch it.
         adopted: names of the classes of models that were patched, or were already.
     """
 
     config: SDPConfig
     only: str | None = None
-    before: Callable[[nn.Module, Any], None] | None = None
+    before: Callable[[nn.Module, Any], bool] | None = None
 
     def __post_init__(self):
         self.adopted: list[str] = []
@@ -61,9 +61,9 @@ class Adoption:
 
     def adopt(self, model: nn.Module, arguments: Any = None) -> nn.Module:
         """Patch a model that is wanted."""
-        if self.before is not None:
-            self.before(model, arguments)
         self.adopted.append(_name(model))
+        if self.before is not None and not self.before(model, arguments):
+            return model
         return patch_model(model, self.config)
 
 
@@ -113,7 +113,7 @@ def enable(
     config: SDPConfig | None = None,
     *,
     only: str | None = None,
-    before: Callable[[nn.Module, Any], None] | None = None,
+    before: Callable[[nn.Module, Any], bool] | None = None,
 ) -> Adoption | None:
     """Let Trainers and Accelerators of this process handle patched models, and patch those that scripts hand to them.
 
@@ -124,6 +124,7 @@ def enable(
     Args:
         only: pattern of class names (``re.search``), where a script trains several models; default: ``HF_SDP_ONLY``.
         before: called with each model before it is patched, and with the arguments of its Trainer (None of others).
+            It says whether to patch the model.
     Returns: what is done with models of scripts, None where nothing is.
     Raises: SDPConfigError for an unknown ``HF_SDP_`` variable; SDPStateError when the installed transformers has other
         Trainer methods than this version knows.

@@ -180,3 +180,19 @@ def test_a_script_in_which_nothing_is_trained_with_sdp_is_an_error(tmp_path):
     command = [sys.executable, "-m", "hf_sdp.run", "--level", "block", tmp_path / "script.py", "--a", "b"]
     done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "no model was trained with SDP" in done.stderr
+
+
+@pytest.mark.long
+def test_engines_are_compared_on_a_script(tmp_path):
+    options = ["--output_dir", tmp_path, "--use_cpu", "--max_steps", 40, "--report_to", "none", "--save_strategy", "no"]
+    done = launch("--compare", "--level", "block", SCRIPTS / "causal_trainer.py", *options, COLUMNS="120")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {
+        row[0].strip(): list(map(float, row[1:4]))
+        for row in re.findall(r"│ ([^│]+)│([^│]+)│([^│]+)│([^│]+)│", done.stdout)
+    }
+    ddp, fsdp2, sdp = rows["training loss, mean of the last 5 steps"]
+    assert ddp == pytest.approx(fsdp2, abs=2e-3) and sdp != ddp
+    assert rows["parameters, MiB"][0] > rows["parameters, MiB"][2]
+    assert rows["sent per step, MiB"][0] > rows["sent per step, MiB"][2]
+    assert all(seconds > 0 for seconds in rows["median step, s"])
