@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from hf_sdp import SDPConfig, make_plan
 from hf_sdp.bench.fake_world import fake_world, measure_steps, parallelize
@@ -101,14 +101,17 @@ def model_config(name: str) -> LlamaConfig:
 
 
 def predict(setting: Setting, batch: tuple[int, int]) -> Step:
-    config = model_config(setting.model)
     workload = Workload(
         batch=batch[0],
         sequence=batch[1],
         dtype=setting.dtype,
         gradient_checkpointing=setting.gradient_checkpointing,
     )
-    engine = setting.engine
+    return predicted_step(model_config(setting.model), setting.engine, workload, setting.rank)
+
+
+def predicted_step(config: PreTrainedConfig, engine: str | SDPConfig, workload: Workload, rank: int) -> Step:
+    """``engine``: as in ``hf_sdp.bench.fake_world.parallelize``."""
     if engine == "DDP":
         return replicated_step(config, workload, WORLD_SIZE, zero_stage=0)
     if isinstance(engine, str):
@@ -117,7 +120,7 @@ def predict(setting: Setting, batch: tuple[int, int]) -> Step:
     return sdp_step(
         config,
         plan,
-        setting.rank,
+        rank,
         workload,
         sharding=engine.sharding,
         reshard_after_forward=engine.reshard_after_forward,
