@@ -102,14 +102,13 @@ def model_config(name: str) -> LlamaConfig:
 
 
 def predict(setting: Setting, batch: tuple[int, int]) -> Step:
-    config = model_config(setting.model)
     workload = Workload(
         batch=batch[0],
         sequence=batch[1],
         dtype=setting.dtype,
         gradient_checkpointing=setting.gradient_checkpointing,
     )
-    return predicted_step(config, setting.engine, workload, WORLD_SIZE, setting.rank)
+    return predicted_step(model_config(setting.model), setting.engine, workload, WORLD_SIZE, setting.rank)
 
 
 def measure(setting: Setting) -> list[dict[str, int]]:

@@ -130,6 +130,8 @@ class FullyShard(Allocator):
         for index, group in enumerate(groups):
             for module in group.group.modules:
                 self._by_module.setdefault(module, []).append(index)
+        self._left_to_run: list[set[str]] = [set() for _ in groups]  # of the modules of a group, since the first ran
+        self._first_to_run, self._last_to_run = [""] * len(groups), [""] * len(groups)
         self._by_parameter = {name: index for index, group in enumerate(groups) for name in group.group.tensors}
         self._gathered = [False] * len(groups)
         self._prefetched: dict[int, int] = {}  # group -> bytes of its all-gather output
@@ -149,25 +151,32 @@ class FullyShard(Allocator):
             self.gradients -= self._last_reduce_input + self._kept_for_all_reduce
             return
         for index in self._by_module.get(module, ()):
-            modules = self.groups[index].group.modules
             if kind == "pre_forward":
+                if self._left_to_run[index]:
+                    continue
+                self._left_to_run[index] = set(self.groups[index].group.modules)
+                self._first_to_run[index] = module
                 self._gather(index, keep_output=not self._in_backward[index])
                 if module == ROOT:
                     for early in (i for name in self.with_root for i in self._by_module[name]):
                         self._gather(early, keep_output=False)
-            elif kind == "post_forward" and module == modules[-1] and not self._backward_began:
+            elif kind == "post_forward":
+                self._left_to_run[index].discard(module)
+                if self._left_to_run[index] or self._backward_began:
+                    continue
+                self._last_to_run[index] = module
                 self._order.append(index)
                 if self.reshards:
                     self._reshard(index)
                 if module == ROOT:
                     self.gathered -= self._kept_output
                     self._kept_output = 0
-            elif kind == "pre_backward" and module == modules[-1] and not self._in_backward[index]:
+            elif kind == "pre_backward" and module == self._last_to_run[index] and not self._in_backward[index]:
                 self._backward_began = self._in_backward[index] = True
                 self._gather(index, keep_output=False)
                 if self.prefetches:
                     self._prefetch_before(index)
-            elif kind == "post_backward" and module == modules[0]:
+            elif kind == "post_backward" and module == self._first_to_run[index]:
                 self._reduce(index)
 
     def gradient(self, name: str, nbytes: int) -> None:
@@ -245,9 +254,10 @@ class FullyShard(Allocator):
             return
         shard = group.reduced_numel * self.computed_bytes
         self._last_reduce_input = group.members * shard
-        self.gradients += self._last_reduce_input
+        padded = group.padded_numel * self.computed_bytes  # copies, for the moment in which the input is written
+        self.gradients += self._last_reduce_input + padded
         self.note()
-        self.gradients -= self._gradients[index]
+        self.gradients -= self._gradients[index] + padded
         self._gradients[index] = 0
         self.gradients += shard
         self.note()

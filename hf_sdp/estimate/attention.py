@@ -25,12 +25,12 @@ def _flash_on_meta(
     CUDA do; on the meta device PyTorch would take the path that saves the scores.
 
     That is what it takes for biases that learn (T5, and Swin, whose mask they are in): the CPU has no kernel with their
-    gradients. Other masks are not modelled.
+    gradients. A mask comes from a layer itself: those of transformers (padding) are made for names that it knows.
     """
     dtype = getattr(module.config, "_hf_sdp_attention_dtype", None)
     if dtype is not None:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    bias = attention_mask if attention_mask is not None and attention_mask.requires_grad else None
+    bias = attention_mask
     if position_bias is not None:
         bias = create_position_bias_mask(position_bias, None, getattr(module, "is_causal", True), query, key)
     if bias is not None and bias.requires_grad:

@@ -48,6 +48,12 @@ class StoredGroup:
         """Those of them that are not frozen: what reductions send."""
         return self._numel(0, self._learned)
 
+    @cached_property
+    def padded_numel(self) -> int:
+        """Elements, with padding, of those that learn and do not divide evenly by the members."""
+        uneven = [region for region in self._learned if region.shape[0] % self.members]
+        return self.members * self._numel(0, uneven)
+
     @property
     def _learned(self) -> list[Region]:
         return [region for region in self.group.tensors.values() if region.name not in self.frozen]

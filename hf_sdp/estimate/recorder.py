@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..compat import TorchDispatchMode, tree_flatten, tree_leaves, tree_unflatten
 from ..families.values import without_values
+from .convolutions import most_within
 
 _aten = torch.ops.aten
 
@@ -59,6 +60,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = without_values(func, args, kwargs)
         self._segment.flops += _flops(func, args, kwargs, out)
+        self._note(most_within(func, args, out))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)
@@ -72,7 +74,10 @@ class Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._alive[key] = (weakref.ref(storage, lambda _: self._freed(key)), nbytes)
         self._live += nbytes
-        here = self._live - self._before + sum(self._segment.gradients.values())
+        self._note()
+
+    def _note(self, further: int = 0) -> None:
+        here = self._live + further - self._before + sum(self._segment.gradients.values())
         self._segment.peak = max(self._segment.peak, here)
 
     def _freed(self, key: int) -> None:

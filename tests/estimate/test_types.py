@@ -16,7 +16,9 @@ from hf_sdp.workload import Workload
 from tests.support import types
 from tests.support.types import BLOCK
 
-MODELS = types.MODELS | {name: dict(task="image classification", model_type=name) for name in ("vit", "resnet", "swin")}
+IMAGES = {name: dict(task="image classification", model_type=name) for name in ("vit", "resnet", "swin")}
+WIDE = "resnet of many channels"
+MODELS = types.MODELS | IMAGES | {WIDE: IMAGES["resnet"]}
 CPU, BATCH, WORLD = torch.device("cpu"), (2, 128), 4
 SIZES = dict(
     vocab_size=512, hidden_size=128, intermediate_size=256, ffn_dim=256, n_inner=256, max_position_embeddings=256,
@@ -34,7 +36,9 @@ TYPES = [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
 def config_of(name: str) -> PreTrainedConfig:
     options = MODELS[name]
     known = tiny_config(options["model_type"]).to_dict()
-    config = tiny_config(options["model_type"], **{key: value for key, value in SIZES.items() if key in known})
+    sizes = {key: value for key, value in SIZES.items() if key in known}
+    sizes |= dict(embedding_size=64, hidden_sizes=[64, 256], image_size=32) if name == WIDE else {}
+    config = tiny_config(options["model_type"], **sizes)
     return made_of(config, name).config
 
 
@@ -45,22 +49,31 @@ def made_of(config: PreTrainedConfig, name: str):
 
 
 ENGINES = {"FSDP2": None, "SDP, blocks": SDPConfig(**BLOCK), "SDP, neurons": SDPConfig(coverage=0.5)}
+UNEVEN: dict[str, SDPConfig | None] = {  # three of four workers hold a unit, three of four parts
+    "SDP, blocks": SDPConfig(**BLOCK | dict(coverage=0.75)),
+    "SDP, neurons": SDPConfig(coverage=0.75, reshard_after_forward=True),
+    "SDP, backward": SDPConfig(coverage=0.5, masking="backward", reshard_after_forward=True),
+}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", TYPES)
 def test_memory_and_traffic_are_those_of_a_step(name, engine):
     """State and traffic to the byte, the peak within 2%."""
+    compare(name, ENGINES[engine])
+
+
+def compare(name: str, sdp: SDPConfig | None) -> None:
     config, workload = config_of(name), Workload(batch=BATCH[0], sequence=BATCH[1])
-    sdp = ENGINES[engine]
     if sdp is not None:
-        step = sdp_step(config, make_plan(config, sdp, WORLD), 1, workload)
+        plan, reshards = make_plan(config, sdp, WORLD), sdp.reshard_after_forward
+        step = sdp_step(config, plan, 1, workload, reshard_after_forward=reshards)
     else:
         step = fsdp_step(config, workload, WORLD)
     full = made_of(config, name)
     batches = {shape: training_batch(full, *shape, CPU) for shape in (BATCH, (1, 16))}
     with fake_world(WORLD, 1):
-        model, optimizer = parallelize(full, sdp or engine, CPU)
+        model, optimizer = parallelize(full, sdp or "FSDP2", CPU)
         (measured,) = measure_steps(model, optimizer, [BATCH], CPU, batch_of=lambda *shape: batches[shape])
     memory = step.memory
     assert (memory.parameters, memory.gradients, memory.optimizer) == tuple(
@@ -74,7 +87,13 @@ def test_memory_and_traffic_are_those_of_a_step(name, engine):
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "FSDP2"])  # of the first worker: it has most
 @pytest.mark.parametrize("name", ["vit", "resnet", "swin"])
 def test_of_images_too(name, engine):
-    test_memory_and_traffic_are_those_of_a_step(name, engine)
+    compare(name, ENGINES[engine])
+
+
+@pytest.mark.parametrize("engine", ["FSDP2", *UNEVEN])
+def test_of_weights_that_take_more_than_activations(engine):
+    """Copies of convolutions' weights, and padded ones of gradients."""
+    compare(WIDE, UNEVEN.get(engine))
 
 
 def test_what_a_model_says_of_its_config_is_told():
