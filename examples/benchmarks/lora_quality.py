@@ -146,7 +146,7 @@ def table(results: Results) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of results.json and results.md")
+    parser.add_argument("--output", type=Path, required=True, help="folder of results.json")
     parser.add_argument("--base-text", help="text file for the base")
     parser.add_argument("--text-file", help="text file for the adapters")
     parser.add_argument("--methods", default=METHODS, help="as of hf-sdp simulate")
@@ -183,7 +183,6 @@ def main() -> None:
         on_done=lambda job, run: print(job[0].name, job[1], run["steps"], run["seconds"], run["before"],
                                        run[TRAINED][-1][1], run["curve"][-1][1], flush=True),
     )  # fmt: skip
-    (options.output / "results.md").write_text(table(results) + "\n")
     print(table(results))
 
 

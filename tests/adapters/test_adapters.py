@@ -69,7 +69,9 @@ def losses_of_adapters(model) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("sdp", [dict(coverage=0.75), dict(level="block")], ids=str)
+@pytest.mark.parametrize(
+    "sdp", [dict(coverage=0.75), pytest.param(dict(level="block"), marks=pytest.mark.long)], ids=str
+)
 def test_of_several_adapters_one_learns_and_all_are_saved(tmp_path, sdp):
     """Of four workers at coverage 0.75 some hold modules in several parts."""
     changed = run_workers(train_the_other, tmp_path, sdp, world_size=4)[0]
@@ -80,8 +82,6 @@ def train_few(lora: dict, model: dict, sdp: dict | None):
     accelerator = SDPAccelerator()
     net = tiny_model(**model, lora=lora)
     if sdp is None:  # plain FSDP2
-        from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: F401  (FSDP2 is there)
-
         from hf_sdp.engine.fsdp import fully_shard_plainly
 
         fully_shard_plainly(net.get_base_model(), "cpu", reshard_after_forward=True)
@@ -99,7 +99,7 @@ def train_few(lora: dict, model: dict, sdp: dict | None):
     return losses
 
 
-@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("level", ["block", pytest.param("neuron", marks=pytest.mark.long)])
 def test_with_everything_held_it_is_plain_fsdp2(level):
     plain = run_workers(train_few, {}, EVERYTHING, None, world_size=2)
     assert run_workers(train_few, {}, EVERYTHING, dict(level=level, coverage=1.0), world_size=2) == plain

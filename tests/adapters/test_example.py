@@ -31,7 +31,8 @@ def base(tmp_path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("options", [["--sdp_level", "neuron"], pytest.param(["--dense"], marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("options", [["--sdp_level", "neuron"], ["--dense"]])
 def test_the_loss_that_is_printed_is_that_of_the_adapters_in_peft(base, tmp_path, options):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(topics.values())[:200_000])

@@ -56,7 +56,7 @@ def not_held_is_zero(model, plan, subnetwork: int) -> None:
             layer.register_forward_hook(lambda m, x, y, mask=of_outputs: y * mask)
 
 
-@pytest.mark.parametrize("coverage", [0.5, 0.75])
+@pytest.mark.parametrize("coverage", [0.75, pytest.param(0.5, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("layers", "adapters"), CASES)
 def test_gradients_are_those_of_the_dense_model(layers, adapters, coverage):
     options = options_of(layers, adapters)

@@ -28,7 +28,9 @@ def load(base, folder, sdp: dict):
     return start, loss
 
 
-@pytest.mark.parametrize("sdp", [dict(coverage=0.75), dict(level="block")], ids=str)
+@pytest.mark.parametrize(
+    "sdp", [dict(coverage=0.75), pytest.param(dict(level="block"), marks=pytest.mark.long)], ids=str
+)
 def test_a_base_is_read_slice_by_slice_and_adapters_are_the_same_in_every_world(tmp_path, sdp):
     base = tiny_model(**EVERYTHING)
     base.save_pretrained(tmp_path / "base")

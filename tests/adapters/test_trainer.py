@@ -15,7 +15,13 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.mark.parametrize(
-    "sdp", [dict(level="block"), dict(level="neuron", coverage=0.5), dict(masking="backward")], ids=str
+    "sdp",
+    [
+        dict(level="block"),
+        pytest.param(dict(level="neuron", coverage=0.5), marks=pytest.mark.long),
+        pytest.param(dict(masking="backward"), marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_a_run_equals_the_simulation_and_resumes_and_its_adapters_are_peft_s(tmp_path, sdp):
     (losses, norms, loss), simulated = train_resume_and_reload(tmp_path, sdp, {**EVERYTHING, "lora": {}})
@@ -24,7 +30,7 @@ def test_a_run_equals_the_simulation_and_resumes_and_its_adapters_are_peft_s(tmp
     assert loss == pytest.approx(simulated[2], abs=1e-4)
 
 
-@pytest.mark.parametrize("lora", [{}, dict(use_dora=True)], ids=str)
+@pytest.mark.parametrize("lora", [{}, pytest.param(dict(use_dora=True), marks=pytest.mark.long)], ids=str)
 def test_full_coverage_equals_ddp(tmp_path, lora):
     arguments = dict(ddp_find_unused_parameters=False)
     ddp, sdp = (
@@ -53,6 +59,7 @@ def save_and_continue(folder, level: str):
     return loss, best, sorted(os.listdir(folder / "alone")) if trainer.is_world_process_zero() else None
 
 
+@pytest.mark.long
 def test_adapters_are_saved_alone_and_together_and_the_best_are_loaded(tmp_path):
     (loss, best, files), _ = run_workers(save_and_continue, tmp_path, "block", world_size=2)
     assert loss == pytest.approx(best, abs=1e-6)

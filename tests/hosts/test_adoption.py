@@ -109,12 +109,12 @@ def prepare_two(only: str | None, second: str):
         hf_sdp.disable()
 
 
-@pytest.mark.parametrize(("only", "second"), [("Llama", "gpt2"), (None, "frozen")])
+@pytest.mark.parametrize(("only", "second"), [("Llama", "gpt2"), pytest.param(None, "frozen", marks=pytest.mark.long)])
 def test_of_several_models_one_is_patched(only, second):
     assert run_workers(prepare_two, only, second, world_size=2) == [[True, False]] * 2
 
 
-@pytest.mark.parametrize(("only", "second"), [(None, "gpt2"), ("Llama", "like it")])
+@pytest.mark.parametrize(("only", "second"), [(None, "gpt2"), pytest.param("Llama", "like it", marks=pytest.mark.long)])
 def test_which_of_several_models_is_not_guessed(only, second):
     with pytest.raises(AssertionError, match="can both learn.*--only"):
         run_workers(prepare_two, only, second, world_size=2)
@@ -152,6 +152,7 @@ def test_an_existing_script_trains_with_sdp_and_saves_a_standard_model(tmp_path,
     assert (tmp_path / "state" / "sdp_plan.json").exists() or script != "loop.py"
 
 
+@pytest.mark.long
 def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path):
     options = ["--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", 4, "--report_to", "none"]
     done = launch("--level", "block", "--dry-run", SCRIPTS / "causal_trainer.py", *options)
