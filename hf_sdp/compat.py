@@ -41,6 +41,7 @@ __all__ = [
     "functional_collectives",
     "is_compiled",
     "is_connection_error",
+    "is_in_ddp",
     "is_within_backward",
     "let_meshes_forget_their_groups",
     "norms_mixed_meshes",
@@ -167,6 +168,11 @@ def is_compiled(module: nn.Module) -> bool:
 def is_connection_error(error: BaseException) -> bool:
     """Whether a collective failed because another worker is gone. Gloo raises RuntimeErrors that name its files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def is_in_ddp() -> bool:
+    """Whether this is within a forward of DistributedDataParallel."""
+    return nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 def is_within_backward() -> bool:

@@ -6,6 +6,7 @@ methods are wrapped; each wrap does nothing for a model that is not patched. Sou
 
 import functools
 import inspect
+import logging
 
 import transformers.trainer as host
 import transformers.trainer_jit_checkpoint as host_jit_checkpoint
@@ -19,6 +20,7 @@ from ..engine.metrics import StepMeter
 from ..engine.presence import come_to
 from ..engine.sharded import find_sharded
 from ..errors import SDPConfigError, SDPStateError
+from ..model.fitness import refuse_what_is_no_model
 from ..model.state import find_state, get_state
 from ..patch import patch_model
 from .accelerator import SDPAccelerator
@@ -28,6 +30,8 @@ from .refusals import refuse_other_engines
 from .replaced import replace
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
 from .trainer_together import TOGETHER
+
+logger = logging.getLogger(__name__)
 
 
 class _TrainerAccelerator(SDPAccelerator):
@@ -76,7 +80,9 @@ class SDPCallback(TrainerCallback):
                 "bf16_full_eval and fp16_full_eval cast the weights that train. Use bf16=True, or load the model with "
                 "dtype=torch.bfloat16."
             )
+        _warn_of_what_is_ddps(args)
         if find_state(model) is None:
+            refuse_what_is_no_model(model)
             if self.config is None:
                 raise SDPConfigError(
                     f"SDPCallback: the Trainer's model ({type(model).__name__}) is not patched. Call "
@@ -99,6 +105,12 @@ class SDPCallback(TrainerCallback):
             if state.global_step == 0:
                 refuse_to_overwrite(args.output_dir)
         self._first_training = False
+        held = get_state(model).held
+        if held.is_cut:  # below the host's "Number of trainable parameters"
+            host.logger.info(
+                f"  Those are of the subnetwork of rank {held.rank}: {held.plan.numel(held.index):,} parameters of the "
+                f"full model's {held.plan.full_numel:,}"
+            )
         self.meter = None
         if sharded is not None:
             self.meter = StepMeter(model, args.device, sharded.traffic, profiles_memory=self.profile_memory)
@@ -126,6 +138,13 @@ class SDPCallback(TrainerCallback):
         sharded = find_sharded(model)
         if sharded is not None and bytes_to_save(model) <= self.keep_weights_gib * 2**30:
             keep_weights(model)  # afterwards rank 0 may save alone
+
+
+def _warn_of_what_is_ddps(args) -> None:
+    names = ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
+    given = [name for name in names if getattr(args, name, None) is not None]
+    if given and args.should_log:
+        logger.warning("%s: without effect, since a patched model is not in DDP.", ", ".join(given))
 
 
 def _check_training(args, model) -> None:

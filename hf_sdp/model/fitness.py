@@ -28,8 +28,12 @@ def refuse_what_is_no_model(model: object) -> None:
                 "first; TrainingArguments(torch_compile=True) or Accelerate's dynamo options compile after that."
             )
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
+        name = type(model).__name__
+        inner = next((type(m).__name__ for m in model.modules() if hasattr(m, "base_model_prefix")), "PreTrainedModel")
         raise SDPConfigError(
-            f"A transformers model is needed, got {type(model).__name__}. Patch before wrapping (DDP, torch.compile)."
+            f"A transformers model is needed, got {name}. Patch before wrapping (DDP, torch.compile). A module of your "
+            f"own around a model (a value head) must be a model itself: class {name}({inner}), which makes the head "
+            "after super().__init__(config)."
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..compat import is_in_ddp
 from ..errors import SDPConfigError, SDPStateError
 from ..families.adapters import adapters_in_use
 from .mixin import mix_in
@@ -40,6 +41,12 @@ class PatchedModel(nn.Module):
                 return super().__call__(*args, **kwargs)
             finally:
                 run.cursor.trains = self.training
+        if not run.is_sharded and is_in_ddp():
+            raise SDPStateError(
+                f"{held.model_name} is patched, and runs in DDP, which would average different slices of workers. With "
+                "the Trainer use SDPCallback(), in a loop of your own SDPAccelerator, and hand over the patched model "
+                "itself, not a module around it."
+            )
         is_full = held.evaluates_full and not trains
         if not is_full:
             around: Callable[[], AbstractContextManager] = contextlib.nullcontext

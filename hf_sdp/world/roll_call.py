@@ -113,10 +113,16 @@ class RollCall:
         for rank, (count, theirs) in enumerate(map(json.loads, posted)):
             if (count, theirs) == (self.count, self.what):
                 continue
-            if count < self.count:
+            if count < self.count and theirs != _END:
                 missing[rank] = theirs
             elif self.store.check([key + _ALL]):  # it has been here, and all the others, too
                 return {}
+            elif theirs == self.what:
+                raise SDPStateError(
+                    f"Rank {self.rank}: {what} is a collective, but rank {rank} has come to it after "
+                    f"{count - self.count} more forwards or collectives: it has more batches. Give every worker as "
+                    "many (leave even_batches=True; an IterableDataset must be the same on all workers)."
+                )
             else:
                 raise SDPStateError(
                     f"Rank {self.rank}: {what} is a collective, but rank {rank} has gone on to {theirs}. {_REMEDY}"
@@ -125,6 +131,7 @@ class RollCall:
 
 
 _ALL = "/all"
+_END = "the end of its process"
 
 
 def _first(found: list) -> str:
@@ -141,4 +148,4 @@ def _say_goodbye(reference: weakref.ref) -> None:
     roll_call = reference()
     if roll_call is not None:
         with contextlib.suppress(Exception):  # the store may have ended before
-            roll_call.announce("the end of its process")
+            roll_call.announce(_END)

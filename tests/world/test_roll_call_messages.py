@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections import Counter
 
 import pytest
@@ -78,6 +79,17 @@ def test_who_has_gone_on_is_an_error_at_once(monkeypatch):
     calls[1].announce("a forward in training mode")
     with pytest.raises(SDPStateError, match="rank 1 has gone on to a forward in training mode"):
         calls[0].wait("a forward in eval mode")
+
+
+def test_a_worker_with_more_batches_is_told_from_one_that_has_gone_on(monkeypatch):
+    calls = world(2, 60, monkeypatch)
+    calls[0].announce("a forward in training mode")
+    calls[0].announce("logging the loss")
+    with pytest.raises(SDPStateError, match="rank 0 has come to it after 1 more forwards .* Give every worker as many"):
+        calls[1].wait("logging the loss")
+    roll_call._say_goodbye(weakref.ref(calls[1]))  # it ends, and rank 0, which is ahead of it, does not wait for it
+    with pytest.raises(SDPStateError, match="rank 1 has gone on to the end of its process"):
+        calls[0].wait("logging the loss")
 
 
 def test_what_workers_do_not_agree_on_is_an_error_on_one_that_waits(monkeypatch):
