@@ -7,10 +7,12 @@ accelerate/accelerator.py.
 import functools
 import inspect
 import logging
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import accelerate
 import transformers.trainer as host
@@ -37,31 +39,42 @@ class Adoption:
         only: pattern of the names of classes; other models stay dense.
         before: called with a model, and the arguments of its Trainer if it has one. It says whether to patch it.
         adopted: names of the classes of models that were patched, or were already.
+        told: what was said of models that stay dense.
+        seen: models that came.
     """
 
     config: SDPConfig
     only: str | None = None
     before: Callable[[nn.Module, Any], bool] | None = None
-
-    def __post_init__(self):
-        self.adopted: list[str] = []
+    adopted: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+    seen: WeakSet = field(default_factory=WeakSet)
 
     def wants(self, model: nn.Module) -> bool:
         """Whether a model is to be trained with SDP; says so when it is not."""
         if find_state(model) is not None:
-            self.adopted.append(_name(model))
+            self.adopted.add(_name(model))
             return False
         if self.only is not None and not re.search(self.only, _name(model)):
-            logger.warning(f"{_name(model)} stays dense: its name does not match only={self.only!r}.")
-            return False
+            return self._stays_dense(model, f"its name does not match only={self.only!r}")
         if not any(p.requires_grad for p in model.parameters()):
-            logger.warning(f"{_name(model)} stays dense: none of its parameters learns.")
-            return False
+            return self._stays_dense(model, "none of its parameters learns")
         return True
 
+    def _stays_dense(self, model: nn.Module, why: str) -> bool:
+        """Says so, once."""
+        message = f"{_name(model)} stays dense: {why}."
+        if message not in self.told:
+            self.told.add(message)
+            logger.warning(message)
+        return False
+
     def adopt(self, model: nn.Module, arguments: Any = None) -> nn.Module:
-        """Patch a model that is wanted."""
-        self.adopted.append(_name(model))
+        """Patch a model that is wanted. It may come again: Accelerator.prepare calls prepare_model."""
+        if model in self.seen:
+            return model
+        self.seen.add(model)
+        self.adopted.add(_name(model))
         if self.before is not None and not self.before(model, arguments):
             return model
         return patch_model(model, self.config)
@@ -129,8 +142,6 @@ def enable(
     Raises: SDPConfigError for an unknown ``HF_SDP_`` variable; SDPStateError when the installed transformers has other
         Trainer methods than this version knows.
     """
-    import os
-
     global _adoption
     install()
     if config is None:
