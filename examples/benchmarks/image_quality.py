@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from cluttered_digits import SIDE, Digits, load_digits
+from image_quality_report import ACCURACY, RECALIBRATED_ACCURACY, RECALIBRATED_LOSS, write_report
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig, ResNetForImageClassification, Trainer
 from transformers.utils import logging
@@ -28,8 +29,7 @@ from hf_sdp.model.state import find_state
 from hf_sdp.model.statistics import batch_norms
 
 METHODS = "data-parallel,forward-neuron,forward-block,backward-neuron,backward-block,small"
-RECALIBRATED = "eval_recalibrated"
-CURVES = ("eval_accuracy", f"{RECALIBRATED}_loss", f"{RECALIBRATED}_accuracy")
+CURVES = (ACCURACY, RECALIBRATED_LOSS, RECALIBRATED_ACCURACY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ class TwiceEvaluated(Trainer):
         with torch.random.fork_rng(devices=[]):
             rows = torch.randperm(len(self.train_dataset))[: self.recalibrate_rows].split(128)
             batches = [self.data_collator(self.train_dataset.__getitems__(some.tolist())) for some in rows]
-        hf_sdp.recalibrate(self.model, batches, len(batches))
-        metrics |= super().evaluate(metric_key_prefix=RECALIBRATED)
+            hf_sdp.recalibrate(self.model, batches, len(batches))
+            metrics |= super().evaluate(metric_key_prefix=RECALIBRATED_LOSS.removesuffix("_loss"))
         for norm, buffers in before.items():
             for buffer, value in zip(norm.buffers(), buffers, strict=True):
                 buffer.copy_(value)
@@ -120,7 +120,7 @@ def train_on_digits(method: Method, seed: int, setting: ImageSetting) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of results.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder of results.json, table.md and final.png")
     parser.add_argument("--methods", default=METHODS, help="as of hf-sdp simulate")
     parser.add_argument("--coverages", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -128,9 +128,16 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=8e-3)
     parser.add_argument("--note", default="", help="kept with every run")
+    parser.add_argument("--report", action="store_true", help="train nothing: table and plot of the runs in --output")
     options = parser.parse_args()
     logging.set_verbosity_error()
     results = Results(options.output)
+    if not options.report:
+        train_all(results, options)
+    print(write_report(results))
+
+
+def train_all(results: Results, options: argparse.Namespace) -> None:
     setting = ImageSetting(steps=options.steps, evaluations=options.evaluations, learning_rate=options.learning_rate)
     results.expect(setting)
     methods = parse_methods(options.methods.split(","), options.coverages)

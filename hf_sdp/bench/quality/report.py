@@ -91,16 +91,16 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.steps:,}",
         whole,
         f"{len(losses)}",
-        f"{row.mean:.3f}{_spread(losses)}",
+        mean_and_spread(losses),
         f"{min(losses):.3f} to {max(losses):.3f}",
-        f"{statistics.mean(row.differences):+.3f}{_spread(row.differences)}"
-        if row.differences and row.method != REFERENCE
-        else "-",
+        mean_and_spread(row.differences, "+") if row.differences and row.method != REFERENCE else "-",
     )
 
 
-def _spread(values: list[float]) -> str:
-    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+def mean_and_spread(values: list[float], sign: str = "") -> str:
+    """``sign``: "+" writes that of a positive mean."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{spread}"
 
 
 def show(results: Results, console: Console | None = None) -> None:
