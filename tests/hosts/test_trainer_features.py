@@ -95,10 +95,9 @@ class Feature:
     trainer: type = Trainer
 
 
-ACCUMULATED = dict(gradient_accumulation_steps=1)  # as accelerator_config says
-EACH_BATCH = dict(gradient_accumulation_kwargs=dict(num_steps=2, sync_each_batch=True))
+EACH_BATCH = dict(gradient_accumulation_kwargs=dict(sync_each_batch=True))
 FEATURES = {
-    "sync_each_batch": Feature(dict(accelerator_config=EACH_BATCH, **ACCUMULATED)),
+    "sync_each_batch": Feature(dict(accelerator_config=EACH_BATCH)),
     "tokens_seen": Feature(dict(include_num_input_tokens_seen="non_padding"), rows=(Masked, 64, 0, True)),
     "group_by_length": Feature(
         dict(train_sampling_strategy="group_by_length"), dict(data_collator=padded), (short_and_long, 64)
@@ -116,7 +115,7 @@ FEATURES = {
 
 
 def trainer_of(folder, feature: Feature, sdp: dict | None):
-    arguments = copy.deepcopy({**SHORT, **feature.arguments})  # the host takes from accelerator_config what it has read
+    arguments = copy.deepcopy({**SHORT, **feature.arguments})  # the host writes into accelerator_config
     trainer = make_trainer(folder, sdp, arguments, **feature.options)
     trainer.__class__ = feature.trainer
     make, *arguments = feature.rows

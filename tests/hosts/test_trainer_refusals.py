@@ -65,6 +65,7 @@ def refuse(folder):
     patched = patch_model(tiny_model(), config)
     expect(SDPConfigError, lambda: trainer_of(folder, patched, SDPCallback(), bf16_full_eval=True))
     expect(SDPStateError, trainer_of(folder, patched, SDPCallback(), AsksForStateDict()).train)
+    expect(AssertionError, lambda: torch.optim.swa_utils.AveragedModel(patched))
     return said
 
 
@@ -76,7 +77,7 @@ class AsksForStateDict(TrainerCallback):
 def test_what_is_refused_names_the_remedy(tmp_path):
     remedies = [
         "class Around(LlamaForCausalLM)", "class Around(LlamaForCausalLM)", "SDPCallback()", "SDPCallback()",
-        "Use bf16=True", "hf_sdp.consolidate(model)",
+        "Use bf16=True", "hf_sdp.consolidate(model)", "does not support deepcopy",
     ]  # fmt: skip
     for said in run_workers(refuse, tmp_path, world_size=2):
         for message, remedy in zip(said, remedies, strict=True):
