@@ -28,6 +28,8 @@ TRAINER = [
     "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "8", "--disable_tqdm", "True",
 ]  # fmt: skip
 SAVES = ["--save_strategy", "steps", "--save_steps", "4"]
+OF_EACH = ["--average_tokens_across_devices", "False"]
+"""BERT does not heed the number of tokens: the Trainer multiplies its loss by the world's size, under DDP too."""
 TRL = [*TRAINER, "--max_length", "32", "--bf16", "False", "--gradient_checkpointing", "False", "--save_strategy", "no"]
 RUNS = {
     "clm": ("clm.py", [*TRAINER, *SAVES]),
@@ -35,7 +37,7 @@ RUNS = {
     "clm, from a checkpoint": ("clm.py", [*TRAINER, "--save_strategy", "no", "--model_name_or_path", "{clm}"]),
     "clm without a Trainer": ("clm_no_trainer.py", []),
     "the same, resumed": ("clm_no_trainer.py", ["--resume_from_checkpoint", "{folder}/step_4"]),
-    "mlm": ("mlm.py", [*TRAINER, "--save_strategy", "no"]),
+    "mlm": ("mlm.py", [*TRAINER, "--save_strategy", "no", *OF_EACH]),
     "translation, generates": ("translation.py", [*TRAINER, "--predict_with_generate", "--save_strategy", "no"]),
     "TRL sft": ("sft.py", TRL),
     "TRL sft, LoRA": ("sft.py", [*TRL, "--use_peft"]),
