@@ -45,7 +45,18 @@ def report(folder, sdp: dict | None):
     return numbers, lines.lines
 
 
-@pytest.mark.parametrize("sdp", [None, dict(coverage=0.5), dict(coverage=0.5, masking="backward")], ids=str)
+BACKWARD = dict(coverage=0.5, masking="backward")
+
+
+@pytest.mark.parametrize(
+    "sdp",
+    [
+        pytest.param(None, marks=pytest.mark.long),
+        dict(coverage=0.5),
+        pytest.param(BACKWARD, marks=pytest.mark.long),
+    ],
+    ids=["ddp", "forward", "backward"],
+)
 def test_what_is_reported_is_of_the_subnetwork_and_tokens_are_the_worlds(tmp_path, sdp):
     full, plan = tiny_model().num_parameters(), make_plan(tiny_config(), SDPConfig(coverage=0.5), WORKERS)
     is_cut = sdp == dict(coverage=0.5)
