@@ -79,7 +79,7 @@ def test_training_with_everything_held_equals_ddp(tmp_path, kind, way):
     assert loss == pytest.approx(ddp_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("way", ["callback", "peft_config"])
+@pytest.mark.parametrize("way", [pytest.param("callback", marks=pytest.mark.long), "peft_config"])
 def test_the_reference_is_the_full_model(tmp_path, way):
     _, _, expected = run_workers(train, "dpo", tmp_path / "ddp", way, None, world_size=2)[0]
     for sdp in (dict(coverage=0.5), dict(level="block"), dict(masking="backward")):
@@ -111,7 +111,7 @@ def evaluate(kind: str, folder, way: str, sdp: dict):
     ("kind", "way", "sdp"),
     [
         ("sft", "patched", dict(coverage=0.5)),
-        ("sft", "callback", dict(level="block")),
+        pytest.param("sft", "callback", dict(level="block"), marks=pytest.mark.long),
         pytest.param("dpo", "callback", dict(level="block"), marks=pytest.mark.long),
         ("dpo", "peft_config", dict(coverage=0.5)),
         ("reward", "peft_config", dict(coverage=0.5)),

@@ -35,7 +35,10 @@ def test_unequal_workers_equal_the_oracle(level, masking, sharding):
         pytest.param(dict(level="neuron", depth_profile="linear"), marks=pytest.mark.long),
         dict(level="block", depth_profile="linear", masking="backward"),
         dict(level="neuron", always_held=[0, -1], coverage=[0.25, 0.25, 0.5, 0.75], reshard_after_forward=True),
-        dict(level="block", always_held=[-1], coverage=[1.0, 0.5, 0.5, 0.5], balance="compute"),
+        pytest.param(
+            dict(level="block", always_held=[-1], coverage=[1.0, 0.5, 0.5, 0.5], balance="compute"),
+            marks=pytest.mark.long,
+        ),
         # Units with one and with two holders in one module: the mean is over another number for each slice.
         pytest.param(
             dict(level="neuron", coverage=[0.75, 0.25, 0.25, 0.25], masking="backward"), marks=pytest.mark.long

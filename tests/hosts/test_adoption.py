@@ -127,7 +127,8 @@ def launch(*arguments: object, workers: int = 2, **environment: str) -> subproce
     return subprocess.run(map(str, command), capture_output=True, text=True, timeout=200, env=everything)
 
 
-@pytest.mark.parametrize("script", ["causal_trainer.py", pytest.param("loop.py", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["causal_trainer.py", "loop.py"])
 def test_an_existing_script_trains_with_sdp_and_saves_a_standard_model(tmp_path, script):
     options = [tmp_path]
     if script == "causal_trainer.py":
@@ -176,6 +177,7 @@ def test_bad_options_are_one_line(arguments, message):
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_script_in_which_nothing_is_trained_with_sdp_is_an_error(tmp_path):
     (tmp_path / "script.py").write_text("import torch, sys\nassert sys.argv == [__file__, '--a', 'b']\n")
     command = [sys.executable, "-m", "hf_sdp.run", "--level", "block", tmp_path / "script.py", "--a", "b"]
