@@ -58,6 +58,8 @@ def run(
         raise click.UsageError(f"There is no file {script}. Options of hf_sdp come before it, its own after it.")
     if seq is not None and not dry_run:
         raise click.UsageError("--seq has no effect without --dry-run.")
+    if compare and dry_run:
+        raise click.UsageError("--compare has no effect with --dry-run. Leave one of them out.")
     from .hosts.adoption import enable
     from .hosts.environment import options_in_environment
 
@@ -67,13 +69,14 @@ def run(
     if compare:
         from .bench.script import compare as compare_engines
 
-        return compare_engines([argument for argument in sys.argv[1:] if argument != "--compare"])
+        own = sys.argv[1 : len(sys.argv) - len(arguments)]  # the script may have an option of that name
+        return compare_engines([*(argument for argument in own if argument != "--compare"), *arguments])
     if measure is not None:
         from .bench.script import config_of
 
         engine, _, file = measure.partition(":")
         before = functools.partial(_measure, engine != "ddp", Path(file))
-        config = config_of(engine, config) or config
+        config = config_of(engine, config)
     adoption = enable(config, only=only, before=before)
     assert adoption is not None  # a config was given
     sys.argv = [script, *arguments]

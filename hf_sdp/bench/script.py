@@ -36,12 +36,12 @@ _ROWS = {
 }
 
 
-def config_of(engine: str, config: SDPConfig) -> SDPConfig | None:
-    """FSDP2 is SDP with everything held; DDP is the script without hf_sdp."""
-    if engine == "ddp":
-        return None
+def config_of(engine: str, config: SDPConfig) -> SDPConfig:
+    """FSDP2 is SDP with everything held. Under DDP the model is not patched: none has an effect."""
+    if engine != "fsdp2":
+        return config
     everything: dict[str, Any] = dict(coverage=1.0, depth_profile="uniform", always_held=(), memory_gib=None)
-    return config if engine == "sdp" else dataclasses.replace(config, **everything, workload=None, masking="forward")
+    return dataclasses.replace(config, **everything, workload=None, masking="forward")
 
 
 class _Gradients:

@@ -77,13 +77,6 @@ def _stands_for_another(module: nn.Module) -> bool:
     return is_adapted(module) or _ORIGINAL in module._modules
 
 
-def base_layer(module: nn.Module) -> nn.Module:
-    """The layer that is adapted, or that is trained in a copy; any other module as it is."""
-    while _stands_for_another(module):
-        module = module._modules[_BASE if is_adapted(module) else _ORIGINAL]  # type: ignore[assignment]
-    return module
-
-
 def with_adapters(model: nn.Module, cut: Cut) -> Cut:
     """The cut of a model with adapters: theirs with the layers that they adapt, by the names that these have there."""
     dims: dict[str, int] = {}

@@ -56,12 +56,12 @@ class Adoption:
             self.adopted.add(_name(model))
             return False
         if self.only is not None and not re.search(self.only, _name(model)):
-            return self._stays_dense(model, f"its name does not match only={self.only!r}")
+            return self._leave_dense(model, f"its name does not match only={self.only!r}")
         if not any(p.requires_grad for p in model.parameters()):
-            return self._stays_dense(model, "none of its parameters learns")
+            return self._leave_dense(model, "none of its parameters learns")
         return True
 
-    def _stays_dense(self, model: nn.Module, why: str) -> bool:
+    def _leave_dense(self, model: nn.Module, why: str) -> bool:
         """Says so, once."""
         message = f"{_name(model)} stays dense: {why}."
         if message not in self.told:

@@ -169,6 +169,7 @@ def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path)
         (["--lvel", "block", "x.py"], "No such option"),
         (["no_such_script.py"], "There is no file no_such_script.py"),
         (["--seq", "4", __file__], "--seq has no effect without --dry-run"),
+        (["--compare", "--dry-run", __file__], "--compare has no effect with --dry-run"),
     ],
     ids=str,
 )
@@ -199,3 +200,14 @@ def test_engines_are_compared_on_a_script(tmp_path):
     assert rows["parameters, MiB"][0] > rows["parameters, MiB"][2]
     assert rows["sent per step, MiB"][0] > rows["sent per step, MiB"][2]
     assert all(seconds > 0 for seconds in rows["median step, s"])
+
+
+def test_an_option_of_the_script_of_the_same_name_is_left_to_it(monkeypatch):
+    from hf_sdp import run
+    from hf_sdp.bench import script
+
+    commands = []
+    monkeypatch.setattr(script, "compare", commands.append)
+    monkeypatch.setattr(sys, "argv", ["run", "--level", "block", "--compare", __file__, "--compare", "a"])
+    run.main()
+    assert commands == [["--level", "block", __file__, "--compare", "a"]]
