@@ -87,7 +87,8 @@ def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
     return {prefix + name: value for name, own in wanted.items() if (value := found[own]) is not None}
 
 
-_NOT_GIVEN: Any = object()
+NOT_GIVEN: Any = object()
+"""Of an argument that has None as a value."""
 
 
 class SavesAdapters:
@@ -100,13 +101,13 @@ class SavesAdapters:
             "SDPCallback(SDPConfig(...)), or a ref_model."
         )
 
-    def save_pretrained(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
+    def save_pretrained(self, save_directory, *args, state_dict=NOT_GIVEN, **kwargs):
         """Collective when ``state_dict`` is not given: call it on every worker, rank 0 writes."""
         model: Any = self
         original = functools.partial(super().save_pretrained, save_directory, *args)  # type: ignore[misc]
         if state_dict is None and get_state(model).held.rank != 0:
             return  # state_dict=accelerator.get_state_dict(model), which only rank 0 has
-        if state_dict is not _NOT_GIVEN:
+        if state_dict is not NOT_GIVEN:
             return original(state_dict=state_dict, **kwargs)
         if get_state(model).held.simulated:
             return original(**kwargs)

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from ..engine.presence import come_to
 from ..engine.sharded import Sharded, control_group, get_sharded
 from ..model.state import find_peft, get_state, unwrap
 from ..world.agreement import together
-from .adapters import adapter_tensors, adapter_weights
+from .adapters import NOT_GIVEN, adapter_tensors, adapter_weights
 from .weights import WeightsWriter
 
 if TYPE_CHECKING:
@@ -96,18 +96,15 @@ def bytes_to_save(model: nn.Module) -> int:
     return sum(math.prod(shapes[name]) * sharded.dtypes[name].itemsize for name in names)
 
 
-_NOT_GIVEN: Any = object()
-
-
 class SavesFullModel:
     """Mixed into the class of a patched model: ``model.save_pretrained`` saves the full model."""
 
-    def save_pretrained(self, save_directory, *args, state_dict=_NOT_GIVEN, **kwargs):
+    def save_pretrained(self, save_directory, *args, state_dict=NOT_GIVEN, **kwargs):
         """Saves the full model. Collective when ``state_dict`` is not given: call it on every worker, rank 0 writes."""
         original = functools.partial(super().save_pretrained, save_directory, *args)  # type: ignore[misc]
         if state_dict is None and get_state(self).held.rank != 0:
             return  # state_dict=accelerator.get_state_dict(model), which only rank 0 has
-        if state_dict is not None and state_dict is not _NOT_GIVEN:
+        if state_dict is not None and state_dict is not NOT_GIVEN:
             return original(state_dict=dict(state_dict), **kwargs)  # the host empties its dict
         if not args and kwargs.keys() <= {"max_shard_size", "is_main_process"}:
             kwargs.pop("is_main_process", None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, patch_model
+from hf_sdp.model.state import get_state, unwrap
 from tests.support.models import batch, tiny_model, with_adapters
 from tests.support.training import EVERYTHING
 from tests.support.workers import run_workers
@@ -116,3 +117,17 @@ def adapters_after_patching(sdp: dict):
 def test_adapters_come_before_patching(sdp):
     with pytest.raises(AssertionError, match=r"Change it before patching \(get_peft_model too\)"):
         run_workers(adapters_after_patching, sdp, world_size=1 if sdp.get("simulate") else 2)
+
+
+def test_every_module_that_is_gathered_by_its_call_is_called_with_adapters_off():
+    """FSDP2 gathers a group when its first module is called, and takes its forward to end with the last one."""
+    model = patch_model(tiny_model(**EVERYTHING, lora={}), SDPConfig(coverage=0.75), rank=0, world_size=4)
+    groups = get_state(model).held.groups
+    parts = [name for group in groups for name in group.modules if ".parts." in name]
+    called = set()
+    for name in parts:
+        unwrap(model).get_submodule(name).register_forward_hook(lambda *args, name=name: called.add(name))
+    with model.disable_adapter():
+        model(**batch(0))
+    assert parts and called == set(parts)
+    assert any("lora_B" in name for group in groups for name in group.tensors if group.modules[0] in parts)
