@@ -65,6 +65,7 @@ class Arguments(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
     logging_steps: float = 10
+    eval_on_start: bool = True  # after evaluate() alone, --dense would train without DDP (transformers 5.23)
     save_strategy: str = "no"
     report_to: str = "none"
     use_cpu: bool = not torch.cuda.is_available()
@@ -122,8 +123,8 @@ def main() -> None:
         data_collator=default_data_collator,
         callbacks=[] if model_args.dense else [SDPCallback(SDPConfig.from_arguments(sdp_args))],
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    before = trainer.state.log_history[0]["eval_loss"]
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()  # peft.PeftModel.from_pretrained(base, output_dir) loads it, without hf_sdp
     if trainer.is_world_process_zero():
