@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .hosts.trainer_checkpoint import last_checkpoint
     from .model.forward import local_state_dict
     from .patch import patch_model
+    from .phases import follow_schedule
     from .plan.plan import Plan
     from .planner import make_plan
     from .pretrained import from_config, from_pretrained
@@ -42,6 +43,7 @@ _HOMES = {
     "disable": "hosts.adoption",
     "enable": "hosts.adoption",
     "export_subnetwork": "checkpoint.export",
+    "follow_schedule": "phases",
     "from_config": "pretrained",
     "from_pretrained": "pretrained",
     "global_norm": "engine.gradients",
@@ -70,6 +72,7 @@ __all__ = [
     "disable",
     "enable",
     "export_subnetwork",
+    "follow_schedule",
     "from_config",
     "from_pretrained",
     "global_norm",

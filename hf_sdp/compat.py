@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
@@ -37,6 +38,7 @@ __all__ = [
     "default_store",
     "default_timeout",
     "fake_store",
+    "forget_fsdp",
     "fsdp_groups",
     "functional_collectives",
     "is_compiled",
@@ -47,6 +49,7 @@ __all__ = [
     "norms_mixed_meshes",
     "reduce_missing_gradients",
     "reset_after_exception",
+    "reset_sharded_parameters",
     "saves_on_every_rank",
     "tree_flatten",
     "tree_leaves",
@@ -70,6 +73,24 @@ def fsdp_groups(module: "FSDPModule") -> list[Any]:
     ``_all_gather_comm``, ``_reduce_scatter_comm`` and ``_all_reduce_hook``.
     """
     return module._get_fsdp_state()._fsdp_param_groups
+
+
+def reset_sharded_parameters(module: "FSDPModule") -> None:
+    """FSDP2 takes the parameters that the module has now, as after ``nn.Module._apply``."""
+    for group in fsdp_groups(module):
+        for parameter in group.fsdp_params:
+            parameter.reset_sharded_param()
+
+
+def forget_fsdp(model: nn.Module) -> None:
+    """Modules that were sharded may be sharded again: what FSDP2 keeps of them outside, and in hooks of a state dict
+    that it registers in the first forward, is removed. Everything else of it is in their classes and attributes."""
+    for module in model.modules():
+        _module_state_mapping.pop(module, None)
+        for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.distributed.fsdp"):
+                    del hooks[key]
 
 
 def reduce_missing_gradients(model: "FSDPModule") -> None:

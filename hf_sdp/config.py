@@ -9,6 +9,7 @@ from typing import Literal
 from . import options
 from .errors import SDPConfigError
 from .options import option
+from .schedule import Phase, phases_of
 from .workload import Dtype, Workload
 
 MAX_WORLD = 2**16
@@ -45,6 +46,15 @@ class SDPConfig:
         "Instead of coverage: memory of each subnetwork's worker in GiB (2**30 bytes). The planner finds the shares "
         "that fit, or says how many GiB are missing.",
         default=None,
+    )
+    coverage_schedule: Sequence[Phase] | None = option(
+        "Phases of the training instead of one coverage: [(0.0, 0.5), (0.6, 1.0)] is half of the model, then all of it. "
+        "In text 0:0.5,0.6:1. A phase may have a level, masking and depth_profile of its own "
+        "(0.6:0.5:masking=backward), and gradient_checkpointing. memory_gib is then a limit of each phase.",
+        default=None,
+    )
+    coverage_schedule_unit: Literal["steps", "flops"] = option(
+        "Of what the phases of coverage_schedule are shares.", default="steps"
     )
     workload: Workload | None = option(
         "What memory_gib has to be enough for, as batch=4,sequence=1024,dtype=bfloat16,optimizer=adamw.", default=None
@@ -139,6 +149,37 @@ class SDPConfig:
             )
         object.__setattr__(self, "always_held", tuple(self.always_held))
         self._refuse_options_without_effect()
+        if self.coverage_schedule is not None:
+            object.__setattr__(self, "coverage_schedule", phases_of(self.coverage_schedule))
+            self._check_phases()
+
+    def _check_phases(self):
+        for phase in self.coverage_schedule or ():
+            try:
+                self._of_phase(phase)
+            except SDPConfigError as error:
+                raise SDPConfigError(f"The phase of coverage_schedule from {phase.start:g}: {error}") from None
+        for name in ("depth_profile", "always_held"):
+            value = getattr(self, name)
+            if value != _DEFAULTS[name] and all(getattr(config, name) != value for _, config in self.phases):
+                raise SDPConfigError(f"{name}={value!r} has no effect in any phase of coverage_schedule. Leave it out.")
+
+    def _of_phase(self, phase: Phase) -> "SDPConfig":
+        values = {**phase.changes, "coverage_schedule": None, "coverage_schedule_unit": "steps", "memory_gib": None}
+        if self.balance == "memory":
+            values["workload"] = None
+        if phase.coverage == 1.0:  # everything is held everywhere
+            values |= {name: _DEFAULTS[name] for name in ("depth_profile", "always_held")} | phase.changes
+        if values.get("level", self.level) != "block":
+            values["block_granularity"] = _DEFAULTS["block_granularity"]
+        return dataclasses.replace(self, **values)
+
+    @property
+    def phases(self) -> tuple[tuple[Phase, "SDPConfig"], ...]:
+        """Each phase of the training with the config of its plan, which has no schedule; without one there is one."""
+        if self.coverage_schedule is None:
+            return ((Phase(0.0, 1.0), self),)
+        return tuple((phase, self._of_phase(phase)) for phase in self.coverage_schedule)
 
     def _check_coverage(self):
         shares = _shares(self.coverage)
@@ -213,6 +254,10 @@ class SDPConfig:
                         "coverage=1.0: every worker holds everything",
                         "Leave it out.",
                     )
+        if self.coverage_schedule is not None and self.coverage != _DEFAULTS["coverage"]:
+            refuse(f"coverage={self.coverage!r}", "coverage_schedule, whose phases have theirs", "Leave it out.")
+        if self.coverage_schedule is None and self.coverage_schedule_unit != "steps":
+            refuse(f"coverage_schedule_unit={self.coverage_schedule_unit!r}", "coverage_schedule=None", "Leave it out.")
         if self.memory_gib is not None and self.coverage != _DEFAULTS["coverage"]:
             refuse(f"coverage={self.coverage!r}", "memory_gib, which decides the coverage", "Leave one of them out.")
         if self.workload is not None and self.memory_gib is None and self.balance == "memory":

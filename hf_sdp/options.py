@@ -161,7 +161,8 @@ def arguments(cls: type, prefix: str) -> type:
         kind, annotation, value = kind_of(field.type), typing.cast(Any, field.type), typing.cast(Any, field.default)
         default: dict[str, Any] = {"default": value}
         if kind.is_list or hasattr(kind.element, "parse"):
-            annotation = types.GenericAlias(list, kind.element) if kind.is_list else str
+            annotation = str if hasattr(kind.element, "parse") else kind.element
+            annotation = types.GenericAlias(list, annotation) if kind.is_list else annotation
             annotation = annotation | None if kind.is_optional else annotation
         if kind.is_list and not kind.is_optional:  # of a list the parser looks at the factory only
             default = {"default_factory": [value].copy if kind.is_single else list(value).copy}

@@ -1,5 +1,6 @@
 """``patch_model``: a full transformers model becomes one worker's subnetwork, in place."""
 
+import dataclasses
 import logging
 import os
 
@@ -16,6 +17,7 @@ from .families import structure_of
 from .families.adapters import adapters_in_use, is_peft_model, without_peft
 from .families.model_config import architecture
 from .model.backward_masking import mask_weight_gradients
+from .model.changes import recorded
 from .model.cut import cut
 from .model.fitness import (
     refuse_adapters,
@@ -28,14 +30,14 @@ from .model.fitness import (
 from .model.forward import install_forward
 from .model.mixin import mix_in
 from .model.packed import is_packed, let_storage_be_sharded, refuse_quantized
+from .model.phases import Planned, Schedule
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
 from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
 from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
 from .plan.placement import Placement
-from .plan.plan import Plan
-from .plan.subnetwork import subnetwork_of, whole_model
-from .planner import make_plan
+from .plan.subnetwork import Subnetwork, subnetwork_of, whole_model
+from .planner import make_plans
 from .world.agreement import agree, process_group_is_up, together
 
 logger = logging.getLogger(__name__)
@@ -58,12 +60,12 @@ def patch_model(
     Collective when a process group is up: rank 0's full values are sent to all workers tensor by tensor, so that
         different seeds do not matter.
     """
-    rank, world_size, plan = _agree(model, config, rank, world_size, meta=False)
+    rank, world_size, phases = _agree(model, config, rank, world_size, meta=False)
     if not config.simulate:
         let_storage_be_sharded(without_peft(model))
         if process_group_is_up():
             _send_values_of_rank_0(without_peft(model))
-    return _patch(model, config, rank, world_size, plan)
+    return _patch(model, config, rank, world_size, phases)
 
 
 def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
@@ -71,37 +73,58 @@ def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, w
     return _patch(model, config, *_agree(model, config, rank, world_size, meta=True))
 
 
-def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> nn.Module:
+def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, phases: tuple[Planned, ...]) -> nn.Module:
     with together():
-        _reduce(without_peft(model), config, rank, world_size, plan)
+        base, first = without_peft(model), phases[0]
+        held = Held(
+            config=first.config,
+            plan=first.plan,
+            rank=rank,
+            placement=Placement(world_size, first.plan.num_subnetworks, config.sharding),
+            structure=structure_of(base),
+            subnetwork=_subnetwork(first, rank),
+            model_class=type(base),
+            model_name=type(base).__name__,
+            full_config=base.config,
+            tied=_tied(base),
+            adapters=adapters_in_use(base),
+        )
+        if config.coverage_schedule is None:
+            _reduce(base, held, None)
+        else:
+            become_subnetwork(base, held, Schedule(config, phases))
         if is_peft_model(model):
             mix_in(model, SavesAdapters)
     open_roll_call(model)
     return model
 
 
-def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, plan: Plan) -> None:
+def become_subnetwork(model: nn.Module, held: Held, schedule: Schedule) -> None:
+    """The full model becomes what it is in the current phase of ``schedule``, in place.
+
+    ``held``: of the phase before, or of this one.
+    """
+    now = schedule.current
+    with recorded(model) as changes:
+        held = dataclasses.replace(held, config=now.config, plan=now.plan, subnetwork=_subnetwork(now, held.rank))
+        _reduce(model, held, schedule)
+    schedule.changes.append(changes)
+
+
+def _subnetwork(phase: Planned, rank: int) -> Subnetwork:
+    is_cut = phase.config.masking == "forward" and not phase.config.simulate
+    return subnetwork_of(phase.plan, rank % phase.plan.num_subnetworks) if is_cut else whole_model(phase.plan)
+
+
+def _reduce(model: nn.Module, held: Held, schedule: Schedule | None) -> None:
     named = dict(model.named_parameters())
-    index = rank % plan.num_subnetworks
-    is_cut = config.masking == "forward" and not config.simulate
-    held = Held(
-        config=config,
-        plan=plan,
-        rank=rank,
-        placement=Placement(world_size, plan.num_subnetworks, config.sharding),
-        structure=structure_of(model),
-        subnetwork=subnetwork_of(plan, index) if is_cut else whole_model(plan),
-        model_class=type(model),
-        model_name=type(model).__name__,
-        full_config=model.config,
-        tied=_tied(model),
-        adapters=adapters_in_use(model),
-    )
+    config, plan, index = held.config, held.plan, held.index
     if not config.simulate:
         refuse_mixed_groups(model, held)
     run = Run(Cursor(index, trains=model.training), held.evaluates_full)
     if config.simulate:
-        simulate(model, plan, held.structure, run.cursor, average_shared=config.average_shared_statistics)
+        average_shared = config.average_shared_statistics
+        run.hooks = simulate(model, plan, held.structure, run.cursor, average_shared=average_shared)
     elif config.masking == "backward":
         mask_weight_gradients(model, plan, run.cursor, [index])
     else:
@@ -111,9 +134,9 @@ def _reduce(model: nn.Module, config: SDPConfig, rank: int, world_size: int, pla
         raise AssertionError(problem)
     for name, parameter in named.items():  # an optimizer made before patching refers to the full parameters
         run.replaced[parameter] = held.subnetwork.local_names[name]
-    if rank == 0:
+    if held.rank == 0:
         _warn_of_statistics(model, held)
-    set_state(model, SDPState(held, run))
+    set_state(model, SDPState(held, run, schedule))
     install_forward(model, *(() if config.simulate else (SavesFullModel,)))
 
 
@@ -130,17 +153,19 @@ def _warn_of_statistics(model: nn.Module, held: Held) -> None:
 
 def _agree(
     model: nn.Module, config: SDPConfig, rank: int | None, world_size: int | None, *, meta: bool
-) -> tuple[int, int, Plan]:
-    """Rank, world size and plan, after all checks. Collective when a process group is up: what is wrong on one
-    worker is an error on all, and every worker must have the same model (its values aside) and the same config."""
+) -> tuple[int, int, tuple[Planned, ...]]:
+    """Rank, world size and the phases with their plans, after all checks. Collective when a process group is up: what
+    is wrong on one worker is an error on all, and every worker must have the same model (its values aside) and the same
+    config."""
     with together():
         if not isinstance(config, SDPConfig):
             raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
         rank, world_size = _resolve_world(config, rank, world_size)
-        plan = make_plan(model, config, _check(model, config, world_size, meta))
-        same = {"the SDPConfig": vars(config), **_description(without_peft(model)), "the plan": {"hash": plan.hash}}
+        phases = make_plans(model, config, _check(model, config, world_size, meta))
+        hashes = [phase.plan.hash for phase in phases]
+        same = {"the SDPConfig": vars(config), **_description(without_peft(model)), "the plan": {"hash": hashes}}
     agree(same, "Give every worker the same model and SDPConfig.")
-    return rank, world_size, plan
+    return rank, world_size, phases
 
 
 def _description(model: nn.Module) -> dict[str, dict[str, object]]:

@@ -1,5 +1,6 @@
 """``make_plan``: from a model and an SDPConfig to the Plan. A pure function, no processes."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -18,6 +19,7 @@ from .families.inputs import LENGTH
 from .families.kinds import ATTENTION, EXPERTS, MIXER, MLP
 from .families.meta_model import meta_model
 from .model.fitness import refuse_what_is_no_model
+from .model.phases import Planned
 from .model.state import find_state
 from .options import is_positive
 from .plan.even import deal, reduced, replication
@@ -58,6 +60,8 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     model_or_config = without_peft(model_or_config)
     if find_state(model_or_config) is not None:
         raise SDPConfigError("This model is already patched. Plan for a newly made model, or its config.")
+    if config.coverage_schedule is not None:
+        raise SDPConfigError("A coverage_schedule has a plan for each phase: use make_plans.")
     model = model_or_config
     if config.memory_gib is not None:
         from .estimate.capacity import fit  # the estimate traces a model: plans of given shares need none of it
@@ -66,6 +70,35 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     else:
         coverages = _coverages(config, num_subnetworks)
     return plan_of(model, config, coverages)
+
+
+def make_plans(model_or_config, config: SDPConfig, num_subnetworks: int) -> tuple[Planned, ...]:
+    """The phases of ``config``, each with its plan as :func:`make_plan` makes it; without a schedule there is one.
+
+    Raises: SDPConfigError as there, also when a phase needs more than ``memory_gib``.
+    """
+    phases = tuple(
+        Planned(phase, of_phase, make_plan(model_or_config, of_phase, num_subnetworks))
+        for phase, of_phase in config.phases
+    )
+    if config.coverage_schedule is None:
+        return phases
+    model = meta_model(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    model = without_peft(model)
+    if config.memory_gib is not None:
+        from .estimate.capacity import refuse_what_does_not_fit
+
+        for planned in phases:
+            refuse_what_does_not_fit(model, planned, config)
+    if config.coverage_schedule_unit == "flops":
+        from .estimate.figures import plan_figures
+
+        sequence = _sequence(model, config)
+        for_one_worker_each = {"num_workers": num_subnetworks, "sequence": sequence, "element_bytes": 4}
+        figures = [plan_figures(p.plan, model, p.config, **for_one_worker_each) for p in phases]
+        flops = [sum(float(of_kind.mean()) for of_kind in f.flops.values()) for f in figures]
+        phases = tuple(dataclasses.replace(p, cost=cost) for p, cost in zip(phases, flops, strict=True))
+    return phases
 
 
 def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
@@ -246,8 +279,12 @@ def _weight(module: MaskableModule, shapes: dict[str, tuple[int, ...]], model, c
     """What ``config.balance`` balances, of one module."""
     if config.balance == "memory":
         return float(module.numel(shapes))
-    sequence = config.workload.sequence if config.workload else getattr(model.config, "max_position_embeddings", LENGTH)
-    return float(training_flops(module, flops_of(model, sequence)))
+    return float(training_flops(module, flops_of(model, _sequence(model, config))))
+
+
+def _sequence(model, config: SDPConfig) -> int:
+    """Tokens of a sequence, for counting FLOPs."""
+    return config.workload.sequence if config.workload else getattr(model.config, "max_position_embeddings", LENGTH)
 
 
 def _check_replication(config: SDPConfig, stack: Stack, shares: np.ndarray) -> None:

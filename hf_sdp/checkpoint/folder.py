@@ -25,6 +25,7 @@ from torch import nn
 from ..engine.presence import come_to
 from ..engine.sharded import get_sharded
 from ..errors import SDPStateError
+from ..model.state import get_state
 from ..world.agreement import from_rank_0, together
 from .files import size_of
 from .marker import MARKER, Compared, check, check_together, seal
@@ -54,7 +55,7 @@ def writing(folder: str | os.PathLike, model: nn.Module) -> Iterator[Path]:
         refuse_unless_shared(unfinished.parent, group)
         with together(group):
             yield unfinished
-        seal(unfinished, held, group)
+        seal(unfinished, get_state(model), group)
         with together(group):
             if held.rank == 0:
                 _take_place(unfinished, folder)

@@ -145,6 +145,6 @@ def tell_changes(model: nn.Module, folder: str | Path, world_size: int, rank: in
     if rank != 0:
         return
     state = find_state(model)
-    differences = changes(read_marker(Path(folder)), state.held if state is not None else None, world_size)
+    differences = changes(read_marker(Path(folder)), state, world_size)
     if differences:
         logger.warning("Continuing from %s. Different: %s.", folder, "; ".join(differences))

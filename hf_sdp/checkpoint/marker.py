@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from ..compat import versions
 from ..errors import SDPStateError
-from ..model.state import Held
+from ..model.state import SDPState
+from ..plan.plan import Plan
 from ..world.agreement import from_rank_0, of_everyone, process_group_is_up, together
 from .files import read_json, reading, size_of
 from .one_file_system import refuse_unless_seen
@@ -22,8 +23,9 @@ class Compared(str):
     """The path of a checkpoint whose checksums have just been compared: :func:`check_together` compares sizes only."""
 
 
-def seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
+def seal(folder: Path, state: SDPState, group: dist.ProcessGroup | None) -> None:
     """Write the plan, and last the marker. Collective: every worker reads its share of the files back."""
+    held = state.held
     with together(group):
         if held.rank == 0:
             (folder / PLAN).write_text(held.plan.to_json() + "\n")
@@ -40,7 +42,8 @@ def seal(folder: Path, held: Held, group: dist.ProcessGroup | None) -> None:
         if held.rank == 0:
             content = {
                 "world_size": held.world_size,
-                "sdp_config": dataclasses.asdict(held.config),
+                "sdp_config": dataclasses.asdict(state.config),
+                **({} if state.schedule is None else {"phase": state.schedule.number}),
                 "plan_hash": held.plan.hash,
                 "versions": versions(),
                 "files": {file: found[file] for found in everyone for file in sorted(found)},
@@ -152,19 +155,19 @@ def is_inside(name: str) -> bool:
     return bool(name) and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
-def changes(saved: dict | None, held: Held | None, world_size: int) -> list[str]:
+def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list[str]:
     """What is different from the run that wrote the checkpoint, for the user."""
     if saved is None:
-        return ["the checkpoint was written without SDP"] if held is not None else []
+        return ["the checkpoint was written without SDP"] if state is not None else []
     result = []
     if saved["world_size"] != world_size:
         result.append(
             f"{saved['world_size']} workers then, {world_size} now: other data per worker, and random numbers anew on "
             "workers that are new"
         )
-    if held is None:
+    if state is None:
         return [*result, "this run is not SDP"]
-    now = json.loads(json.dumps(dataclasses.asdict(held.config)))  # lists, as they were saved
+    now = json.loads(json.dumps(dataclasses.asdict(state.config)))  # lists, as they were saved
     for name, value in saved["sdp_config"].items():
         if name in now and now[name] != value:
             result.append(f"{name}={value!r} then, {now[name]!r} now")
@@ -173,6 +176,11 @@ def changes(saved: dict | None, held: Held | None, world_size: int) -> list[str]
         for name, then in saved["versions"].items()
         if versions().get(name) != then
     ]
-    if not result and saved["plan_hash"] != held.plan.hash:
+    if not result and saved["plan_hash"] != _plan_then(saved, state).hash:
         result.append("another plan")
     return result
+
+
+def _plan_then(saved: dict, state: SDPState) -> Plan:
+    """That of the same phase of the same schedule."""
+    return state.held.plan if state.schedule is None else state.schedule.phases[saved["phase"]].plan

@@ -105,6 +105,9 @@ def _plan(folder: Path, marker: dict, shapes: dict[str, tuple[int, ...]]) -> str
         raise SDPStateError(f"{file} cannot be read as a plan: {error!r}.") from error
     try:
         config = marker["sdp_config"]
+        if config.get("coverage_schedule") is not None:
+            phase = config["coverage_schedule"][marker["phase"]]
+            config = config | {name: phase[name] for name in ("level", "masking") if phase[name] is not None}
         expected = {
             "plan_hash": (found_hash, marker["plan_hash"]),
             "level": (plan.level, config["level"]),

@@ -7,8 +7,9 @@ DTensors of several meshes would need a param group each. Exact for optimizers t
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,6 +95,20 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     setattr(optimizer, _ATTRIBUTE, _Repointed(model))
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: _enter(opt))
     optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
+
+
+def train_from_now_on(
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Sequence[nn.Parameter]],
+    state: Mapping[nn.Parameter, dict[str, Any]],
+) -> None:
+    """Give an optimizer other parameters, and their state. Its groups keep their options, and stay the objects that a
+    scheduler has."""
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = list(parameters)
+    optimizer.state.clear()
+    for parameter, of_parameter in state.items():
+        optimizer.state[parameter] = of_parameter
 
 
 def _new_groups(optimizer: torch.optim.Optimizer, sharded: Sharded) -> list[list[nn.Parameter]]:

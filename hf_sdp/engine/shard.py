@@ -9,8 +9,8 @@ it: "the next part" differs from worker to worker. Hence no prefetch in backward
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..compat import reduce_missing_gradients
 from ..errors import SDPStateError
-from ..model.state import Held, get_state, refuse_changed, unwrap
+from ..model.changes import recorded
+from ..model.state import Held, SDPState, get_state, refuse_changed, unwrap
 from ..world.agreement import of_everyone, together
 from ..world.groups import control_group
 from .debug import watch_collectives
@@ -36,15 +37,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
+def shard(
+    model: "PreTrainedModel", device: torch.device, materialize: Callable[[nn.Module], None] | None = None
+) -> nn.Module:
     """Shard a patched model over the meshes of its plan, in place. Collective; a second call does nothing.
 
     Parameters become DTensors; :func:`hf_sdp.engine.optimizer.repoint` moves an optimizer made before over to them.
-    Those on the meta device become uninitialized shards on ``device``.
+    Those on the meta device become uninitialized shards on ``device``, or what ``materialize`` makes of them.
     """
     model = unwrap(model)
     state = get_state(model)
-    held, run = state.held, state.run
+    held = state.held
     if held.simulated or find_sharded(model) is not None:
         return model
     if not dist.is_initialized() or dist.get_world_size() != held.world_size:
@@ -59,6 +62,17 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
         refuse_changed(model, held)
         if not on_meta:
             model.to(device)
+    # Buffers are moved, and stay.
+    recording = contextlib.nullcontext() if state.schedule is None else recorded(model, but=("_buffers",))
+    with recording as changes:
+        _shard(model, state, device, on_meta, materialize)
+    if state.schedule is not None and changes is not None:
+        state.schedule.changes.append(changes)
+    return model
+
+
+def _shard(model: Any, state: SDPState, device: torch.device, on_meta: bool, materialize: Callable | None) -> None:
+    held, run = state.held, state.run
     before = dict(model.named_parameters())
     meshes = make_meshes(held.plan, held.placement, device.type)
     dtypes = _dtypes(held, before, control_group())
@@ -74,9 +88,11 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
             module.set_modules_to_backward_prefetch([module])
         # A norm between two absent blocks, an expert without tokens: other workers have a gradient for it.
         reduce_missing_gradients(model)
-        if on_meta:
+        if on_meta and materialize is None:
             model.to_empty(device=device)
             model.tie_weights()  # to_empty makes a tensor for each name
+    if materialize is not None:
+        materialize(model)
     for name, parameter in before.items():  # of an optimizer made before sharding
         run.replaced.setdefault(parameter, [name])
     parameters = dict(model.named_parameters())
@@ -92,7 +108,6 @@ def shard(model: "PreTrainedModel", device: torch.device) -> nn.Module:
     guard_forward(model, sharded, shadow)
     if not held.trains_full_forward:
         let_inputs_need_gradients(model, held.structure.layers)
-    return model
 
 
 def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:

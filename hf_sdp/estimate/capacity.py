@@ -1,11 +1,13 @@
 """``memory_gib``: how much of the model each worker can hold. The estimate of a step's peak decides, plan by plan."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
+from ..model.phases import Planned
 from ..plan.plan import Plan
 from .memory import sdp_step
 from .shapes import Model
@@ -35,10 +37,7 @@ def fit(
     assert config.memory_gib is not None  # the planner asks only with it
     capacities = np.array(config.memory_gib) * GIB
     if len(capacities) != num_subnetworks:
-        raise SDPConfigError(
-            f"memory_gib lists {len(capacities)} subnetworks {list(config.memory_gib)}, there are {num_subnetworks}. "
-            f"Give one for each, or num_subnetworks={len(capacities)} for replicas of them."
-        )
+        raise _other_number(config.memory_gib, num_subnetworks)
     search = _Search(model, config, capacities, plan_of)
     steps, stuck, reason = np.full(num_subnetworks, STEPS), np.zeros(num_subnetworks, dtype=bool), None
     while (over := (need := search.need(steps)) > capacities).any():
@@ -51,6 +50,32 @@ def fit(
         except SDPConfigError as error:  # cannot be dealt: not one unit each, or too few holders
             stuck, reason = stuck | worst, error
     return (search.level(steps) if config.balance == "compute" else steps) / STEPS
+
+
+def refuse_what_does_not_fit(model: Model, planned: Planned, config: SDPConfig) -> None:
+    """Raises SDPConfigError when a phase of ``config.coverage_schedule`` needs more than ``config.memory_gib``."""
+    assert config.memory_gib is not None and config.workload is not None
+    plan, checkpoints = planned.plan, planned.phase.gradient_checkpointing
+    if len(config.memory_gib) != plan.num_subnetworks:
+        raise _other_number(config.memory_gib, plan.num_subnetworks)
+    capacities = np.array(config.memory_gib) * GIB
+    workload = dataclasses.replace(config.workload, gradient_checkpointing=True) if checkpoints else config.workload
+    search = _Search(model, dataclasses.replace(config, workload=workload), capacities, lambda steps: plan)
+    need = search.need(np.full(plan.num_subnetworks, STEPS))
+    if (need > capacities).any():
+        raise SDPConfigError(
+            f"memory_gib={list(config.memory_gib)} is too little for the phase of coverage_schedule from "
+            f"{planned.phase.start:g} (coverage {planned.phase.coverage:g}): the workers need "
+            f"{[float(f'{n / GIB:.4g}') for n in need]} GiB. Use a smaller coverage, or its "
+            "gradient_checkpointing=True."
+        )
+
+
+def _other_number(memory_gib: Sequence[float], num_subnetworks: int) -> SDPConfigError:
+    return SDPConfigError(
+        f"memory_gib lists {len(memory_gib)} subnetworks {list(memory_gib)}, there are {num_subnetworks}. "
+        f"Give one for each, or num_subnetworks={len(memory_gib)} for replicas of them."
+    )
 
 
 def _shortage(

@@ -18,6 +18,7 @@ from ..engine.vote import Watch
 from ..errors import SDPConfigError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
+from ..phases import follow_schedule
 from ..world.agreement import together
 from ..world.groups import end_groups
 from .accelerator_state import SavesState
@@ -129,6 +130,24 @@ class SDPAccelerator(SavesState):
             yield
         for cursor in cursors:
             cursor.start(0 if self.sync_gradients else cursor.micro_batch + 1)
+
+    def follow_schedule(self, step: int, num_steps: int) -> bool:
+        """Begin the phase of a ``coverage_schedule`` that the next step belongs to: call it before each step.
+
+        Collective where a phase begins. Parameters are new ones after it: take ``model.parameters()`` again.
+        Args:
+            step: counted from 0, of ``num_steps`` optimizer steps in all.
+        Returns: whether a model was rebuilt.
+        Raises: as :func:`hf_sdp.follow_schedule`; SDPConfigError when no prepared model has a schedule.
+        """
+        models = [unwrap(model) for model in self._models]
+        scheduled = [model for model in models if (state := find_state(model)) is not None and state.schedule]
+        if not scheduled:
+            raise SDPConfigError("follow_schedule: no model was prepared that has an SDPConfig(coverage_schedule=...).")
+        optimizers = [_inner(optimizer) for optimizer in self._optimizers]
+        return any(
+            [follow_schedule(m, step, num_steps, [o for o in optimizers if model_of(o) is m]) for m in scheduled]
+        )
 
     def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
         """Norm of the full averaged gradient of all workers, which is clipped to ``max_norm``. Collective."""

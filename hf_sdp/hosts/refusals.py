@@ -46,8 +46,8 @@ def refuse_models(accelerator: Accelerator, models: list[nn.Module], sdp_config:
         )
     for model in models:
         state = find_state(model)
-        if state is not None and sdp_config not in (None, state.held.config):
-            raise SDPConfigError(f"The model was patched with {state.held.config}, the accelerator has {sdp_config}.")
+        if state is not None and sdp_config not in (None, state.config):
+            raise SDPConfigError(f"The model was patched with {state.config}, the accelerator has {sdp_config}.")
     unpatched = next((model for model in models if find_state(model) is None), None)
     if unpatched is not None:
         others = {*models, *filter(find_state, accelerator._models)} - {unpatched}

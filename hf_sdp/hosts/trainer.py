@@ -18,11 +18,12 @@ from ..compat import norms_mixed_meshes
 from ..config import SDPConfig
 from ..engine.metrics import StepMeter
 from ..engine.presence import come_to
-from ..engine.sharded import find_sharded
+from ..engine.sharded import find_sharded, get_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.fitness import refuse_what_is_no_model
 from ..model.state import find_state, get_state
 from ..patch import patch_model
+from ..phases import follow_schedule
 from .accelerator import SDPAccelerator
 from .optimizer import VotingOptimizer
 from .preemption import AgreedJITCheckpoint
@@ -91,9 +92,9 @@ class SDPCallback(TrainerCallback):
                 )
             patch_model(model, self.config)
             return
-        held = get_state(model).held
-        if self.config is not None and self.config != held.config:
-            raise SDPConfigError(f"The model was patched with {held.config}, SDPCallback has {self.config}.")
+        config = get_state(model).config
+        if self.config is not None and self.config != config:
+            raise SDPConfigError(f"The model was patched with {config}, SDPCallback has {self.config}.")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         _check_training(args, model)
@@ -111,11 +112,20 @@ class SDPCallback(TrainerCallback):
                 f"  Those are of the subnetwork of rank {held.rank}: {held.plan.numel(held.index):,} parameters of the "
                 f"full model's {held.plan.full_numel:,}"
             )
+        schedule = get_state(model).schedule
+        if schedule is not None:
+            schedule.first_steps(state.max_steps)  # raises when a phase has none
         self.meter = None
         if sharded is not None:
-            self.meter = StepMeter(model, args.device, sharded.traffic, profiles_memory=self.profile_memory)
+            self._measure(args, model)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def _measure(self, args, model) -> None:
+        traffic = get_sharded(model, "Measuring").traffic
+        self.meter = StepMeter(model, args.device, traffic, profiles_memory=self.profile_memory)
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if follow_schedule(model, state.global_step, state.max_steps, [optimizer]) and self.meter is not None:
+            self._measure(args, model)
         get_state(model).run.cursor.start(0)  # a short last window of an epoch must not shift the next one
         if self.meter is not None:
             self.meter.step_begin()

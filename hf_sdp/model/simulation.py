@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..families import Structure
 from ..families.absent import Absent
@@ -101,10 +102,13 @@ class MaybeSkipped(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor, *, average_shared: bool) -> None:
+def simulate(
+    model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor, *, average_shared: bool
+) -> list[RemovableHandle]:
     """Turn a full model into its simulation, in place; names and Parameters stay.
 
     ``average_shared``: as in ``SDPConfig.average_shared_statistics``.
+    Returns: the hooks of parameters.
     """
     if plan.masking == "backward":
         mask_weight_gradients(model, plan, cursor, range(plan.num_subnetworks))
@@ -113,16 +117,17 @@ def simulate(model: nn.Module, plan: Plan, structure: Structure, cursor: Cursor,
     else:
         _skip_blocks(model, plan, structure, cursor)
     simulate_statistics(model, plan, cursor, average_shared=average_shared)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(cursor.note_gradient)
+    learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_hook(cursor.note_gradient) for parameter in learn]
     if plan.masking == "forward":
         for module in plan.modules:
             for name in module.dims:
                 parameter = model.get_parameter(name)
                 if not parameter.requires_grad:
                     continue
-                parameter.register_hook(functools.partial(_scaled, scale=_scale(plan, name, parameter.dim())))
+                scale = _scale(plan, name, parameter.dim())
+                hooks.append(parameter.register_hook(functools.partial(_scaled, scale=scale)))
+    return hooks
 
 
 def _scaled(grad: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:

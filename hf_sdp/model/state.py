@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig
 
@@ -22,6 +23,7 @@ from ..plan.placement import Placement, owners
 from ..plan.plan import Plan
 from ..plan.region import Region
 from ..plan.subnetwork import Subnetwork
+from .phases import Schedule
 
 _ATTRIBUTE = "_sdp_state"
 
@@ -183,6 +185,7 @@ class Run:
         full_model: None before the model is sharded.
         is_sharded: whether the model must be called as a whole.
         replaced: parameters from before patching or sharding -> the local names that took their place.
+        hooks: those that a simulation has put on parameters.
     """
 
     cursor: Cursor
@@ -194,14 +197,21 @@ class Run:
     full_model: FullModel | None = None
     is_sharded: bool = False
     replaced: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SDPState:
-    """Of one patched model."""
+    """Of one patched model. ``schedule``: of a model with a ``coverage_schedule``."""
 
     held: Held
     run: Run
+    schedule: Schedule | None = None
+
+    @property
+    def config(self) -> SDPConfig:
+        """As the user gave it."""
+        return self.held.config if self.schedule is None else self.schedule.config
 
 
 def set_state(model: nn.Module, state: SDPState) -> None:

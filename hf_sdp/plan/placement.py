@@ -5,7 +5,7 @@ holds is shared by the whole world, so that every element is stored once there. 
 all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .holders import Holders
@@ -56,20 +56,39 @@ class Placement:
 
     def owned(self, region: Region, holders: Holders) -> Iterator[tuple[int, Region]]:
         """``(rank, region)`` for the owner of each shard that is not empty. Replicas are not owners."""
-        owners = self.mesh(holders)[0]
-        for index, rank in enumerate(owners):
-            shard = region.shard(index, len(owners))
+        yield from self._of_row(region, self.mesh(holders)[0])
+
+    def stored_by_all(self, region: Region, holders: Holders) -> Iterator[tuple[int, Region]]:
+        """``(rank, region)`` for each shard that is not empty, those of replicas too."""
+        for row in self.mesh(holders):
+            yield from self._of_row(region, row)
+
+    def _of_row(self, region: Region, ranks: list[int]) -> Iterator[tuple[int, Region]]:
+        for index, rank in enumerate(ranks):
+            shard = region.shard(index, len(ranks))
             if shard.numel:
                 yield rank, shard
 
 
-def owners(plan: Plan, placement: Placement) -> dict[str, list[tuple[int, Region]]]:
+_Placed = dict[str, list[tuple[int, Region]]]
+
+
+def owners(plan: Plan, placement: Placement) -> _Placed:
     """Full parameter name -> ``(owner's rank, region)``; the regions of one parameter tile it."""
-    result: dict[str, list[tuple[int, Region]]] = {name: [] for name in plan.shapes}
+    return _placed(plan, placement.owned)
+
+
+def stored_by_all(plan: Plan, placement: Placement) -> _Placed:
+    """The same of all that is stored, replicas too."""
+    return _placed(plan, placement.stored_by_all)
+
+
+def _placed(plan: Plan, place: Callable[[Region, Holders], Iterator[tuple[int, Region]]]) -> _Placed:
+    result: _Placed = {name: [] for name in plan.shapes}
     cut = plan.cut if plan.masking == "forward" else {}
     for part in plan.parts if cut else ():
         for name, region in part.regions.items():
-            result[name] += placement.owned(region, part.holders)
+            result[name] += place(region, part.holders)
     for name in result.keys() - cut.keys():
-        result[name] += placement.owned(Region.whole(name, plan.shapes[name]), plan.everyone)
+        result[name] += place(Region.whole(name, plan.shapes[name]), plan.everyone)
     return result

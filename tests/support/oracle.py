@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sdp import SDPAccelerator, SDPConfig, consolidate, patch_model, verify
+from hf_sdp import SDPAccelerator, SDPConfig, consolidate, follow_schedule, patch_model, verify
 from tests.support.models import batch_for, tiny_model
 from tests.support.workers import run_workers
 
@@ -37,6 +37,8 @@ def train_workers(
     model, optimizer = accelerator.prepare(model, optimizer)
     norms, losses = [], []
     for step in range(steps):
+        if "coverage_schedule" in config:
+            accelerator.follow_schedule(step, steps)
         for micro in range(accumulation):
             with accelerator.accumulate(model):
                 index = (step * accumulation + micro) * world_size + rank
@@ -68,6 +70,7 @@ def train_oracle(
     norms, losses = [], []
     micro_batches = world_size * accumulation
     for step in range(steps):
+        follow_schedule(model, step, steps)
         for micro in range(micro_batches):
             loss = model(**batch_for(model, step * micro_batches + micro, model_options.get("task"))).loss
             losses.append(loss.item())

@@ -1,0 +1,148 @@
+"""From one plan to the next, in memory: weights and optimizer state go to the workers that store them from then on.
+
+One full parameter after the other, its weights and then each tensor of its state; what is no longer stored is freed at
+once. No worker ever has more than what it stores before or after, and one full parameter.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import reset_sharded_parameters
+from ..errors import SDPStateError
+from ..model.state import Held, local_tensor
+from ..plan.placement import stored_by_all
+from ..plan.region import Region
+from ..world.agreement import of_everyone, together
+from .exchange import Local, Owned, exchange
+from .fsdp import fsdp_modules
+from .optimizer import local_shards, train_from_now_on
+from .sharded import Sharded
+
+_Kind = tuple[int, str] | None
+"""A tensor of an optimizer's state, by the optimizer's number and its key; None: the weights."""
+
+
+class Handover:
+    """What the workers store of a model and of its optimizers; nothing else refers to it any more, once the model is
+    taken back.
+
+    Raises: SDPStateError on every worker, and nothing is changed then: gradients, which would be lost, or state that
+        is neither a number nor of its parameter's shape. Making one is a collective on the control group.
+    """
+
+    def __init__(self, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self.owners = sharded.held.owners
+        self.rank = sharded.held.rank
+        self.tensors: dict[tuple[str, _Kind], list[Local]] = {}
+        numbers: dict[tuple[int, str], dict[str, Any]] = {}
+        with together(sharded.control_group):
+            _refuse_gradients(sharded)
+            names = {p: sharded.held.stored(local_name) for local_name, p in sharded.parameters.items()}
+            for parameter, region in names.items():
+                self._take(region, None, local_tensor(parameter.detach()))
+            for number, optimizer in enumerate(self.optimizers):
+                with local_shards(optimizer):
+                    pass  # after a step that raised, its state is by shards
+                for parameter, region in names.items():
+                    for key, value in optimizer.state.get(parameter, {}).items():
+                        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                            numbers.setdefault((number, region.name), {})[key] = value
+                        elif tuple(value.shape) != tuple(local_tensor(parameter).shape):
+                            raise SDPStateError(
+                                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for "
+                                f"{region.name}, of which this worker stores {region.shape}: it cannot go to others."
+                            )
+                        else:
+                            self._take(region, (number, key), local_tensor(value))
+            groups = [
+                [[names[p].name for p in group["params"]] for group in optimizer.param_groups]
+                for optimizer in self.optimizers
+            ]
+        dtypes = {place: local[0][1].dtype for place, local in self.tensors.items()}
+        learns = {names[p].name: p.requires_grad for p in names}
+        everyone = of_everyone((dtypes, learns, numbers, groups), sharded.control_group)
+        self.dtypes = _union(theirs[0] for theirs in everyone)
+        self.learns = _union(theirs[1] for theirs in everyone)
+        self.numbers = _union(theirs[2] for theirs in everyone)
+        self.groups: list[list[set[str]]] = [
+            [set().union(*of_group) for of_group in zip(*of_optimizer, strict=True)]
+            for of_optimizer in zip(*(theirs[3] for theirs in everyone), strict=True)
+        ]
+        self.kinds: dict[str, list[tuple[int, str]]] = {}
+        for name, kind in sorted(place for place in self.dtypes if place[1] is not None):
+            self.kinds.setdefault(name, []).append(kind)
+        for optimizer in self.optimizers:
+            train_from_now_on(optimizer, [[] for _ in optimizer.param_groups], {})
+
+    def _take(self, region: Region, kind: _Kind, tensor: torch.Tensor) -> None:
+        self.tensors.setdefault((region.name, kind), []).append((region, tensor))
+
+    @torch.no_grad()
+    def give(self, model: nn.Module, held: Held, device: torch.device) -> None:
+        """Give memory on ``device`` to the parameters of a model that is sharded by another plan, on the meta device,
+        and the values that the workers have; its optimizers train these from now on. Collective over the world."""
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for last, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(parameter, []).append((module, last))
+        before = dict(model.named_parameters())
+        targets = stored_by_all(held.plan, held.placement)
+        parameters: dict[str, nn.Parameter] = {}
+        states: list[dict[nn.Parameter, dict[str, Any]]] = [{} for _ in self.optimizers]
+        for name in held.plan.shapes:
+            for local_name in held.subnetwork.local_names[name]:
+                meta = before[local_name]
+                new = nn.Parameter(torch.empty_like(meta, device=device), requires_grad=meta.requires_grad)
+                parameters[local_name] = new
+                for module, last in places[meta]:
+                    module._parameters[last] = new
+            mine = {n: parameters[n] for n in held.subnetwork.local_names[name]}
+            self._move(name, None, targets[name], {held.stored(n): local_tensor(p) for n, p in mine.items()}, device)
+            for kind in self.kinds.get(name, ()):
+                tensors = {n: torch.empty_like(local_tensor(p), dtype=self.dtypes[name, kind]) for n, p in mine.items()}
+                self._move(name, kind, targets[name], {held.stored(n): t for n, t in tensors.items()}, device)
+                for n, tensor in tensors.items():
+                    states[kind[0]].setdefault(mine[n], {})[kind[1]] = tensor
+            for number, state in enumerate(states):
+                for p in mine.values():
+                    for key, value in self.numbers.get((number, name), {}).items():
+                        state.setdefault(p, {})[key] = value.clone() if isinstance(value, torch.Tensor) else value
+        for sharded_module in fsdp_modules(model):
+            reset_sharded_parameters(sharded_module)
+        for optimizer, groups, state in zip(self.optimizers, self.groups, states, strict=True):
+            local_names = held.subnetwork.local_names
+            of_groups = [
+                [parameters[n] for name in held.plan.shapes if name in names for n in local_names[name]]
+                for names in groups
+            ]
+            train_from_now_on(optimizer, of_groups, state)
+
+    def _move(
+        self, name: str, kind: _Kind, targets: list[Owned], wanted: dict[Region, torch.Tensor], device: torch.device
+    ) -> None:
+        """One tensor; what this worker had of it is freed."""
+        had = self.tensors.pop((name, kind), [])
+        of_region = dict(had)
+        mine = [(region, of_region[region]) for rank, region in self.owners[name] if rank == self.rank]
+        into = [(region, wanted[region]) for rank, region in targets if rank == self.rank]
+        exchange(self.owners[name], targets, mine, into, torch.empty(0, dtype=self.dtypes[name, kind], device=device))
+        for _, tensor in had:  # FSDP2 refers to it in circles
+            tensor.untyped_storage().resize_(0)
+
+
+def _refuse_gradients(sharded: Sharded) -> None:
+    found = next((name for name, p in sharded.parameters.items() if p.grad is not None), None)
+    if found is not None:
+        raise SDPStateError(
+            f"{found} has a gradient, which would be lost. A phase begins between two steps: call it after "
+            "optimizer.step() and optimizer.zero_grad()."
+        )
+
+
+def _union(dicts: Iterable[dict]) -> dict:
+    return {key: value for each in dicts for key, value in each.items()}

@@ -1,0 +1,59 @@
+"""The phases of a training, planned: what is known of a coverage schedule once it has a model."""
+
+from dataclasses import dataclass, field
+
+from ..config import SDPConfig
+from ..errors import SDPConfigError
+from ..plan.plan import Plan
+from ..schedule import Phase, first_steps
+from .changes import Changes
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A phase with its plan.
+
+    Attributes:
+        config: of this phase alone.
+        cost: of a step, in the unit that the starts are shares of: FLOPs, or 1.
+    """
+
+    phase: Phase
+    config: SDPConfig
+    plan: Plan
+    cost: float = 1.0
+
+
+@dataclass
+class Schedule:
+    """Of one patched model.
+
+    Attributes:
+        config: as the user gave it.
+        number: of the phase that the model is in.
+        changes: what was done to its modules for this phase, newest last.
+    """
+
+    config: SDPConfig
+    phases: tuple[Planned, ...]
+    number: int = 0
+    changes: list[Changes] = field(default_factory=list)
+
+    @property
+    def current(self) -> Planned:
+        return self.phases[self.number]
+
+    def first_steps(self, num_steps: int) -> list[int]:
+        """Of each phase, counted from 0. Raises: SDPConfigError when a phase has no step."""
+        first = first_steps([p.phase.start for p in self.phases], [p.cost for p in self.phases], num_steps)
+        lengths = [end - start for start, end in zip(first, [*first[1:], num_steps], strict=True)]
+        if min(lengths) < 1:
+            raise SDPConfigError(
+                f"coverage_schedule: of {num_steps} training steps the phases get {lengths}. Each needs one: train for "
+                "longer, or leave a phase out."
+            )
+        return first
+
+    def phase_at(self, step: int, num_steps: int) -> int:
+        """Number of the phase of a step, counted from 0."""
+        return max(number for number, first in enumerate(self.first_steps(num_steps)) if first <= step)

@@ -1,0 +1,102 @@
+"""The phases of a coverage schedule: at a boundary a model becomes the subnetwork of the next plan, in place.
+
+What patching and sharding have done to its modules is taken back, and done again by the next plan. Weights and
+optimizer state go from worker to worker in memory. The model stays the object that it is, with all that others have
+put on it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .compat import checkpoint_activations, forget_fsdp
+from .engine.fsdp import reshard
+from .engine.handover import Handover
+from .engine.presence import come_to
+from .engine.shard import shard
+from .engine.sharded import Sharded, get_sharded
+from .engine.statistics import average_statistics
+from .model.phases import Schedule
+from .model.state import find_state, get_state, local_tensor, unwrap
+from .patch import become_subnetwork
+
+
+def follow_schedule(
+    model: nn.Module, step: int, num_steps: int, optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> bool:
+    """Rebuild a model if its ``coverage_schedule`` has another phase for the step that comes next.
+
+    To be called before each step, on all workers, with no gradients left. The Trainer does it by itself
+    (``SDPCallback``). Parameters are new ones after it: take ``model.parameters()`` again.
+
+    Args:
+        step: number of the step, counted from 0, of ``num_steps`` in all.
+        optimizers: all that train the model. They keep their groups, state and schedulers.
+    Returns: whether the model was rebuilt; then it was a collective. Without a schedule it is False.
+    Raises: SDPStateError on every worker before the model is prepared, or while it has gradients; SDPConfigError when a
+        phase has no step.
+    """
+    model = unwrap(model)
+    state = find_state(model)
+    schedule = None if state is None else state.schedule
+    if schedule is None:
+        return False
+    number = schedule.phase_at(step, num_steps)
+    if number == schedule.number:
+        return False
+    assert state is not None
+    if state.held.simulated:
+        _patch_again(model, schedule, number)
+    else:
+        sharded = get_sharded(model, "The next phase of coverage_schedule")
+        come_to(model, f"phase {number} of the coverage schedule")
+        average_statistics(model, sharded)
+        reshard(model)
+        _hand_over(model, schedule, number, sharded, Handover(sharded, optimizers))
+    return True
+
+
+def _hand_over(model: nn.Module, schedule: Schedule, number: int, sharded: Sharded, handover: Handover) -> None:
+    device = local_tensor(next(iter(sharded.parameters.values())).detach()).device
+    sharded.parameters.clear()
+    _patch_again(model, schedule, number, handover)
+    held = get_state(model).held
+    shard(model, device, functools.partial(handover.give, held=held, device=device))
+    get_sharded(model, "").weights_changed()
+
+
+def _patch_again(model: nn.Module, schedule: Schedule, number: int, handover: Handover | None = None) -> None:
+    before = get_state(model)
+    checkpoints = schedule.current.phase.gradient_checkpointing
+    replaced = {m: vars(m)["sdp_replaced"] for m in model.modules() if vars(m).get("sdp_replaced") is not None}
+    for hook in before.run.hooks:
+        hook.remove()
+    forget_fsdp(model)
+    while schedule.changes:
+        schedule.changes.pop().take_back()
+    for module, forward in replaced.items():
+        vars(module)["forward"] = forward
+    if handover is not None:
+        _as_trained(model, handover)
+    schedule.number = number
+    become_subnetwork(model, before.held, schedule)
+    get_state(model).run.version = before.run.version
+    _checkpoint_activations(model, checkpoints, schedule.current.phase.gradient_checkpointing)
+
+
+def _checkpoint_activations(model: Any, before: bool, wanted: bool) -> None:
+    if wanted and not before:
+        checkpoint_activations(model)
+    elif before and not wanted:
+        model.gradient_checkpointing_disable()
+
+
+def _as_trained(model: nn.Module, handover: Handover) -> None:
+    """Full parameters on the meta device: who trains may have changed dtypes, and frozen some, since patching."""
+    for name, parameter in model.named_parameters():
+        dtype = handover.dtypes[name, None]
+        parameter.requires_grad_(handover.learns[name])
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,41 @@
+"""A coverage schedule: N workers against N virtual ones, through the boundaries."""
+
+import pytest
+
+from tests.support.oracle import compare
+
+GROWS = [(0.0, 0.5), (0.5, 1.0)]
+SCHEDULES = {
+    "three phases": dict(coverage_schedule=[(0.0, 0.25), (0.3, 0.5), (0.7, 1.0)]),
+    "forward, then backward": dict(coverage_schedule=[(0.0, 0.5), (0.5, (dict(coverage=0.5, masking="backward")))]),
+    "backward, then forward": dict(masking="backward", coverage_schedule=[(0.0, 0.5), "0.5:0.5:masking=forward"]),
+    "linear, then all": dict(depth_profile="linear", coverage_schedule=GROWS),
+    "uniform, then linear": dict(coverage_schedule=["0:0.5", "0.5:0.5:depth_profile=linear"]),
+    "other level": dict(level="neuron", coverage_schedule=["0:0.5", "0.5:0.5:level=block"]),
+    "shrinks": dict(coverage_schedule=[(0.0, 1.0), (0.5, 0.5)]),
+    "checkpointing": dict(coverage_schedule=["0:0.5", "0.5:1:gradient_checkpointing=true"]),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_workers_equal_the_oracle_through_a_boundary(level, optimizer):
+    compare(dict(level=level, coverage_schedule=GROWS), optimizer=optimizer, steps=8)
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_phases_differ_in_anything(schedule, level):
+    compare(dict(level=level) | SCHEDULES[schedule], dict(num_hidden_layers=4), steps=8)
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize("sharding", [dict(sharding="none"), dict(reshard_after_forward=True)])
+def test_shardings_and_accumulation(level, sharding):
+    compare(dict(level=level, coverage_schedule=GROWS) | sharding, optimizer="adamw", accumulation=3, steps=6)
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_replicas_and_tied_weights(level):
+    config = dict(level=level, num_subnetworks=2, coverage_schedule=GROWS)
+    compare(config, dict(tie_word_embeddings=True), oracle=dict(simulate=2), steps=6)
