@@ -131,8 +131,9 @@ class Handover:
         mine = [(region, of_region[region]) for rank, region in self.owners[name] if rank == self.rank]
         into = [(region, wanted[region]) for rank, region in targets if rank == self.rank]
         exchange(self.owners[name], targets, mine, into, torch.empty(0, dtype=self.dtypes[name, kind], device=device))
-        for _, tensor in had:  # FSDP2 refers to it in circles
-            tensor.untyped_storage().resize_(0)
+        for _, tensor in had:  # FSDP2 refers to it in circles, which are not collected at once
+            if tensor.untyped_storage().resizable():  # not after .numpy()
+                tensor.untyped_storage().resize_(0)
 
 
 def _refuse_gradients(sharded: Sharded) -> None:

@@ -78,7 +78,8 @@ class Sharded:
         """CRC-32 of what this worker stores: it changes with every write, also with one that torch does not notice."""
         crc = 0
         for _, tensor in self.stored():
-            crc = zlib.crc32(tensor.contiguous().cpu().view(torch.uint8).numpy().data, crc)
+            copy = tensor.cpu().clone(memory_format=torch.contiguous_format)  # after .numpy() it could not be freed
+            crc = zlib.crc32(copy.view(torch.uint8).numpy().data, crc)
         return crc
 
     def stored(self) -> Iterator[tuple[Region, torch.Tensor]]:

@@ -1,0 +1,99 @@
+"""A coverage schedule under the unmodified Trainer."""
+
+import shutil
+
+import pytest
+
+from hf_sdp import SDPConfigError
+from tests.support.resume import assert_equal, optimizer_of, train, weights_of
+from tests.support.runs import train_resume_and_reload
+from tests.support.trainer import losses_of, make_trainer, norms_of
+from tests.support.workers import run_workers
+
+GROWS = [(0.0, 0.5), (0.5, 1.0)]
+THREE = dict(level="block", coverage_schedule=["0:0.25", "0.3:0.5:masking=backward", "0.7:1.0"])  # from steps 2 and 4
+OPTIMIZERS = {"adamw_torch_fused": {}, "sgd": {"optim_args": "momentum=0.9"}}
+
+
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_workers_equal_the_simulation_and_the_reloaded_checkpoint(tmp_path, level):
+    sdp = dict(level=level, coverage_schedule=GROWS)
+    workers, simulated = train_resume_and_reload(tmp_path, sdp, dict(task="causal", model_type="gpt2"))
+    for of_workers, of_simulation in zip(workers, simulated, strict=True):
+        assert of_workers == pytest.approx(of_simulation, abs=1e-4)
+
+
+def resumed(folder, whole, sdp: dict, options: dict, step: int):
+    parted = folder / f"from-{step}"
+    shutil.copytree(whole / f"checkpoint-{step}", parted / f"checkpoint-{step}")
+    logged = run_workers(train, parted, sdp, options, True)
+    return logged, weights_of(parted / "checkpoint-6"), optimizer_of(parted / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sdp"),
+    [
+        ("adamw_torch_fused", THREE),
+        pytest.param("sgd", THREE | dict(level="neuron", sharding="none"), marks=pytest.mark.long),
+        pytest.param("sgd", THREE | dict(reshard_after_forward=True), marks=pytest.mark.long),
+        pytest.param("adamw_torch_fused", THREE | dict(level="neuron"), marks=pytest.mark.long),
+    ],
+)
+def test_a_run_resumed_in_any_phase_is_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer, sdp):
+    options = dict(optim=optimizer, save_steps=1, **OPTIMIZERS[optimizer])
+    whole = run_workers(train, tmp_path / "whole", sdp, options)
+    last = tmp_path / "whole" / "checkpoint-6"
+    for step in (1, 2, 3, 4, 5):  # within each phase, and exactly at both boundaries
+        logged, weights, optimizer_state = resumed(tmp_path, tmp_path / "whole", sdp, options, step)
+        assert logged == whole, step
+        assert_equal(weights, weights_of(last))
+        assert_equal(optimizer_state, optimizer_of(last))
+
+
+def test_another_world_goes_on_in_the_phase(tmp_path):
+    options = dict(save_steps=1)
+    run_workers(train, tmp_path, THREE, options | dict(max_steps=6))
+    shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "two" / "checkpoint-5")
+    sdp = THREE | dict(coverage_schedule=["0:0.5", "0.3:0.5:masking=backward", "0.7:1.0"])
+    losses, _ = run_workers(train, tmp_path / "two", sdp, options, True, world_size=2)[0]
+    assert len(losses) == 6
+
+
+def train_twice(folder, sdp, arguments=None):
+    """Without a checkpoint: the second training begins in the first phase again."""
+    trainer = make_trainer(folder, sdp, dict(max_steps=4, optim="sgd", learning_rate=0.0, **(arguments or {})))
+    trainer.train()
+    first = losses_of(trainer.state.log_history)
+    trainer.train()
+    return first, losses_of(trainer.state.log_history)
+
+
+def test_a_second_training_begins_in_the_first_phase(tmp_path):
+    for first, second in run_workers(train_twice, tmp_path, dict(coverage_schedule=GROWS), world_size=2):
+        assert second == pytest.approx(first, abs=1e-6)  # nothing is learned
+        assert abs(first[0] - first[3]) > 1e-3
+
+
+def train_as(folder, sdp):
+    trainer = make_trainer(folder, sdp, dict(max_steps=6, optim="sgd", learning_rate=0.1))
+    trainer.train()
+    return losses_of(trainer.state.log_history), norms_of(trainer.state.log_history)
+
+
+def test_phases_that_hold_everything_are_ddp(tmp_path):
+    sdp = dict(coverage_schedule=["0:1:level=neuron", "0.5:1:masking=backward"])
+    scheduled = run_workers(train_as, tmp_path / "sdp", sdp, world_size=2)
+    ddp = run_workers(train_as, tmp_path / "ddp", None, world_size=2)
+    for mine, theirs in zip(scheduled[0], ddp[0], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def too_short(folder):
+    trainer = make_trainer(folder, dict(coverage_schedule=[(0.0, 0.5), (0.1, 1.0)]), dict(max_steps=2))
+    with pytest.raises(SDPConfigError, match=r"of 2 training steps the phases get \[0, 2\]"):
+        trainer.train()
+    return trainer.state.global_step
+
+
+def test_a_phase_without_a_step_is_an_error_before_training(tmp_path):
+    assert run_workers(too_short, tmp_path, world_size=2) == [0, 0]
