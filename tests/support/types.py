@@ -4,6 +4,8 @@ Parallel branches, norms on both sides of a block, fused projections, experts, l
 encoders with decoders, whose embeddings are one tensor of four names.
 """
 
+from collections.abc import Iterable
+
 import pytest
 
 _CAUSAL = (
@@ -23,6 +25,6 @@ MODELS = {
 BLOCK, NEURON = dict(level="block", coverage=0.5), dict(level="neuron", coverage=0.75)
 
 
-def short(*names: str) -> list:
-    """All types; those of other names are long."""
-    return [pytest.param(name, marks=() if name in names else pytest.mark.long) for name in MODELS]
+def short(*names: str, more: Iterable[str] = ()) -> list:
+    """All types; those of other names are long. ``more``: names that are not."""
+    return [*(pytest.param(name, marks=() if name in names else pytest.mark.long) for name in MODELS), *more]
