@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.oracle import compare
+from tests.support.types import MODELS
 
 GROWS = [(0.0, 0.5), (0.5, 1.0)]
 SCHEDULES = {
@@ -39,3 +40,22 @@ def test_shardings_and_accumulation(level, sharding):
 def test_replicas_and_tied_weights(level):
     config = dict(level=level, num_subnetworks=2, coverage_schedule=GROWS)
     compare(config, dict(tie_word_embeddings=True), oracle=dict(simulate=2), steps=6)
+
+
+OTHERS = {
+    "gpt2": MODELS["gpt2"],
+    "mixtral": MODELS["mixtral"],
+    "t5": MODELS["t5"],
+    "resnet": dict(task="image classification", model_type="resnet"),
+    "lora": dict(lora=dict(r=4), num_hidden_layers=4),
+    "frozen": {},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize("model", OTHERS)
+def test_other_models(model, level):
+    schedule = ["0:0.5", "0.3:0.5:masking=backward", "0.7:1"]
+    frozen = ("model.embed_tokens", "model.layers.0.mlp") if model == "frozen" else ()
+    compare(dict(level=level, coverage_schedule=schedule), OTHERS[model], steps=6, frozen=frozen)
