@@ -6,6 +6,8 @@ put on it.
 """
 
 import functools
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from .engine.statistics import average_statistics
 from .model.phases import Schedule
 from .model.state import find_state, get_state, local_tensor, unwrap
 from .patch import become_subnetwork
+
+logger = logging.getLogger(__name__)
 
 
 def follow_schedule(
@@ -53,9 +57,17 @@ def follow_schedule(
     else:
         sharded = get_sharded(model, "The next phase of coverage_schedule")
         come_to(model, f"phase {number} of the coverage schedule")
+        began = time.perf_counter()
         average_statistics(model, sharded)
         reshard(model)
-        _hand_over(model, schedule, number, sharded, Handover(sharded, optimizers))
+        handover = Handover(sharded, optimizers)
+        _hand_over(model, schedule, number, sharded, handover)
+        if state.held.rank == 0:
+            logger.info(
+                "Step %d of %d: phase %d of the coverage schedule, %s. %.1f s, rank 0 has sent %.1f MiB.",
+                step, num_steps, number, schedule.current.phase.changes, time.perf_counter() - began,
+                handover.bytes_sent / 2**20,
+            )  # fmt: skip
     return True
 
 
@@ -65,7 +77,7 @@ def _hand_over(model: nn.Module, schedule: Schedule, number: int, sharded: Shard
     _patch_again(model, schedule, number, handover)
     held = get_state(model).held
     shard(model, device, functools.partial(handover.give, held=held, device=device))
-    get_sharded(model, "").weights_changed()
+    get_sharded(model, "The next phase of coverage_schedule").weights_changed()
 
 
 def _patch_again(model: nn.Module, schedule: Schedule, number: int, handover: Handover | None = None) -> None:

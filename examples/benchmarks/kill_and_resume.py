@@ -1,11 +1,14 @@
 """Kill one worker at a random moment, start again, compare the end with a run that nobody disturbed; many times.
 
     OMP_NUM_THREADS=1 python examples/benchmarks/kill_and_resume.py --kills 20
+    OMP_NUM_THREADS=1 python examples/benchmarks/kill_and_resume.py --kills 20 --boundaries
 
 Four real workers train a tiny Llama under the Trainer and save every second step. SIGKILL hits one of them at a moment
 drawn from the time between the first step and the end. As a launcher would, the script then stops the others and starts
 all again with the same line (``resume_from_checkpoint=last_checkpoint(...)``). After every kill the run goes on to its
-end, whose weights must be those of the undisturbed run bit for bit. Options of SDPConfig vary from kill to kill.
+end, whose weights must be those of the undisturbed run bit for bit. Options of SDPConfig vary from kill to kill. With
+``--boundaries`` there is a coverage schedule, and all kills hit the workers while they rebuild the model for its next
+phase; this is slowed down, so that the moments differ.
 """
 
 import argparse
@@ -27,6 +30,11 @@ CONFIGS = [
     dict(level="block", coverage=0.5),
     dict(level="neuron", masking="backward", coverage=0.5),
     dict(level="neuron", coverage=0.75, sharding="none"),
+]
+BOUNDARIES = [  # at step 4, of which there is a checkpoint, and 7
+    dict(level="neuron", coverage_schedule=["0:0.5", "0.4:1"]),
+    dict(level="block", coverage_schedule=["0:0.5", "0.7:0.5:masking=backward"]),
+    dict(level="neuron", sharding="none", coverage_schedule=["0:0.25", "0.7:0.75"]),
 ]
 
 
@@ -53,6 +61,7 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
         attention_dropout=0.1, use_cache=True,
     )  # fmt: skip
     model = patch_model(LlamaForCausalLM(config), SDPConfig(**sdp))
+    slow_down_boundaries(Path(f"{folder}.boundary"))
     ids = torch.randint(0, 128, (256, 16), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in ids]
 
@@ -64,12 +73,28 @@ def work(rank: int, folder: str, rendezvous: str, sdp: dict) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 
 
+def slow_down_boundaries(begun: Path) -> None:
+    """``begun`` is there once a boundary has begun, and every tensor takes a few milliseconds more."""
+    from hf_sdp.engine.handover import Handover
+
+    move = Handover._move
+
+    def move_slowly(*args):
+        begun.touch()
+        time.sleep(0.003)
+        return move(*args)
+
+    Handover._move = move_slowly
+
+
 class Run:
     """The workers of one life."""
 
     def __init__(self, folder: Path, sdp: dict):
         self.started = Path(f"{folder}.started")
-        self.started.unlink(missing_ok=True)
+        self.boundary = Path(f"{folder}.boundary")
+        for file in (self.started, self.boundary):
+            file.unlink(missing_ok=True)
         self.rendezvous = tempfile.mktemp(prefix="rendezvous-", dir=folder.parent)
         self.processes = [
             context().Process(target=work, args=(rank, str(folder), self.rendezvous, sdp), daemon=True)
@@ -78,11 +103,11 @@ class Run:
         for process in self.processes:
             process.start()
 
-    def wait_for_first_step(self, timeout_s: float = 120) -> None:
+    def wait_for(self, file: Path, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
-        while not self.started.exists():
+        while not file.exists():
             if time.monotonic() > deadline or any(p.exitcode is not None for p in self.processes):
-                raise RuntimeError("the workers did not come to their first step")
+                raise RuntimeError(f"the workers did not come to {file.suffix}")
             time.sleep(0.005)
 
     def ended_well(self, timeout_s: float = 120) -> bool:
@@ -113,26 +138,27 @@ def digest(folder: Path) -> str | None:
     return hashlib.sha256((folder / f"checkpoint-{NUM_STEPS}" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def kill_and_compare(num_kills: int, seed: int = 0) -> list[dict]:
+def kill_and_compare(num_kills: int, seed: int = 0, boundaries: bool = False) -> list[dict]:
     """Every kill: when, of whom, what was going on, from where the run went on, and whether it ended as it should."""
     chance, results, undisturbed = random.Random(seed), [], {}
+    configs = BOUNDARIES if boundaries else CONFIGS
     with tempfile.TemporaryDirectory() as parent:
         for number in range(num_kills):
-            sdp = CONFIGS[number % len(CONFIGS)]
+            sdp = configs[number % len(configs)]
             key = json.dumps(sdp)
             folder = Path(parent, f"run-{number}")
             if key not in undisturbed:
                 reference = Path(parent, f"reference-{len(undisturbed)}")
                 run = Run(reference, sdp)
-                run.wait_for_first_step()
+                run.wait_for(run.started)
                 began = time.monotonic()
                 if not run.ended_well():
                     raise RuntimeError(Path(f"{reference}.0.log").read_text())
                 undisturbed[key] = digest(reference), time.monotonic() - began
             expected, length_s = undisturbed[key]
             run, rank = Run(folder, sdp), chance.randrange(NUM_WORKERS)
-            after_s = chance.uniform(0, length_s)
-            run.wait_for_first_step()
+            after_s = chance.uniform(0, 0.4 if boundaries else length_s)  # a boundary takes about as long
+            run.wait_for(run.boundary if boundaries else run.started)
             time.sleep(after_s)
             killed = run.kill_one(rank)
             saving = any(folder.glob("_unfinished-*"))
@@ -163,9 +189,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--boundaries", action="store_true", help="while the model is rebuilt for its next phase")
     parser.add_argument("--output", type=Path, help="JSON of every kill")
     options = parser.parse_args()
-    results = kill_and_compare(options.kills, options.seed)
+    results = kill_and_compare(options.kills, options.seed, options.boundaries)
     for result in results:
         print(json.dumps(result))
     equal = sum(r["equal"] for r in results)

@@ -7,9 +7,9 @@ from torch import nn
 
 from ..config import SDPConfig
 from ..estimate.figures import plan_figures
-from ..estimate.side_by_side import other_rows, sdp_rows
+from ..estimate.side_by_side import other_rows, rows_of_phases
 from ..families.adapters import without_peft
-from ..planner import make_plan
+from ..planner import make_plans
 from ..workload import DTYPES, Workload
 from .estimate_command import print_rows
 from .plan_command import print_figures
@@ -39,13 +39,15 @@ def workload_of(model: nn.Module, arguments: Any, sequence: int | None) -> Workl
 
 def show(model: nn.Module, config: SDPConfig, workers: int, arguments: Any, sequence: int | None) -> None:
     """Print tables; nothing is changed. Raises: as ``make_plan``."""
-    plan = make_plan(model, config, config.num_subnetworks or workers)
+    phases = make_plans(model, config, config.num_subnetworks or workers)
     workload, name, out = workload_of(model, arguments, sequence), type(without_peft(model)).__name__, console()
-    figures = plan_figures(
-        plan, without_peft(model), config, num_workers=workers, sequence=workload.sequence,
-        element_bytes=DTYPES[workload.dtype],
-    )  # fmt: skip
-    print_figures(out, name, config, figures)
-    rows = other_rows(model, workload, workers) + sdp_rows(model, plan, workload, workers)
+    for planned in phases:
+        figures = plan_figures(
+            planned.plan, without_peft(model), planned.config, num_workers=workers, sequence=workload.sequence,
+            element_bytes=DTYPES[workload.dtype],
+        )  # fmt: skip
+        start = f", from {planned.phase.start:g} of the training on" if len(phases) > 1 else ""
+        print_figures(out, name + start, planned.config, figures)
+    rows = other_rows(model, workload, workers) + rows_of_phases(model, phases, workload, workers)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print_rows(Console(width=max(out.width, 165)), name, workers, workload, plan, learned, rows)
+    print_rows(Console(width=max(out.width, 165)), name, workers, workload, phases, learned, rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import click
 from rich.console import Console
@@ -9,9 +10,10 @@ from rich.table import Table
 
 from .. import make_plan
 from ..estimate.allocations import WorkerMemory
-from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, sdp_rows, subnetworks
+from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, rows_of_phases, subnetworks
 from ..estimate.time import StepTime, step_time
-from ..plan.plan import Plan
+from ..model.phases import Planned
+from ..planner import make_plans
 from ..quantities import bytes_per_second, flops_per_second
 from ..workload import Workload
 from .adapters import lora_options, with_lora
@@ -69,14 +71,14 @@ def estimate(
     config = sdp_config(workload=workload, **options)
     n = num_subnetworks(config, workers)
     full = with_lora(load_meta_model(model), lora_r, lora_targets)
-    plan = make_plan(full, config, n)
+    phases = make_plans(full, config, n)
     with running(model):
-        rows = other_rows(full, workload, workers) + sdp_rows(full, plan, workload, workers)
+        rows = other_rows(full, workload, workers) + rows_of_phases(full, phases, workload, workers)
     times = {}
     if bandwidth is not None and flops is not None:
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
     coverages = None
-    if gib is not None and n == workers:
+    if gib is not None and n == workers and len(phases) == 1:
         coverages = largest_coverage(
             lambda coverage: make_plan(full, config_of(config, coverage), workers),
             full,
@@ -86,11 +88,11 @@ def estimate(
         )
     learned = sum(p.numel() for p in full.parameters() if p.requires_grad)
     if as_json:
-        report = _report(model, workers, workload, plan, learned, rows, gib, times, coverages)
+        report = _report(model, workers, workload, phases, learned, rows, gib, times, coverages)
         click.echo(json.dumps(report, indent=1))
         return
     console = Console(width=max(Console().width, 165))  # rows do not wrap: a terminal scrolls, a file does not care
-    print_rows(console, model, workers, workload, plan, learned, rows, gib, coverages, times)
+    print_rows(console, model, workers, workload, phases, learned, rows, gib, coverages, times)
 
 
 def print_rows(
@@ -98,7 +100,7 @@ def print_rows(
     model: str,
     workers: int,
     workload: Workload,
-    plan: Plan,
+    phases: Sequence[Planned],
     learned: int,
     rows: list[Row],
     gib: float | None = None,
@@ -111,9 +113,10 @@ def print_rows(
         model: how it is called there. learned: how many of its parameters learn.
         gib, coverages, times: of the options ``--gib``, ``--bandwidth`` and ``--flops``.
     """
-    of_them = f", {learned / 1e6:,.1f} M of them learn" if learned < plan.full_numel else ""
-    out.print(_table(f"{model}: {plan.full_numel / 1e6:,.0f} M parameters{of_them}", rows, gib, times or {}))
-    _print_notes(out, workers, workload, plan, rows, gib, coverages, times or {})
+    numel = phases[0].plan.full_numel
+    of_them = f", {learned / 1e6:,.1f} M of them learn" if learned < numel else ""
+    out.print(_table(f"{model}: {numel / 1e6:,.0f} M parameters{of_them}", rows, gib, times or {}))
+    _print_notes(out, workers, workload, phases, gib, coverages, times or {})
 
 
 def _slowest(row: Row, bandwidth: float, flops: float) -> StepTime:
@@ -154,13 +157,13 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, times) -> None:
+def _print_notes(console, workers, workload, phases: Sequence[Planned], gib, coverages, times) -> None:
     checkpointing = ", activation checkpointing" if workload.gradient_checkpointing else ""
     stored = " and ".join(dict.fromkeys([workload.param_dtype, workload.dtype_of_frozen]))
+    sdp = "; ".join(_said_of(planned, len(phases) > 1) for planned in phases)
     console.print(
         f"{workers} workers, batch {workload.batch} x {workload.sequence} each, {workload.dtype} (stored "
-        f"{stored}), {workload.optimizer}{checkpointing}. SDP: {plan.level}, {plan.masking} "
-        f"masking, coverage {plan.coverage:.3g}.",
+        f"{stored}), {workload.optimizer}{checkpointing}. SDP: {sdp}.",
         highlight=False,
     )
     console.print(
@@ -168,6 +171,7 @@ def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, t
         "buffers of collectives, and what of it all lives at one moment (--json: at_peak).",
         highlight=False,
     )
+    plan = phases[0].plan
     if len(subnetworks(plan)) < plan.num_subnetworks:
         console.print(
             f"SDP: {len(subnetworks(plan))} of {plan.num_subnetworks} subnetworks looked at.", highlight=False
@@ -178,13 +182,23 @@ def _print_notes(console, workers, workload, plan: Plan, rows, gib, coverages, t
             highlight=False,
         )
     if gib is not None and coverages is None:
-        console.print("The largest coverage that fits is looked for with one subnetwork per worker only.")
+        where = "with one subnetwork per worker" if len(phases) == 1 else "without a schedule"
+        console.print(f"The largest coverage that fits is looked for {where} only.")
     for name, coverage in (coverages or {}).items():
         found = "no coverage fits" if coverage is None else f"largest coverage that fits {coverage:g}"
         console.print(f"{name}: {found} {gib:g} GiB", highlight=False)
 
 
-def _report(model, workers, workload: Workload, plan: Plan, learned: int, rows, gib, times, coverages) -> dict:
+def _said_of(planned: Planned, many: bool) -> str:
+    plan, phase = planned.plan, planned.phase
+    checkpointing = ", activation checkpointing" if phase.gradient_checkpointing else ""
+    start = f"from {phase.start:g} of the training on: " if many else ""
+    return f"{start}{plan.level}, {plan.masking} masking, coverage {plan.coverage:.3g}{checkpointing}"
+
+
+def _report(
+    model, workers, workload: Workload, phases: Sequence[Planned], learned: int, rows, gib, times, coverages
+) -> dict:
     engines = []
     for row in rows:
         entry: dict = {"engine": row.engine}
@@ -206,13 +220,23 @@ def _report(model, workers, workload: Workload, plan: Plan, learned: int, rows, 
                 "exposed": time.exposed,
             }
         engines.append(entry)
+    plans = [
+        {
+            **({"start": planned.phase.start} if len(phases) > 1 else {}),
+            "level": planned.plan.level,
+            "masking": planned.plan.masking,
+            "coverage": planned.plan.coverage,
+            "hash": planned.plan.hash,
+        }
+        for planned in phases
+    ]
     return {
         "model": model,
-        "parameters": plan.full_numel,
+        "parameters": phases[0].plan.full_numel,
         "learned_parameters": learned,
         "workers": workers,
         "workload": dataclasses.asdict(workload),
-        "plan": {"level": plan.level, "masking": plan.masking, "coverage": plan.coverage, "hash": plan.hash},
+        **({"plan": plans[0]} if len(phases) == 1 else {"phases": plans}),
         "gib": gib,
         "engines": engines,
         "largest_coverage_that_fits": coverages,

@@ -92,8 +92,8 @@ _SDP = {field.name: field for field in dataclasses.fields(SDPConfig)}
 _WORKLOAD = {field.name: field for field in dataclasses.fields(Workload)}
 _short_dtypes = click.Choice([*SHORT_DTYPES])
 _DECIDES_THE_PLAN = (
-    "level", "masking", "coverage", "memory_gib", "min_replication", "balance", "depth_profile", "always_held",
-    "block_granularity", "num_subnetworks", "seed",
+    "level", "masking", "coverage", "coverage_schedule", "coverage_schedule_unit", "memory_gib", "min_replication",
+    "balance", "depth_profile", "always_held", "block_granularity", "num_subnetworks", "seed",
 )  # fmt: skip
 sdp_options = add_options(*(option_of(_SDP[name]) for name in _DECIDES_THE_PLAN))
 """What decides a plan; the values are keyword arguments of :func:`sdp_config`."""

@@ -10,9 +10,10 @@ from rich.table import Table
 
 from ..config import SDPConfig
 from ..estimate.figures import SHARED, PlanFigures, plan_figures, spread
+from ..model.phases import Planned
 from ..plan.plan import Plan
 from ..plan.worker_graph import MAX_EXACT
-from ..planner import make_plan
+from ..planner import make_plans
 from ..workload import DTYPES
 from .errors import CommandError
 from .extras import require_bench
@@ -58,16 +59,31 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
     config = sdp_config(workload=workload, **options)
     subnetworks = num_subnetworks(config, workers)
     full = load_meta_model(model)
-    made = make_plan(full, config, subnetworks)
-    figures = plan_figures(
-        made, full, config, num_workers=workers, sequence=workload.sequence, element_bytes=DTYPES[workload.dtype]
-    )
+    phases = make_plans(full, config, subnetworks)
+    if picture is not None and len(phases) > 1:
+        raise CommandError("--picture draws one plan. Leave out --coverage-schedule, and draw its phases one by one.")
+    of_phases = [
+        plan_figures(
+            planned.plan,
+            full,
+            planned.config,
+            num_workers=workers,
+            sequence=workload.sequence,
+            element_bytes=DTYPES[workload.dtype],
+        )  # fmt: skip
+        for planned in phases
+    ]
     if picture is not None:
-        _draw(made, picture)
+        _draw(phases[0].plan, picture)
     if as_json:
-        print(json.dumps(_as_json(model, config, made.hash, figures), indent=1))
+        reports = [_as_json(model, p, figures) for p, figures in zip(phases, of_phases, strict=True)]
+        starts = [{"start": planned.phase.start} for planned in phases]
+        of_all = {"phases": [start | report for start, report in zip(starts, reports, strict=True)]}
+        print(json.dumps(reports[0] if len(phases) == 1 else of_all, indent=1))
     else:
-        print_figures(console(), model, config, figures)
+        for planned, figures in zip(phases, of_phases, strict=True):
+            name = model if len(phases) == 1 else f"{model}, from {planned.phase.start:g} of the training on"
+            print_figures(console(), name, planned.config, figures)
         if picture is not None:
             print(f"Picture: {picture}")
 
@@ -92,11 +108,11 @@ def _draw(plan: Plan, path: Path) -> None:
         raise CommandError(f"--picture {path} cannot be written: {error.strerror or error}.") from error
 
 
-def _as_json(model: str, config: SDPConfig, plan_hash: str, figures: PlanFigures) -> dict:
+def _as_json(model: str, planned: Planned, figures: PlanFigures) -> dict:
     return {
         "model": model,
-        "sdp_config": dataclasses.asdict(config),
-        "plan_hash": plan_hash,
+        "sdp_config": dataclasses.asdict(planned.config),
+        "plan_hash": planned.plan.hash,
         "num_workers": figures.num_workers,
         "num_subnetworks": figures.num_subnetworks,
         "sequence": figures.sequence,

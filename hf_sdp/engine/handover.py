@@ -16,7 +16,7 @@ from ..model.state import Held, local_tensor
 from ..plan.placement import stored_by_all
 from ..plan.region import Region
 from ..world.agreement import of_everyone, together
-from .exchange import Local, Owned, exchange
+from .exchange import Local, Owned, find_route, move
 from .fsdp import fsdp_modules
 from .optimizer import local_shards, train_from_now_on
 from .sharded import Sharded
@@ -29,12 +29,14 @@ class Handover:
     """What the workers store of a model and of its optimizers; nothing else refers to it any more, once the model is
     taken back.
 
+    ``bytes_sent``: by this worker to others, so far.
     Raises: SDPStateError on every worker, and nothing is changed then: gradients, which would be lost, or state that
         is neither a number nor of its parameter's shape. Making one is a collective on the control group.
     """
 
     def __init__(self, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
         self.optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self.bytes_sent = 0
         self.owners = sharded.held.owners
         self.rank = sharded.held.rank
         self.tensors: dict[tuple[str, _Kind], list[Local]] = {}
@@ -130,7 +132,9 @@ class Handover:
         of_region = dict(had)
         mine = [(region, of_region[region]) for rank, region in self.owners[name] if rank == self.rank]
         into = [(region, wanted[region]) for rank, region in targets if rank == self.rank]
-        exchange(self.owners[name], targets, mine, into, torch.empty(0, dtype=self.dtypes[name, kind], device=device))
+        route, dtype = find_route(self.owners[name], targets), self.dtypes[name, kind]
+        move(route, mine, into, torch.empty(0, dtype=dtype, device=device))
+        self.bytes_sent += dtype.itemsize * (sum(route.send_sizes) - route.send_sizes[self.rank])
         for _, tensor in had:  # FSDP2 refers to it in circles, which are not collected at once
             if tensor.untyped_storage().resizable():  # not after .numpy()
                 tensor.untyped_storage().resize_(0)

@@ -1,11 +1,12 @@
 """The engines side by side: what a step of each takes, of every worker."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
+from ..model.phases import Planned
 from ..model.recomputation import recomputation_reorders
 from ..plan.plan import Plan
 from ..workload import Workload
@@ -50,6 +51,19 @@ def sdp_rows(model: Model, plan: Plan, workload: Workload, world_size: int) -> l
                 for subnetwork in subnetworks(plan)
             )
             rows.append(Row(name, steps))
+    return rows
+
+
+def rows_of_phases(model: Model, phases: Sequence[Planned], workload: Workload, world_size: int) -> list[Row]:
+    """Those of each phase, whose names say where it begins; of one phase as :func:`sdp_rows`."""
+    if len(phases) == 1:
+        return sdp_rows(model, phases[0].plan, workload, world_size)
+    rows = []
+    for planned in phases:
+        checkpoints = workload.gradient_checkpointing or planned.phase.gradient_checkpointing
+        of_phase = dataclasses.replace(workload, gradient_checkpointing=checkpoints)
+        for row in sdp_rows(model, planned.plan, of_phase, world_size):
+            rows.append(dataclasses.replace(row, engine=f"{row.engine}, from {planned.phase.start:g}"))
     return rows
 
 

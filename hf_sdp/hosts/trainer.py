@@ -206,6 +206,9 @@ def _log(original):
         if callback is not None and callback.meter is not None and "loss" in logs:
             come_to(self.model, "logging the loss")
             logs.update(callback.meter.report(world=True))
+            schedule = get_state(self.model).schedule
+            if schedule is not None:
+                logs["sdp/coverage"] = schedule.current.phase.coverage
         return original(self, logs, start_time)
 
     return log
