@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .patch import patch_model
     from .phases import follow_schedule
     from .plan.plan import Plan
-    from .planner import make_plan
+    from .planner import make_plan, make_plans
     from .pretrained import from_config, from_pretrained
     from .workload import Workload
 
@@ -50,6 +50,7 @@ _HOMES = {
     "local_state_dict": "model.forward",
     "last_checkpoint": "hosts.trainer_checkpoint",
     "make_plan": "planner",
+    "make_plans": "planner",
     "patch_model": "patch",
     "recalibrate": "engine.statistics",
     "register_family": "families.registered",
@@ -79,6 +80,7 @@ __all__ = [
     "local_state_dict",
     "last_checkpoint",
     "make_plan",
+    "make_plans",
     "patch_model",
     "recalibrate",
     "register_family",

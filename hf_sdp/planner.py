@@ -61,7 +61,10 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
     if find_state(model_or_config) is not None:
         raise SDPConfigError("This model is already patched. Plan for a newly made model, or its config.")
     if config.coverage_schedule is not None:
-        raise SDPConfigError("A coverage_schedule has a plan for each phase: use make_plans.")
+        raise SDPConfigError(
+            "A coverage_schedule has a plan for each phase: make_plans makes them all. Where one is needed, give one "
+            "phase's coverage."
+        )
     model = model_or_config
     if config.memory_gib is not None:
         from .estimate.capacity import fit  # the estimate traces a model: plans of given shares need none of it

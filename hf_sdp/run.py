@@ -65,6 +65,8 @@ def run(
 
     given = {name: value for name, value in options.items() if value is not None}
     config = SDPConfig(**{**options_in_environment(), **given})
+    if compare and config.coverage_schedule is not None:
+        raise click.UsageError("--compare measures the steps of one plan. Give the coverage of one phase.")
     before: Any = functools.partial(_stop, config, seq) if dry_run else None
     if compare:
         from .bench.script import compare as compare_engines

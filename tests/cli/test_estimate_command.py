@@ -36,6 +36,27 @@ def test_command_as_table_and_json(capsys, tmp_path):
     assert largest["SDP, sharding none"] == 0.25 and largest["SDP, sharding full"] >= 0.5
 
 
+def peaks_of_sdp(report: str) -> dict[str, int]:
+    return {e["engine"]: e["peak_bytes"]["max"] for e in json.loads(report)["engines"] if e["engine"].startswith("SDP")}
+
+
+def test_each_phase_of_a_schedule_is_estimated(capsys, tmp_path):
+    tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
+    arguments = [tmp_path, "--workers", "4", "--batch", "2", "--seq", "64", "--dtype", "fp32", "--json"]
+    schedule = ["--coverage-schedule", "0:0.5,0.6:1:gradient_checkpointing=true"]
+    found = peaks_of_sdp(run(capsys, *arguments, *schedule))
+    half = peaks_of_sdp(run(capsys, *arguments, "--coverage", "0.5"))
+    whole = peaks_of_sdp(run(capsys, *arguments, "--coverage", "1", "--gradient-checkpointing"))
+    assert found == {f"{name}, from 0": n for name, n in half.items()} | {f"{n}, from 0.6": whole[n] for n in whole}
+    for enough in (False, True):
+        limit = max(half["SDP, sharding full"], whole["SDP, sharding full"]) / 2**30 * (1.01 if enough else 0.99)
+        memory = ["--memory-gib", ",".join([str(limit)] * 4)]
+        with contextlib.suppress(SystemExit):
+            main(["estimate", *map(str, arguments), *schedule, *memory])
+        printed = capsys.readouterr()
+        assert bool(printed.out) == enough and ("is too little for the phase" in printed.err) != enough
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

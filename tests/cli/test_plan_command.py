@@ -30,6 +30,22 @@ def test_plan_as_json_has_every_figure(run, tiny):
     assert result["summary"]["num_components"] == 1 and 0 < result["summary"]["spectral_gap"] <= 1
 
 
+SCHEDULE = "0:0.5,0.6:1:level=block"
+
+
+def test_each_phase_of_a_schedule_has_its_plan(run, tiny):
+    code, out, err = run("plan", tiny, "--workers", 4, "--coverage-schedule", SCHEDULE, "--seq", 64, "--json")
+    assert (code, err) == (0, "")
+    phases = json.loads(out)["phases"]
+    assert [(phase["start"], phase["sdp_config"]["level"]) for phase in phases] == [(0, "neuron"), (0.6, "block")]
+    plans = [make_plan(tiny_config(), SDPConfig(**sdp), 4) for sdp in (dict(), dict(level="block", coverage=1.0))]
+    assert [phase["plan_hash"] for phase in phases] == [plan.hash for plan in plans]
+    code, out, err = run("plan", tiny, "--workers", 4, "--coverage-schedule", SCHEDULE, "--seq", 64)
+    assert (code, err) == (0, "") and "from 0.6 of the training on" in out
+    result = run("plan", tiny, "--workers", 4, "--coverage-schedule", SCHEDULE, "--picture", tiny / "plan.png")
+    refused(result, "--picture draws one plan")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert", "t5", "whisper"])
 def test_models_of_other_structures(run, tmp_path, name):
     model = tiny_model(**MODELS[name])

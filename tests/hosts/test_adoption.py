@@ -170,6 +170,7 @@ def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path)
         (["no_such_script.py"], "There is no file no_such_script.py"),
         (["--seq", "4", __file__], "--seq has no effect without --dry-run"),
         (["--compare", "--dry-run", __file__], "--compare has no effect with --dry-run"),
+        (["--compare", "--coverage-schedule", "0:0.5,0.5:1", __file__], "--compare measures the steps of one plan"),
     ],
     ids=str,
 )
