@@ -1,11 +1,12 @@
 """From one plan to the next, in memory: weights and optimizer state go to the workers that store them from then on.
 
 One full parameter after the other, its weights and then each tensor of its state; what is no longer stored is freed at
-once. No worker ever has more than what it stores before or after, and one full parameter.
+once. No worker ever has more than what it stores before or after, and one full parameter on its way.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,16 +14,26 @@ from torch import nn
 from ..compat import reset_sharded_parameters
 from ..errors import SDPStateError
 from ..model.state import Held, local_tensor
-from ..plan.placement import stored_by_all
+from ..plan.placement import owners, stored_by_all
 from ..plan.region import Region
 from ..world.agreement import of_everyone, together
-from .exchange import Local, Owned, find_route, move
+from .exchange import Owned, find_route, move
 from .fsdp import fsdp_modules
 from .optimizer import local_shards, train_from_now_on
 from .sharded import Sharded
 
 _Kind = tuple[int, str] | None
 """A tensor of an optimizer's state, by the optimizer's number and its key; None: the weights."""
+
+
+class _Stored(NamedTuple):
+    """A tensor that this worker has. It sends ``part`` of it, the region ``owned``: where every holder stores all of a
+    slice, each sends as much of it."""
+
+    region: Region
+    tensor: torch.Tensor
+    owned: Region
+    part: torch.Tensor
 
 
 class Handover:
@@ -37,35 +48,38 @@ class Handover:
     def __init__(self, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
         self.optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
         self.bytes_sent = 0
-        self.owners = sharded.held.owners
-        self.rank = sharded.held.rank
-        self.tensors: dict[tuple[str, _Kind], list[Local]] = {}
+        held = self.held = sharded.held
+        self.senders = dataclasses.replace(held.placement, sharding="full")
+        self.sources = owners(held.plan, self.senders)
+        self.were_stored = stored_by_all(held.plan, held.placement)
+        self.tensors: dict[tuple[str, _Kind], list[_Stored]] = {}
         numbers: dict[tuple[int, str], dict[str, Any]] = {}
         with together(sharded.control_group):
             _refuse_gradients(sharded)
-            names = {p: sharded.held.stored(local_name) for local_name, p in sharded.parameters.items()}
-            for parameter, region in names.items():
-                self._take(region, None, local_tensor(parameter.detach()))
+            names = {p: held.subnetwork.tensors[n].region.name for n, p in sharded.parameters.items()}
+            for local_name, parameter in sharded.parameters.items():
+                self._take(local_name, None, local_tensor(parameter.detach()))
             for number, optimizer in enumerate(self.optimizers):
                 with local_shards(optimizer):
                     pass  # after a step that raised, its state is by shards
-                for parameter, region in names.items():
+                for local_name, parameter in sharded.parameters.items():
                     for key, value in optimizer.state.get(parameter, {}).items():
                         if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                            numbers.setdefault((number, region.name), {})[key] = value
-                        elif tuple(value.shape) != tuple(local_tensor(parameter).shape):
+                            numbers.setdefault((number, names[parameter]), {})[key] = value
+                        elif value.shape != local_tensor(parameter).shape:
                             raise SDPStateError(
                                 f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for "
-                                f"{region.name}, of which this worker stores {region.shape}: it cannot go to others."
+                                f"{local_name}, of which this worker stores {tuple(local_tensor(parameter).shape)}: it "
+                                "cannot go to others."
                             )
                         else:
-                            self._take(region, (number, key), local_tensor(value))
+                            self._take(local_name, (number, key), local_tensor(value))
             groups = [
-                [[names[p].name for p in group["params"]] for group in optimizer.param_groups]
+                [[names[p] for p in group["params"]] for group in optimizer.param_groups]
                 for optimizer in self.optimizers
             ]
-        dtypes = {place: local[0][1].dtype for place, local in self.tensors.items()}
-        learns = {names[p].name: p.requires_grad for p in names}
+        dtypes = {place: stored[0].tensor.dtype for place, stored in self.tensors.items()}
+        learns = {name: p.requires_grad for p, name in names.items()}
         everyone = of_everyone((dtypes, learns, numbers, groups), sharded.control_group)
         self.dtypes = _union(theirs[0] for theirs in everyone)
         self.learns = _union(theirs[1] for theirs in everyone)
@@ -80,8 +94,18 @@ class Handover:
         for optimizer in self.optimizers:
             train_from_now_on(optimizer, [[] for _ in optimizer.param_groups], {})
 
-    def _take(self, region: Region, kind: _Kind, tensor: torch.Tensor) -> None:
-        self.tensors.setdefault((region.name, kind), []).append((region, tensor))
+    def _take(self, local_name: str, kind: _Kind, tensor: torch.Tensor) -> None:
+        held, holders = (
+            self.held.subnetwork.tensors[local_name].region,
+            self.held.subnetwork.tensors[local_name].holders,
+        )
+        region, owned = self.held.stored(local_name), self.senders.stored(held, holders, self.held.rank)
+        part = tensor
+        if owned != region:
+            index, number = self.senders.place(holders, self.held.rank)
+            step = -(-len(tensor) // number)
+            part = tensor[index * step : (index + 1) * step]
+        self.tensors.setdefault((region.name, kind), []).append(_Stored(region, tensor, owned, part))
 
     @torch.no_grad()
     def give(self, model: nn.Module, held: Held, device: torch.device) -> None:
@@ -128,16 +152,22 @@ class Handover:
         self, name: str, kind: _Kind, targets: list[Owned], wanted: dict[Region, torch.Tensor], device: torch.device
     ) -> None:
         """One tensor; what this worker had of it is freed."""
-        had = self.tensors.pop((name, kind), [])
-        of_region = dict(had)
-        mine = [(region, of_region[region]) for rank, region in self.owners[name] if rank == self.rank]
-        into = [(region, wanted[region]) for rank, region in targets if rank == self.rank]
-        route, dtype = find_route(self.owners[name], targets), self.dtypes[name, kind]
-        move(route, mine, into, torch.empty(0, dtype=dtype, device=device))
-        self.bytes_sent += dtype.itemsize * (sum(route.send_sizes) - route.send_sizes[self.rank])
-        for _, tensor in had:  # FSDP2 refers to it in circles, which are not collected at once
-            if tensor.untyped_storage().resizable():  # not after .numpy()
-                tensor.untyped_storage().resize_(0)
+        had, dtype, rank = self.tensors.pop((name, kind), []), self.dtypes[name, kind], self.held.rank
+        had_already = set(self.were_stored[name])
+        for stored in had:
+            if stored.region in wanted:
+                wanted[stored.region].copy_(stored.tensor)
+        part_of = {stored.owned: stored.part for stored in had}
+        mine = [(region, part_of[region]) for owner, region in self.sources[name] if owner == rank]
+        targets = [target for target in targets if target not in had_already]
+        into = [(region, wanted[region]) for owner, region in targets if owner == rank]
+        if targets:  # else all have what they store from now on
+            route = find_route(self.sources[name], targets)
+            move(route, mine, into, torch.empty(0, dtype=dtype, device=device))
+            self.bytes_sent += dtype.itemsize * (sum(route.send_sizes) - route.send_sizes[rank])
+        for stored in had:  # FSDP2 refers to it in circles, which are not collected at once
+            if stored.tensor.untyped_storage().resizable():  # not after .numpy()
+                stored.tensor.untyped_storage().resize_(0)
 
 
 def _refuse_gradients(sharded: Sharded) -> None:

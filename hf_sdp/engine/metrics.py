@@ -58,14 +58,15 @@ class PeakMemory:
         assert self._profile is not None  # start() has made it
         self._profile.__exit__(None, None, None)
         allocated = peak = 0
-        for event in sorted(_memory_events(self._profile), key=lambda e: e.start_ns()):
+        for event in sorted(memory_events(self._profile), key=lambda e: e.start_ns()):
             allocated += event.nbytes()
             peak = max(peak, allocated)
         self._profile = None
         return peak
 
 
-def _memory_events(profile) -> list:
+def memory_events(profile) -> list:
+    """Of the CPU's allocator."""
     return [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
 
 

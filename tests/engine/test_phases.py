@@ -2,8 +2,10 @@
 
 import pytest
 
+from hf_sdp.bench.boundary import cross
 from tests.support.oracle import compare
 from tests.support.types import MODELS
+from tests.support.workers import run_workers
 
 GROWS = [(0.0, 0.5), (0.5, 1.0)]
 SCHEDULES = {
@@ -59,3 +61,16 @@ def test_other_models(model, level):
     schedule = ["0:0.5", "0.3:0.5:masking=backward", "0.7:1"]
     frozen = ("model.embed_tokens", "model.layers.0.mlp") if model == "frozen" else ()
     compare(dict(level=level, coverage_schedule=schedule), OTHERS[model], steps=6, frozen=frozen)
+
+
+SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8)
+
+
+@pytest.mark.parametrize("sharding", ["full", "none"])
+def test_memory_at_a_boundary_is_what_is_stored_and_one_parameter(sharding):
+    sdp = dict(sharding=sharding, coverage_schedule=GROWS)
+    largest = 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
+    for crossing in run_workers(cross, sdp, SIZES, world_size=4):
+        assert crossing.before > 4 * largest and crossing.sent > largest
+        sent_and_received = 3 * largest  # of one parameter, and its memory before the old one is freed
+        assert crossing.peak <= max(crossing.before, crossing.after) + sent_and_received, crossing
