@@ -50,7 +50,8 @@ class SDPConfig:
     coverage_schedule: Sequence[Phase] | None = option(
         "Phases of the training instead of one coverage: [(0.0, 0.5), (0.6, 1.0)] is half of the model, then all "
         "of it. In text 0:0.5,0.6:1. A phase may have a level, masking and depth_profile of its own "
-        "(0.6:0.5:masking=backward), and gradient_checkpointing. memory_gib is then a limit of each phase.",
+        "(0.6:0.5:masking=backward), gradient_checkpointing, and splits of its micro-batches. memory_gib is then a "
+        "limit of each phase.",
         default=None,
     )
     coverage_schedule_unit: Literal["steps", "flops"] = option(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from . import options
 from .errors import SDPConfigError
 from .options import option
+from .workload import Workload
 
 _EXAMPLE = "[(0.0, 0.5), (0.6, 1.0)], in text 0:0.5,0.6:1"
 
@@ -31,6 +32,11 @@ class Phase:
     depth_profile: Literal["uniform", "linear"] | None = option("As in SDPConfig.", default=None)
     gradient_checkpointing: bool = option(
         "Decoder layers are recomputed in backward, in this phase alone: less memory.", default=False
+    )
+    splits: int = option(
+        "Under the Trainer, pieces in which each micro-batch is computed: fewer activations, as many tokens a step.",
+        default=1,
+        positive=True,
     )
 
     def __post_init__(self):
@@ -81,6 +87,13 @@ class Phase:
         """Options of SDPConfig that this phase sets, by name."""
         given = {name: getattr(self, name) for name in ("coverage", "level", "masking", "depth_profile")}
         return {name: value for name, value in given.items() if value is not None}
+
+    def workload_of(self, workload: Workload) -> Workload:
+        """What a worker computes at a time in this phase."""
+        checkpoints = workload.gradient_checkpointing or self.gradient_checkpointing
+        return dataclasses.replace(
+            workload, batch=-(-workload.batch // self.splits), gradient_checkpointing=checkpoints
+        )
 
 
 def phases_of(given: object) -> tuple[Phase, ...]:

@@ -55,19 +55,19 @@ def fit(
 def refuse_what_does_not_fit(model: Model, planned: Planned, config: SDPConfig) -> None:
     """Raises SDPConfigError when a phase of ``config.coverage_schedule`` needs more than ``config.memory_gib``."""
     assert config.memory_gib is not None and config.workload is not None
-    plan, checkpoints = planned.plan, planned.phase.gradient_checkpointing
+    plan = planned.plan
     if len(config.memory_gib) != plan.num_subnetworks:
         raise _other_number(config.memory_gib, plan.num_subnetworks)
     capacities = np.array(config.memory_gib) * GIB
-    workload = dataclasses.replace(config.workload, gradient_checkpointing=True) if checkpoints else config.workload
-    search = _Search(model, dataclasses.replace(config, workload=workload), capacities, lambda steps: plan)
+    of_phase = dataclasses.replace(config, workload=planned.phase.workload_of(config.workload))
+    search = _Search(model, of_phase, capacities, lambda steps: plan)
     need = search.need(np.full(plan.num_subnetworks, STEPS))
     if (need > capacities).any():
         raise SDPConfigError(
             f"memory_gib={list(config.memory_gib)} is too little for the phase of coverage_schedule from "
             f"{planned.phase.start:g} (coverage {planned.phase.coverage:g}): the workers need "
             f"{[float(f'{n / GIB:.4g}') for n in need]} GiB. Use a smaller coverage, or its "
-            "gradient_checkpointing=True."
+            "gradient_checkpointing=True or splits."
         )
 
 

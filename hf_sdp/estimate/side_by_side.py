@@ -60,9 +60,7 @@ def rows_of_phases(model: Model, phases: Sequence[Planned], workload: Workload, 
         return sdp_rows(model, phases[0].plan, workload, world_size)
     rows = []
     for planned in phases:
-        checkpoints = workload.gradient_checkpointing or planned.phase.gradient_checkpointing
-        of_phase = dataclasses.replace(workload, gradient_checkpointing=checkpoints)
-        for row in sdp_rows(model, planned.plan, of_phase, world_size):
+        for row in sdp_rows(model, planned.plan, planned.phase.workload_of(workload), world_size):
             rows.append(dataclasses.replace(row, engine=f"{row.engine}, from {planned.phase.start:g}"))
     return rows
 

@@ -30,6 +30,7 @@ from .preemption import AgreedJITCheckpoint
 from .refusals import refuse_other_engines
 from .replaced import replace
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
+from .trainer_splits import SPLITS
 from .trainer_together import TOGETHER
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def install() -> None:
     """
     if host.Accelerator is _TrainerAccelerator:
         return
-    wraps = {**WRAPS, **TOGETHER, "log": _log}
+    wraps = {**WRAPS, **TOGETHER, **SPLITS, "log": _log}
     if norms_mixed_meshes(host.Trainer):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():

@@ -88,6 +88,29 @@ def test_phases_that_hold_everything_are_ddp(tmp_path):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+def train_split(folder, splits: int, model: dict):
+    sdp = dict(coverage_schedule=["0:0.5", f"0.5:1:splits={splits}"])
+    arguments = dict(max_steps=4, optim="sgd", learning_rate=0.1, per_device_train_batch_size=3)
+    trainer = make_trainer(folder, sdp, arguments, model, ragged=True)
+    sizes = []
+    trainer.model.register_forward_pre_hook(
+        lambda m, args, kwargs: sizes.append(len(kwargs["labels"])), with_kwargs=True
+    )
+    trainer.train()
+    return losses_of(trainer.state.log_history), norms_of(trainer.state.log_history), sizes
+
+
+@pytest.mark.parametrize("model", [{}, dict(task="sequence classification", model_type="llama", num_labels=2)], ids=str)
+def test_a_phase_splits_its_micro_batches(tmp_path, model):
+    """In the second model the host does not divide by the items of the batch."""
+    whole = run_workers(train_split, tmp_path / "whole", 1, model, world_size=2)
+    parted = run_workers(train_split, tmp_path / "parted", 2, model, world_size=2)
+    for of_whole, of_parts in zip(whole, parted, strict=True):
+        assert of_parts[0] == pytest.approx(of_whole[0], abs=1e-5)
+        assert of_parts[1] == pytest.approx(of_whole[1], rel=1e-4)
+        assert of_whole[2] == [3] * 8 and of_parts[2] == [3] * 4 + [1, 2] * 4
+
+
 def too_short(folder):
     trainer = make_trainer(folder, dict(coverage_schedule=[(0.0, 0.5), (0.1, 1.0)]), dict(max_steps=2))
     with pytest.raises(SDPConfigError, match=r"of 2 training steps the phases get \[0, 2\]"):
