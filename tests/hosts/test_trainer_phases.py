@@ -40,7 +40,7 @@ def resumed(folder, whole, sdp: dict, options: dict, step: int):
     ],
 )
 def test_a_run_resumed_in_any_phase_is_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer, sdp):
-    options = dict(optim=optimizer, save_steps=1, **OPTIMIZERS[optimizer])
+    options = dict(optim=optimizer, save_steps=1, eval_strategy="steps", eval_steps=1, **OPTIMIZERS[optimizer])
     whole = run_workers(train, tmp_path / "whole", sdp, options)
     last = tmp_path / "whole" / "checkpoint-6"
     for step in (1, 2, 3, 4, 5):  # within each phase, and exactly at both boundaries
@@ -74,8 +74,8 @@ def test_a_second_training_begins_in_the_first_phase(tmp_path):
         assert abs(first[0] - first[3]) > 1e-3
 
 
-def train_as(folder, sdp):
-    trainer = make_trainer(folder, sdp, dict(max_steps=6, optim="sgd", learning_rate=0.1))
+def train_as(folder, sdp, arguments=None):
+    trainer = make_trainer(folder, sdp, dict(max_steps=6, optim="sgd", learning_rate=0.1, **(arguments or {})))
     trainer.train()
     return losses_of(trainer.state.log_history), norms_of(trainer.state.log_history)
 
@@ -85,6 +85,17 @@ def test_phases_that_hold_everything_are_ddp(tmp_path):
     scheduled = run_workers(train_as, tmp_path / "sdp", sdp, world_size=2)
     ddp = run_workers(train_as, tmp_path / "ddp", None, world_size=2)
     for mine, theirs in zip(scheduled[0], ddp[0], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("level", ["neuron", "block"])
+def test_compiled_models_too(tmp_path, level):
+    sdp = dict(level=level, coverage_schedule=GROWS)
+    plain = run_workers(train_as, tmp_path / "plain", sdp, world_size=2)
+    options = dict(torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = run_workers(train_as, tmp_path / "compiled", sdp, options, world_size=2, timeout_s=250)
+    for mine, theirs in zip(compiled[0], plain[0], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
