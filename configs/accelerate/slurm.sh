@@ -14,9 +14,9 @@
 #SBATCH --cpus-per-task=64       # of the launcher, and so of all workers of the node together
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# For runs that are stopped and go on: a script with TrainingArguments(enable_jit_checkpoint=True) ends with a checkpoint
-# when it gets this signal, 120 s before the time is over. It goes on from hf_sdp.last_checkpoint(output_dir) when the job
-# runs again.
+# For runs that are stopped and go on: with TrainingArguments(enable_jit_checkpoint=True) a script ends with a checkpoint
+# when it gets this signal, 120 s before the time is over. It goes on from hf_sdp.last_checkpoint(output_dir) when the
+# job runs again.
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 set -euo pipefail
