@@ -60,6 +60,19 @@ def test_pretrain_llama(tmp_path, files, options):
     assert results["steps"] == 12 and results["tokens_per_step"] == 2 * 4 * 32
 
 
+@pytest.mark.long
+def test_a_stream_goes_on_where_it_was(tmp_path, files):
+    options = ["--data_files", files, *TINY, *TEXT, *SHORT, "--vocab_size", 300, "--save_strategy", "steps"]
+    options += ["--save_steps", 6, "--cache_dir", tmp_path / "models"]
+    for name, resumed in {
+        "whole": [],
+        "parted": ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6"],
+    }.items():
+        launch(EXAMPLES / "pretrain_llama.py", *options, *resumed, "--output_dir", tmp_path / name, folder=tmp_path)
+    whole, parted = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parted"))
+    assert whole["train_loss"] == parted["train_loss"] and whole["eval_loss"] == parted["eval_loss"]
+
+
 def continue_pretraining(arguments: list):
     """Its main function, in a worker of the tests."""
     sys.argv = ["continue_pretraining.py", *map(str, arguments)]
