@@ -1,6 +1,7 @@
 """hf_sdp/ERRORS.md has every error that the package raises, and no other."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +41,15 @@ def name_of(function: ast.AST) -> str:
     return ast.unparse(function).rpartition(".")[2]
 
 
-def nodes(kind: type) -> Iterator[tuple[str, ast.AST]]:
-    for file in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, kind):
-                yield f"{file.relative_to(PACKAGE)}:{node.lineno}", node
+@functools.cache
+def all_nodes() -> list[tuple[str, ast.AST]]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    return [(str(file.relative_to(PACKAGE)), node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
+
+
+def nodes(*kinds: type) -> Iterator[tuple[str, ast.AST]]:
+    """With their place in the code."""
+    return ((f"{file}:{node.lineno}", node) for file, node in all_nodes() if isinstance(node, kinds))
 
 
 def raised() -> dict[str, str]:
@@ -75,7 +80,7 @@ def test_every_error_has_a_row():
 
 
 def test_every_row_has_an_error():
-    messages = [template(node) for kind in (ast.JoinedStr, ast.Constant) for _, node in nodes(kind)]
+    messages = {template(node) for _, node in nodes(ast.JoinedStr, ast.Constant)}
     assert [text for text in beginnings() if not any(begins(message, [text]) for message in messages)] == []
 
 
