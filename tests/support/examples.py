@@ -32,6 +32,7 @@ def launch(*command: object, folder: Path, timeout_s: float = 250) -> str:
 
 
 def run(*command: object, folder: Path, timeout_s: float = 250, **variables: str) -> str:
+    """What ``command`` prints in this working directory. ``variables``: of the environment."""
     environment = os.environ | {
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
