@@ -17,13 +17,9 @@ from hf_sdp.bench.corpus import make_once
 
 
 @dataclass
-class EngineArguments(TrainingArguments):
+class ExampleArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of the examples."""
 
-    engine: Literal["sdp", "ddp", "fsdp2"] = field(default="sdp", metadata={"help": "How workers share the model."})
-    results_file: str | None = field(
-        default=None, metadata={"help": "Measurements, as JSON. By default results.json in the output_dir."}
-    )
     use_cpu: bool = not torch.cuda.is_available()
     ddp_find_unused_parameters: bool | None = False  # there are none: DDP at its fastest
     lr_scheduler_type: str = "cosine"
@@ -32,6 +28,16 @@ class EngineArguments(TrainingArguments):
     log_level: str = "warning"
     save_strategy: str = "no"
     report_to: str = "none"
+
+
+@dataclass
+class EngineArguments(ExampleArguments):
+    """And which engine trains."""
+
+    engine: Literal["sdp", "ddp", "fsdp2"] = field(default="sdp", metadata={"help": "How workers share the model."})
+    results_file: str | None = field(
+        default=None, metadata={"help": "Measurements, as JSON. By default results.json in the output_dir."}
+    )
 
 
 def initial_model(auto_class: Any, config: PreTrainedConfig, seed: int, cache_dir: str) -> Path:

@@ -1,16 +1,34 @@
-"""Pretrain a small Llama with SDP, DDP or FSDP2 under the Trainer, and write what it took to a file.
+"""Pretrain a Llama on a stream of text with SDP, DDP or FSDP2 under the Trainer, and write what it took to a file.
 
-    accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/pretrain_llama.py \\
-        --engine sdp --sdp_level neuron --sdp_masking forward --sdp_coverage 0.5 --max_steps 50
+    accelerate launch --config_file configs/accelerate/gpu_8.yaml examples/pretrain_llama.py \\
+        --dataset_name HuggingFaceFW/fineweb --dataset_config_name sample-10BT --eval_rows 500 --block_length 1024 \\
+        --tokenizer_name gpt2 --hidden_size 768 --intermediate_size 2048 --num_hidden_layers 12 \\
+        --num_attention_heads 12 --initializer_range 0.02 --learning_rate 6e-4 --max_steps 20000 \\
+        --sdp_level block --sdp_coverage 0.5
 
-Options: the shape of the model, the data, every field of ``SDPConfig`` as ``--sdp_...``, and ``TrainingArguments``.
-Every engine starts from the same weights. Text: the source of Python's standard library, or ``--text_file``.
+Without a network, on local files: ``--data_files 'text/*.parquet'`` (or JSON, or text) instead of the data set. As it
+is, without options, it trains on the source of Python's standard library for a minute, also on a CPU:
+
+    accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/pretrain_llama.py --sdp_level neuron
+
+Options: the shape of the model, the data, every field of ``SDPConfig`` as ``--sdp_...``, ``--engine``, and
+``TrainingArguments``. Every engine starts from the same weights. Needs the extra ``bench``.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from engines import EngineArguments, initial_model, load_model, train_and_measure
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, default_data_collator
+from streams import StreamArguments, held_out, rows, training_blocks
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from hf_sdp import SDPCallback, SDPConfig
@@ -25,7 +43,6 @@ class ModelArguments:
     """Shape of the Llama, by the names of ``LlamaConfig``. Defaults: 6.4 M parameters that
     learn within a hundred steps (a larger initializer range than LlamaConfig's, for a small width)."""
 
-    vocab_size: int = 1024
     hidden_size: int = 256
     intermediate_size: int = 704
     num_hidden_layers: int = 8
@@ -35,14 +52,13 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The text and how it is cut."""
+class TokenizerArguments:
+    """A published tokenizer, or one that is trained on the text."""
 
-    text_file: str | None = field(default=None, metadata={"help": "A UTF-8 text file instead of the standard library."})
-    max_bytes: int = field(default=4_000_000, metadata={"help": "Text taken from the standard library."})
-    block_length: int = field(default=128, metadata={"help": "Tokens of one sequence."})
-    max_eval_blocks: int = field(default=128, metadata={"help": "Sequences that evaluation reads."})
-    cache_dir: str = field(default="runs/cache", metadata={"help": "Token blocks and initial weights are kept here."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "A folder, or a name on the hub."})
+    vocab_size: int = field(default=1024, metadata={"help": "Without it: tokens of one that is trained here."})
+    tokenizer_rows: int = field(default=1000, metadata={"help": "On so many rows, after those that are held out."})
+    cache_dir: str = field(default="runs/cache", metadata={"help": "It and initial weights are kept here."})
 
 
 @dataclass
@@ -55,31 +71,45 @@ class Arguments(EngineArguments):
     learning_rate: float = 6e-3
 
 
+def tokenizer_of(arguments: TokenizerArguments, text: StreamArguments) -> PreTrainedTokenizerBase:
+    """The one that is named; else one of the text's first rows, made once."""
+    if arguments.tokenizer_name is not None:
+        return AutoTokenizer.from_pretrained(arguments.tokenizer_name)
+    key = hashlib.sha256(f"{text}{arguments}".encode()).hexdigest()[:12]
+    folder = Path(arguments.cache_dir) / f"tokenizer-{key}"
+
+    def make(unfinished: Path) -> None:
+        first = rows(text).skip(text.eval_rows).take(arguments.tokenizer_rows)
+        texts = {"text": [row[text.text_column] for row in first]}
+        corpus.train_tokenizer(texts, arguments.vocab_size).save_pretrained(unfinished)
+
+    corpus.make_once(folder, make)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, SDPConfig.arguments(), Arguments))
-    shape, data_args, sdp_args, training = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((ModelArguments, TokenizerArguments, StreamArguments, SDPConfig.arguments(), Arguments))
+    shape, tokenizer_args, text, sdp_args, training = parser.parse_args_into_dataclasses()
     config = SDPConfig.from_arguments(sdp_args)
     disable_progress_bar()  # of loading weights, on every worker; the Trainer's stays
     with training.main_process_first():
-        data, tokenizer = corpus.prepared(
-            data_args.cache_dir, shape.vocab_size, data_args.block_length, data_args.max_bytes, data_args.text_file
-        )
+        tokenizer = tokenizer_of(tokenizer_args, text)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        positions = data_args.block_length
-        llama = small_llama(**asdict(shape), **special, max_position_embeddings=positions, use_cache=True)
-        folder = initial_model(AutoModelForCausalLM, llama, training.seed, data_args.cache_dir)
+        sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=text.block_length)
+        llama = small_llama(**asdict(shape), **sizes, **special, use_cache=True)
+        folder = initial_model(AutoModelForCausalLM, llama, training.seed, tokenizer_args.cache_dir)
 
     trainer = Trainer(
         model=load_model(AutoModelForCausalLM, folder, training, config, FSDP_MODULES),
         args=training,
-        train_dataset=data["train"],
-        eval_dataset=data["valid"].select(range(min(data_args.max_eval_blocks, len(data["valid"])))),
+        train_dataset=training_blocks(text, tokenizer, training),
+        eval_dataset=held_out(text, tokenizer),
         processing_class=tokenizer,
         data_collator=default_data_collator,
         callbacks=[SDPCallback(profile_memory=True)] if training.engine == "sdp" else None,
     )
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    train_and_measure(trainer, config, tokens_per_step=data_args.block_length * batch)
+    train_and_measure(trainer, config, tokens_per_step=text.block_length * batch)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """examples/train_image_classifier.py, launched as users do it, on real images that need no network."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "accelerate" / "cpu_2.yaml"
-SCRIPT = ROOT / "examples" / "train_image_classifier.py"
+from tests.support.examples import EXAMPLES, launch, run
+
 TINY = {
     "resnet18": dict(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2]),
     "vit_tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4),
@@ -27,20 +24,17 @@ SDP = {level: ["--engine", "sdp", "--sdp_level", level, "--sdp_coverage", "0.5"]
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
-    subprocess.run([sys.executable, ROOT / "examples" / "digits.py", folder], check=True, timeout=60)
+    run(sys.executable, EXAMPLES / "digits.py", folder, folder=folder, timeout_s=60)
     return folder
 
 
 def train(digits: Path, folder: Path, model_type: str, *options: str) -> dict:
     """Results of a short training with two workers, which saves the model to ``folder``."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", CONFIG, SCRIPT]
-    command += ["--image_folder", digits, "--image_size", "16", "--cache_dir", folder / "cache"]
+    command = [EXAMPLES / "train_image_classifier.py", "--image_folder", digits, "--image_size", 16]
     command += ["--model_type", model_type, "--config_overrides", json.dumps(TINY[model_type])]
-    command += ["--output_dir", folder, "--max_steps", "40", "--learning_rate", "3e-3"]
-    command += ["--per_device_eval_batch_size", "60"]  # 360 images are whole batches, so that their mean is that of all
-    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
-    done = subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=250, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command += ["--output_dir", folder, "--cache_dir", folder / "cache", "--max_steps", 40, "--learning_rate", 3e-3]
+    command += ["--per_device_eval_batch_size", 60]  # 360 images are whole batches, so that their mean is that of all
+    launch(*command, *options, folder=folder)
     return json.loads((folder / "results.json").read_text())
 
 
