@@ -1,9 +1,11 @@
 """A coverage schedule: N workers against N virtual ones, through the boundaries."""
 
+from itertools import product
+
 import pytest
 
 from hf_sdp.bench.boundary import cross
-from tests.support.oracle import compare
+from tests.support.oracle import OPTIMIZERS, compare
 from tests.support.types import MODELS
 from tests.support.workers import run_workers
 
@@ -20,25 +22,38 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("level", ["neuron", "block"])
+def chosen(cases, short) -> list:
+    """All cases; those that are not in ``short`` are long."""
+    return [pytest.param(*case, marks=() if case in short else pytest.mark.long) for case in cases]
+
+
+LEVELS = ("neuron", "block")
+
+
+@pytest.mark.parametrize(
+    ("level", "optimizer"), chosen(product(LEVELS, OPTIMIZERS), [("neuron", "adamw"), ("block", "sgd")])
+)
 def test_workers_equal_the_oracle_through_a_boundary(level, optimizer):
     compare(dict(level=level, coverage_schedule=GROWS), optimizer=optimizer, steps=8)
 
 
-@pytest.mark.parametrize("level", ["neuron", "block"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_phases_differ_in_anything(schedule, level):
+@pytest.mark.parametrize(
+    ("level", "schedule"), chosen(product(LEVELS, SCHEDULES), [("neuron", "three phases"), ("block", "other level")])
+)
+def test_phases_differ_in_anything(level, schedule):
     compare(dict(level=level) | SCHEDULES[schedule], dict(num_hidden_layers=4), steps=8)
 
 
-@pytest.mark.parametrize("level", ["neuron", "block"])
-@pytest.mark.parametrize("sharding", [dict(sharding="none"), dict(reshard_after_forward=True)])
+SHARDINGS = {"none": dict(sharding="none"), "reshard": dict(reshard_after_forward=True)}
+
+
+@pytest.mark.parametrize(("level", "sharding"), chosen(product(LEVELS, SHARDINGS), [("block", "none")]))
 def test_shardings_and_accumulation(level, sharding):
-    compare(dict(level=level, coverage_schedule=GROWS) | sharding, optimizer="adamw", accumulation=3, steps=6)
+    config = dict(level=level, coverage_schedule=GROWS) | SHARDINGS[sharding]
+    compare(config, optimizer="adamw", accumulation=3, steps=6)
 
 
-@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize("level", [pytest.param("neuron", marks=pytest.mark.long), "block"])
 def test_replicas_and_tied_weights(level):
     config = dict(level=level, num_subnetworks=2, coverage_schedule=GROWS)
     compare(config, dict(tie_word_embeddings=True), oracle=dict(simulate=2), steps=6)
@@ -55,7 +70,7 @@ OTHERS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("level", ["neuron", "block"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("model", OTHERS)
 def test_other_models(model, level):
     schedule = ["0:0.5", "0.3:0.5:masking=backward", "0.7:1"]
@@ -66,7 +81,7 @@ def test_other_models(model, level):
 SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8)
 
 
-@pytest.mark.parametrize("sharding", ["full", "none"])
+@pytest.mark.parametrize("sharding", ["full", pytest.param("none", marks=pytest.mark.long)])
 def test_memory_at_a_boundary_is_what_is_stored_and_one_parameter(sharding):
     sdp = dict(sharding=sharding, coverage_schedule=GROWS)
     largest = 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
