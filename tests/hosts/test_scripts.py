@@ -18,4 +18,4 @@ def test_scripts_train_with_sdp_and_what_they_save_is_what_they_report(tmp_path,
     """Some go on from what others have saved."""
     rows = [existing_scripts.run(name, level, 2, tmp_path) for name in existing_scripts.RUNS]
     assert [row.script for row in rows if not row.is_right] == []
-    assert any(row.bytes_of_ddp is not None and row.bytes_of_ddp < 0.8 for row in rows)
+    assert sum(row.bytes_of_ddp < 0.8 for row in rows) > len(rows) / 2
