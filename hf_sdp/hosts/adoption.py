@@ -19,9 +19,11 @@ import transformers.trainer as host
 from torch import nn
 
 from ..config import SDPConfig
+from ..engine.presence import make_roll_call
 from ..errors import SDPConfigError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
+from ..world.roll_call import RollCall
 from .accelerator import SDPAccelerator
 from .environment import ONLY, options_in_environment
 from .replaced import put_back, replace
@@ -41,6 +43,7 @@ class Adoption:
         adopted: names of the classes of models that were patched, or were already.
         told: what was said of models that stay dense.
         seen: models that came.
+        roll_call: until a model is patched, and has its own: to the first one all workers must come.
     """
 
     config: SDPConfig
@@ -49,6 +52,7 @@ class Adoption:
     adopted: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
     seen: WeakSet = field(default_factory=WeakSet)
+    roll_call: RollCall | None = None
 
     def wants(self, model: nn.Module) -> bool:
         """Whether a model is to be trained with SDP; says so when it is not."""
@@ -89,6 +93,11 @@ class AdoptingAccelerator(SDPAccelerator):
 
     adoption: Adoption
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.adoption.roll_call is None and not self.adoption.config.simulate:
+            self.adoption.roll_call = make_roll_call(self.adoption.config.evaluation_timeout_s)
+
     def prepare(self, *args, device_placement=None):
         self._adopt([a for a in args if isinstance(a, nn.Module)])
         if any(isinstance(a, nn.Module) and _stays_dense(a) for a in args):
@@ -112,7 +121,14 @@ class AdoptingAccelerator(SDPAccelerator):
                 "enable(only=...) with a pattern of its class, or patch_model in the script."
             )
         for model in wanted:
+            if self.adoption.roll_call is not None:
+                self.adoption.roll_call.wait(f"{_name(model)}, which all workers prepare,")
             self.adoption.adopt(model)
+
+    def _announce(self, what: str) -> None:
+        if self.adoption.roll_call is not None and not any(map(find_state, self._models)):
+            self.adoption.roll_call.announce(what)
+        super()._announce(what)
 
 
 def _stays_dense(model: nn.Module) -> bool:

@@ -120,6 +120,25 @@ def test_which_of_several_models_is_not_guessed(only, second):
         run_workers(prepare_two, only, second, world_size=2)
 
 
+def prepare_on_rank_0_alone(what: str):
+    from accelerate import Accelerator
+
+    hf_sdp.enable(SDPConfig(level="block"))
+    try:
+        accelerator = Accelerator()
+        if accelerator.is_main_process:
+            accelerator.prepare(tiny_model())
+        getattr(accelerator, what)(*([torch.ones(1)] if what == "gather" else []))
+    finally:
+        hf_sdp.disable()
+
+
+@pytest.mark.parametrize("what", ["wait_for_everyone", pytest.param("gather", marks=pytest.mark.long)])
+def test_a_model_that_rank_0_alone_prepares_is_an_error_at_once(what):
+    with pytest.raises(AssertionError, match=f"all workers prepare.*rank 1 has gone on to accelerator.{what}"):
+        run_workers(prepare_on_rank_0_alone, what, world_size=2, timeout_s=30)
+
+
 def launch(*arguments: object, workers: int = 2, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", workers]
     everything = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | environment
