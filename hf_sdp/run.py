@@ -5,6 +5,7 @@ The script is neither edited nor need it import hf_sdp. Under ``torchrun`` likew
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import runpy
 import sys
@@ -56,6 +57,8 @@ def run(
     """Run SCRIPT with its ARGUMENTS; the model that it hands to a Trainer or to accelerator.prepare is patched."""
     if not is_module and not Path(script).is_file():
         raise click.UsageError(f"There is no file {script}. Options of hf_sdp come before it, its own after it.")
+    if is_module and not _is_there(script):
+        raise click.UsageError(f"No module named {script}.")
     if seq is not None and not dry_run:
         raise click.UsageError("--seq has no effect without --dry-run.")
     if compare and dry_run:
@@ -87,11 +90,20 @@ def run(
     else:
         sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
-    if not adoption.adopted:
+    if not adoption.has_adopted:
         raise SDPConfigError(
             f"{script} has ended, and no model was trained with SDP: none that learns came to a transformers.Trainer "
             "or to Accelerator.prepare."
         )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that its package imports
+        return False
 
 
 def _measure(is_patched: bool, file: Path, model: Any, arguments: Any) -> bool:

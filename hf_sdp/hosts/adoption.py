@@ -7,6 +7,7 @@ accelerate/accelerator.py.
 import functools
 import inspect
 import logging
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 from weakref import WeakSet
 
 import accelerate
+import torch
 import transformers.trainer as host
 from torch import nn
 
@@ -40,24 +42,29 @@ class Adoption:
         config: that of every model that is patched.
         only: pattern of the names of classes; other models stay dense.
         before: called with a model, and the arguments of its Trainer if it has one. It says whether to patch it.
-        adopted: names of the classes of models that were patched, or were already.
         told: what was said of models that stay dense.
         seen: models that came.
+        _adopted: whether a model was patched, or was already, here or in a process that was forked (by
+            ``notebook_launcher``): they share this byte.
         roll_call: until a model is patched, and has its own: to the first one all workers must come.
     """
 
     config: SDPConfig
     only: str | None = None
     before: Callable[[nn.Module, Any], bool] | None = None
-    adopted: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
     seen: WeakSet = field(default_factory=WeakSet)
     roll_call: RollCall | None = None
+    _adopted: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))
+
+    @property
+    def has_adopted(self) -> bool:
+        return self._adopted[0] != 0
 
     def wants(self, model: nn.Module) -> bool:
         """Whether a model is to be trained with SDP; says so when it is not."""
         if find_state(model) is not None:
-            self.adopted.add(_name(model))
+            self._adopted[0] = 1
             return False
         if self.only is not None and not re.search(self.only, _name(model)):
             return self._leave_dense(model, f"its name does not match only={self.only!r}")
@@ -78,7 +85,7 @@ class Adoption:
         if model in self.seen:
             return model
         self.seen.add(model)
-        self.adopted.add(_name(model))
+        self._adopted[0] = 1
         if self.before is not None and not self.before(model, arguments):
             return model
         return patch_model(model, self.config)
@@ -89,19 +96,19 @@ def _name(model: nn.Module) -> str:
 
 
 class AdoptingAccelerator(SDPAccelerator):
-    """What ``Accelerator(...)`` makes meanwhile: of the models that are prepared it patches the one that learns."""
+    """What ``Accelerator(...)`` makes meanwhile: of the models that are prepared it patches the one that learns, or
+    those that are named."""
 
     adoption: Adoption
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._dense: list[nn.Module] = []
         if self.adoption.roll_call is None and not self.adoption.config.simulate:
             self.adoption.roll_call = make_roll_call(self.adoption.config.evaluation_timeout_s)
 
     def prepare(self, *args, device_placement=None):
         self._adopt([a for a in args if isinstance(a, nn.Module)])
-        if any(isinstance(a, nn.Module) and _stays_dense(a) for a in args):
-            return super(SDPAccelerator, self).prepare(*args, device_placement=device_placement)
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model, device_placement=None, evaluation_mode=False):
@@ -114,16 +121,24 @@ class AdoptingAccelerator(SDPAccelerator):
     def _adopt(self, models: list[nn.Module]) -> None:
         wanted = [model for model in models if self.adoption.wants(model)]
         others = [model for model in self._models if find_state(model) is not None and model not in models]
-        if len(wanted) > 1 or (wanted and others):
-            names = sorted({_name(model) for model in (*wanted, *others)})
+        if self.adoption.only is None and (len(wanted) > 1 or (wanted and others)):
+            names = sorted(_name(model) for model in (*wanted, *others))
             raise SDPConfigError(
-                f"{' and '.join(names)} can both learn: SDP is for one of them. Say which: --only, {ONLY} or "
-                "enable(only=...) with a pattern of its class, or patch_model in the script."
+                f"{' and '.join(names)} can learn. Say which of them SDP is for: --only, {ONLY} or enable(only=...) "
+                "with a pattern of classes, or patch_model in the script."
             )
         for model in wanted:
             if self.adoption.roll_call is not None:
                 self.adoption.roll_call.wait(f"{_name(model)}, which all workers prepare,")
             self.adoption.adopt(model)
+        self._dense += [model for model in models if _stays_dense(model)]
+
+    def _trains(self, model: nn.Module) -> bool:
+        return find_state(model) is not None
+
+    def _is_left_dense(self, optimizer: torch.optim.Optimizer) -> bool:
+        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(p) in given for model in self._dense for p in model.parameters())
 
     def _announce(self, what: str) -> None:
         if self.adoption.roll_call is not None and not any(map(find_state, self._models)):
