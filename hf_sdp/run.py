@@ -85,16 +85,24 @@ def run(
     adoption = enable(config, only=only, before=before)
     assert adoption is not None  # a config was given
     sys.argv = [script, *arguments]
-    if is_module:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
+    try:
+        _run_as_main(script, is_module)
+    except SystemExit as ended:  # sys.exit(main())
+        if ended.code not in (None, 0):
+            raise
     if not adoption.has_adopted:
         raise SDPConfigError(
             f"{script} has ended, and no model was trained with SDP: none that learns came to a transformers.Trainer "
             "or to Accelerator.prepare."
         )
+
+
+def _run_as_main(script: str, is_module: bool) -> None:
+    if is_module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
 
 
 def _is_there(module: str) -> bool:

@@ -48,6 +48,10 @@ class SDPAccelerator(SavesState):
 
     def __init__(self, *args, sdp_config: SDPConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._become_sdp(sdp_config)
+
+    def _become_sdp(self, sdp_config: SDPConfig | None) -> None:
+        """What an Accelerator has beside what any has."""
         self.sdp_config = sdp_config
         self._watch = Watch()
         if self.scaler is not None and isinstance(self.scaler, torch.amp.GradScaler):

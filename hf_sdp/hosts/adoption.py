@@ -96,13 +96,13 @@ def _name(model: nn.Module) -> str:
 
 
 class AdoptingAccelerator(SDPAccelerator):
-    """What ``Accelerator(...)`` makes meanwhile: of the models that are prepared it patches the one that learns, or
-    those that are named."""
+    """What ``Accelerator(...)`` makes meanwhile, and classes of scripts that are made of it: of the models that are
+    prepared it patches the one that learns, or those that are named."""
 
     adoption: Adoption
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def _become_sdp(self, sdp_config: SDPConfig | None) -> None:
+        super()._become_sdp(sdp_config)
         self._dense: list[nn.Module] = []
         if self.adoption.roll_call is None and not self.adoption.config.simulate:
             self.adoption.roll_call = make_roll_call(self.adoption.config.evaluation_timeout_s)
@@ -184,7 +184,7 @@ def enable(
         raise SDPConfigError(f"hf_sdp.enable was called before, with {_adoption.config}. Call hf_sdp.disable() first.")
     adoption = _adoption = Adoption(config, only if only is not None else os.environ.get(ONLY), before)
     # Not the name of the class: a script may have imported that already.
-    replace(accelerate.Accelerator, "__init__", _becoming_init(accelerate.Accelerator, adoption))
+    replace(accelerate.Accelerator, "__init__", _becoming_init(accelerate.Accelerator.__init__, adoption))
     replace(host.Trainer, "__init__", _adopting_init(host.Trainer.__init__, adoption))
     replace(host.Trainer, "call_model_init", _adopting_model_init(host.Trainer.call_model_init, adoption))
     return adoption
@@ -200,18 +200,14 @@ def disable() -> None:
     put_back()
 
 
-def _becoming_init(cls: type, adoption: Adoption) -> Callable:
-    """Of ``Accelerator``: what is made with it is an :class:`AdoptingAccelerator`. Classes made of it stay what they
-    are."""
-    original = cls.__init__  # type: ignore[misc]
-    adopting: Any = type(cls.__name__, (AdoptingAccelerator,), {"adoption": adoption})
-
+def _becoming_init(original: Callable, adoption: Adoption) -> Callable:
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
-        if type(self) is cls:
-            self.__class__ = adopting
-            return adopting.__init__(self, *args, **kwargs)
         original(self, *args, **kwargs)
+        if not isinstance(self, SDPAccelerator):  # that of a Trainer, or the script's own
+            cls = type(self)
+            self.__class__ = type(cls.__name__, (AdoptingAccelerator, cls), {"adoption": adoption})
+            self._become_sdp(None)
 
     return __init__
 

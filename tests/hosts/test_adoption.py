@@ -281,7 +281,14 @@ def test_processes_that_are_forked_train_with_sdp(command):
 
 def unusual(what: str):
     """What a script does otherwise than most. Returns the losses of its model."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator as Made
+
+    class Mine(Made):
+        def prepare(self, *args, **options):
+            self.asked = True
+            return super().prepare(*args, **options)
+
+    Accelerator = Mine if what == "a class of its own" else Made
 
     hf_sdp.enable(SDPConfig(level="block"))
     try:
@@ -296,6 +303,7 @@ def unusual(what: str):
         if what == "twice":
             assert accelerator.prepare(model) is model
             assert accelerator.prepare(model, optimizer) == (model, optimizer)
+        assert Accelerator is Made or accelerator.asked
         losses = []
         for _ in range(2):
             losses.append(model(**batch(0)).loss)
@@ -307,9 +315,10 @@ def unusual(what: str):
         hf_sdp.disable()
 
 
-def test_a_model_that_is_prepared_twice_is_prepared_once():
+def test_a_model_that_is_prepared_twice_is_prepared_once_and_by_a_class_of_the_script_as_by_any():
     once = run_workers(unusual, "once", world_size=2)
     assert run_workers(unusual, "twice", world_size=2) == once and once[0][1] < once[0][0]
+    assert run_workers(unusual, "a class of its own", world_size=2) == once
 
 
 @pytest.mark.parametrize(
@@ -332,7 +341,8 @@ def run_here(monkeypatch, tmp_path):
     from hf_sdp import run
     from hf_sdp.hosts import adoption
 
-    monkeypatch.setattr(adoption, "enable", lambda *args, **options: types.SimpleNamespace(has_adopted=True))
+    found = types.SimpleNamespace(has_adopted=True)
+    monkeypatch.setattr(adoption, "enable", lambda *args, **options: found)
     monkeypatch.chdir(tmp_path)
 
     def run_here(*arguments: str) -> None:
@@ -340,6 +350,7 @@ def run_here(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["run", "--level", "block", *arguments])
         run.main()
 
+    run_here.found = found
     return run_here
 
 
@@ -377,6 +388,23 @@ def test_a_module_of_a_package_imports_what_is_beside_it(run_here, tmp_path, cap
     (package / "train.py").write_text(SCRIPT.format(beside=".beside"))
     run_here("-m", "package_of_a_script.train", "--level", "3")
     assert capsys.readouterr().out == "in the package 3 [] ['--level', '3'] True\n"
+
+
+@pytest.mark.parametrize("end", ["", "import sys; sys.exit()", "import sys; sys.exit(0)"])
+def test_a_script_that_ends_without_a_model_is_an_error_however_it_ends(run_here, tmp_path, end):
+    (tmp_path / "script.py").write_text(end)
+    run_here.found.has_adopted = False
+    with pytest.raises(SDPConfigError, match="no model was trained with SDP"):
+        run_here("script.py")
+
+
+def test_a_script_ends_with_its_own_exit_code(run_here, tmp_path):
+    (tmp_path / "script.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
+    run_here("script.py", "0")
+    for run_here.found.has_adopted in (True, False):
+        with pytest.raises(SystemExit) as ended:
+            run_here("script.py", "3")
+        assert ended.value.code == 3
 
 
 def test_a_module_that_is_not_there_is_one_line(run_here, capsys):
