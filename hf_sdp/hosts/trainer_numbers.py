@@ -10,7 +10,7 @@ from ..model.numbers import local_num_parameters
 from ..model.state import find_state, unwrap
 
 
-def of_what_is_computed(original):
+def _floating_point_ops(original):
     def floating_point_ops(self, inputs):
         # The host multiplies by the parameters of the model; a worker computes with those of its subnetwork.
         of_the_model = original(self, inputs)
@@ -36,5 +36,5 @@ def of_the_full_model(original):
     return get_model_param_count
 
 
-NUMBERS = {"floating_point_ops": of_what_is_computed}
-"""Method of the Trainer -> what is put around it."""
+NUMBERS = {"floating_point_ops": _floating_point_ops}
+"""Trainer method -> its wrap."""
