@@ -39,8 +39,8 @@ IMAGES = [
 TRL = [*TRAINER, *SAVES_NOT, "--max_length", "32", "--bf16", "False", "--gradient_checkpointing", "False"]
 DPO = [*TRL, "--model_name_or_path", "{clm}"]
 LORA = [
-    "--use_peft", "--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "all-linear", "--max_steps", "24",
-    "--learning_rate", "2e-2", "--per_device_train_batch_size", "4",
+    "--use_peft", "--lora_r", "8", "--lora_alpha", "16", "--lora_target_modules", "all-linear", "--max_steps", "32",
+    "--learning_rate", "2e-2", "--per_device_train_batch_size", "16",
 ]  # fmt: skip
 RUNS = {
     "clm": ("clm.py", [*TRAINER, *SAVES]),
