@@ -321,6 +321,7 @@ def test_a_model_that_is_prepared_twice_is_prepared_once_and_by_a_class_of_the_s
     assert run_workers(unusual, "a class of its own", world_size=2) == once
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "message"),
     [
