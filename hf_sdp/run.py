@@ -58,7 +58,7 @@ def run(
     if not is_module and not Path(script).is_file():
         raise click.UsageError(f"There is no file {script}. Options of hf_sdp come before it, its own after it.")
     if is_module and not _is_there(script):
-        raise click.UsageError(f"No module named {script}.")
+        raise click.UsageError(f"There is no module {script}.")
     if seq is not None and not dry_run:
         raise click.UsageError("--seq has no effect without --dry-run.")
     if compare and dry_run:

@@ -411,4 +411,4 @@ def test_a_script_ends_with_its_own_exit_code(run_here, tmp_path):
 def test_a_module_that_is_not_there_is_one_line(run_here, capsys):
     with pytest.raises(SystemExit):
         run_here("-m", "package_of_nobody.train")
-    assert "No module named" in capsys.readouterr().err
+    assert "There is no module" in capsys.readouterr().err
