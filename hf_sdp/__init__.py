@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .hosts.trainer import SDPCallback
     from .hosts.trainer_checkpoint import last_checkpoint
     from .model.forward import local_state_dict
+    from .model.numbers import local_num_parameters
     from .patch import patch_model
     from .phases import follow_schedule
     from .plan.plan import Plan
@@ -47,8 +48,9 @@ _HOMES = {
     "from_config": "pretrained",
     "from_pretrained": "pretrained",
     "global_norm": "engine.gradients",
-    "local_state_dict": "model.forward",
     "last_checkpoint": "hosts.trainer_checkpoint",
+    "local_num_parameters": "model.numbers",
+    "local_state_dict": "model.forward",
     "make_plan": "planner",
     "make_plans": "planner",
     "patch_model": "patch",
@@ -77,8 +79,9 @@ __all__ = [
     "from_config",
     "from_pretrained",
     "global_norm",
-    "local_state_dict",
     "last_checkpoint",
+    "local_num_parameters",
+    "local_state_dict",
     "make_plan",
     "make_plans",
     "patch_model",

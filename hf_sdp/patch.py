@@ -29,11 +29,12 @@ from .model.fitness import (
 )
 from .model.forward import install_forward
 from .model.mixin import mix_in
+from .model.numbers import CountsFullAdapters, CountsFullModel, full_parameters
 from .model.packed import is_packed, let_storage_be_sharded, refuse_quantized
 from .model.phases import Planned, Schedule
 from .model.recomputation import refuse_reentrant_checkpointing
 from .model.simulation import simulate
-from .model.state import Cursor, Held, Run, SDPState, difference, find_state, set_state
+from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference, find_state, set_state
 from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.subnetwork import Subnetwork, subnetwork_of, whole_model
@@ -61,19 +62,29 @@ def patch_model(
         different seeds do not matter.
     """
     rank, world_size, phases = _agree(model, config, rank, world_size, meta=False)
+    parameters = full_parameters(without_peft(model))
     if not config.simulate:
         let_storage_be_sharded(without_peft(model))
         if process_group_is_up():
             _send_values_of_rank_0(without_peft(model))
-    return _patch(model, config, rank, world_size, phases)
+    return _patch(model, config, rank, world_size, phases, parameters)
 
 
 def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
     """As :func:`patch_model`, for a model whose values come later (``pretrained.py``)."""
-    return _patch(model, config, *_agree(model, config, rank, world_size, meta=True))
+    agreed = _agree(model, config, rank, world_size, meta=True)
+    return _patch(model, config, *agreed, full_parameters(without_peft(model)))
 
 
-def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, phases: tuple[Planned, ...]) -> nn.Module:
+def _patch(
+    model: nn.Module,
+    config: SDPConfig,
+    rank: int,
+    world_size: int,
+    phases: tuple[Planned, ...],
+    parameters: dict[str, FullParameter],
+) -> nn.Module:
+    """``parameters``: as they were before anything was changed."""
     with together():
         base, first = without_peft(model), phases[0]
         held = Held(
@@ -86,6 +97,7 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, phas
             model_class=type(base),
             model_name=type(base).__name__,
             full_config=base.config,
+            parameters=parameters,
             tied=_tied(base),
             adapters=adapters_in_use(base),
         )
@@ -94,7 +106,7 @@ def _patch(model: nn.Module, config: SDPConfig, rank: int, world_size: int, phas
         else:
             become_subnetwork(base, held, Schedule(config, phases))
         if is_peft_model(model):
-            mix_in(model, SavesAdapters)
+            mix_in(model, SavesAdapters, CountsFullAdapters)
     open_roll_call(model)
     return model
 
@@ -137,7 +149,7 @@ def _reduce(model: nn.Module, held: Held, schedule: Schedule | None) -> None:
     if held.rank == 0:
         _warn_of_statistics(model, held)
     set_state(model, SDPState(held, run, schedule))
-    install_forward(model, *(() if config.simulate else (SavesFullModel,)))
+    install_forward(model, *(() if config.simulate else (SavesFullModel, CountsFullModel)))
 
 
 def _warn_of_statistics(model: nn.Module, held: Held) -> None:

@@ -5,6 +5,7 @@ The script is neither edited nor need it import hf_sdp. Under ``torchrun`` likew
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import runpy
 import sys
@@ -56,6 +57,8 @@ def run(
     """Run SCRIPT with its ARGUMENTS; the model that it hands to a Trainer or to accelerator.prepare is patched."""
     if not is_module and not Path(script).is_file():
         raise click.UsageError(f"There is no file {script}. Options of hf_sdp come before it, its own after it.")
+    if is_module and not _is_there(script):
+        raise click.UsageError(f"There is no module {script}.")
     if seq is not None and not dry_run:
         raise click.UsageError("--seq has no effect without --dry-run.")
     if compare and dry_run:
@@ -82,16 +85,33 @@ def run(
     adoption = enable(config, only=only, before=before)
     assert adoption is not None  # a config was given
     sys.argv = [script, *arguments]
+    try:
+        _run_as_main(script, is_module)
+    except SystemExit as ended:  # sys.exit(main())
+        if ended.code not in (None, 0):
+            raise
+    if not adoption.has_adopted:
+        raise SDPConfigError(
+            f"{script} has ended, and no model was trained with SDP: none that learns came to a transformers.Trainer "
+            "or to Accelerator.prepare."
+        )
+
+
+def _run_as_main(script: str, is_module: bool) -> None:
     if is_module:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path(script).resolve().parent)
         runpy.run_path(script, run_name="__main__")
-    if not adoption.adopted:
-        raise SDPConfigError(
-            f"{script} has ended, and no model was trained with SDP: none that learns came to a transformers.Trainer "
-            "or to Accelerator.prepare."
-        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that its package imports
+        return False
 
 
 def _measure(is_patched: bool, file: Path, model: Any, arguments: Any) -> bool:

@@ -97,6 +97,17 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     optimizer.register_step_post_hook(lambda opt, args, kwargs: _leave(opt, stepped=True))
 
 
+def owner_of(optimizer: torch.optim.Optimizer, models: Sequence[nn.Module]) -> nn.Module:
+    """Of sharded models the one that has, or had, a parameter of the optimizer; the last one where none has."""
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    for model in models:
+        sharded = get_sharded(model, "repoint")
+        ours = {id(p) for p in sharded.parameters.values()}
+        if any(id(p) in ours or p in sharded.run.replaced for p in given):
+            return model
+    return models[-1]
+
+
 def train_from_now_on(
     optimizer: torch.optim.Optimizer,
     groups: Sequence[Sequence[nn.Parameter]],

@@ -20,11 +20,16 @@ def open_roll_call(model: nn.Module) -> None:
     Without effect in one process.
     """
     held = get_state(model).held
-    communicates = process_group_is_up() and dist.get_backend() != "fake" and not held.simulated
-    if communicates and find_roll_call(model) is None:
-        _roll_calls[unwrap(model)] = RollCall(
-            default_store(), held.rank, held.world_size, held.config.evaluation_timeout_s
-        )
+    roll_call = None if held.simulated or find_roll_call(model) else make_roll_call(held.config.evaluation_timeout_s)
+    if roll_call is not None:
+        _roll_calls[unwrap(model)] = roll_call
+
+
+def make_roll_call(timeout_s: float) -> RollCall | None:
+    """Of all workers, which make theirs in the same order; None without real communication."""
+    if not process_group_is_up() or dist.get_backend() == "fake":
+        return None
+    return RollCall(default_store(), dist.get_rank(), dist.get_world_size(), timeout_s)
 
 
 def find_roll_call(model: object) -> RollCall | None:

@@ -9,7 +9,7 @@ from ..compat import reset_after_exception
 from ..config import SDPConfig
 from ..engine.consolidate import consolidate
 from ..engine.gradients import GlobalGradScaler, clip_grad_norm
-from ..engine.optimizer import model_of, refuse_unless_elementwise, repoint
+from ..engine.optimizer import model_of, owner_of, refuse_unless_elementwise, repoint
 from ..engine.presence import announce
 from ..engine.same_optimizer import agree_on_options
 from ..engine.shard import shard
@@ -48,6 +48,10 @@ class SDPAccelerator(SavesState):
 
     def __init__(self, *args, sdp_config: SDPConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._become_sdp(sdp_config)
+
+    def _become_sdp(self, sdp_config: SDPConfig | None) -> None:
+        """What an Accelerator has beside what any has."""
         self.sdp_config = sdp_config
         self._watch = Watch()
         if self.scaler is not None and isinstance(self.scaler, torch.amp.GradScaler):
@@ -55,8 +59,8 @@ class SDPAccelerator(SavesState):
             self.scaler = GlobalGradScaler(self.device.type, **options)
 
     def prepare(self, *args, device_placement=None):
-        models = [a for a in args if isinstance(a, nn.Module) and _can_learn(a)]
-        optimizers = [a for a in args if isinstance(a, torch.optim.Optimizer)]
+        models = [a for a in args if isinstance(a, nn.Module) and self._trains(a)]
+        optimizers = [a for a in args if isinstance(a, torch.optim.Optimizer) and not self._is_left_dense(a)]
         if models or optimizers:
             with together():
                 refuse_models(self, models, self.sdp_config)
@@ -71,9 +75,10 @@ class SDPAccelerator(SavesState):
         # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
         for model in models:
             self._shard(model)
+        sharded = [model for model in models if find_sharded(model) is not None]
+        if sharded:
             for optimizer in optimizers:
-                if find_sharded(model) is not None:
-                    repoint(_inner(optimizer), model)
+                repoint(_inner(optimizer), owner_of(_inner(optimizer), sharded))
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
@@ -89,11 +94,11 @@ class SDPAccelerator(SavesState):
         )
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None):
-        if not getattr(optimizer, "_is_accelerate_prepared", False):
+        if not getattr(optimizer, "_is_accelerate_prepared", False) and not self._is_left_dense(optimizer):
             models = [m for m in self._models if find_sharded(m) is not None]
             if models and model_of(optimizer) is None:
                 agree_on_options([optimizer])
-                repoint(optimizer, models[-1])
+                repoint(optimizer, owner_of(optimizer, models))
         prepared = super().prepare_optimizer(optimizer, device_placement=device_placement)
         if model_of(_inner(prepared)) is not None and not isinstance(prepared, VotingOptimizer):
             VotingOptimizer.take_place(prepared, self._watch)
@@ -187,6 +192,14 @@ class SDPAccelerator(SavesState):
         super().end_training()
         if not torch.distributed.is_initialized():
             end_groups()
+
+    def _trains(self, model: nn.Module) -> bool:
+        """Whether SDP is to train a model that is prepared."""
+        return _can_learn(model)
+
+    def _is_left_dense(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer is that of a model which learns without SDP."""
+        return False
 
     def _refuse_optimizer_without_model(self, optimizer: torch.optim.Optimizer) -> None:
         """Prepared before its model it would go on with parameters that are no longer the model's; of a model that was

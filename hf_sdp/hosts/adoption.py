@@ -7,6 +7,7 @@ accelerate/accelerator.py.
 import functools
 import inspect
 import logging
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from typing import Any
 from weakref import WeakSet
 
 import accelerate
+import torch
 import transformers.trainer as host
 from torch import nn
 
 from ..config import SDPConfig
+from ..engine.presence import make_roll_call
 from ..errors import SDPConfigError
 from ..model.state import find_state, unwrap
 from ..patch import patch_model
+from ..world.roll_call import RollCall
 from .accelerator import SDPAccelerator
 from .environment import ONLY, options_in_environment
 from .replaced import put_back, replace
@@ -38,22 +42,29 @@ class Adoption:
         config: that of every model that is patched.
         only: pattern of the names of classes; other models stay dense.
         before: called with a model, and the arguments of its Trainer if it has one. It says whether to patch it.
-        adopted: names of the classes of models that were patched, or were already.
         told: what was said of models that stay dense.
         seen: models that came.
+        _adopted: whether a model was patched, or was already, here or in a process that was forked (by
+            ``notebook_launcher``): they share this byte.
+        roll_call: until a model is patched, and has its own: to the first one all workers must come.
     """
 
     config: SDPConfig
     only: str | None = None
     before: Callable[[nn.Module, Any], bool] | None = None
-    adopted: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
     seen: WeakSet = field(default_factory=WeakSet)
+    roll_call: RollCall | None = None
+    _adopted: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))
+
+    @property
+    def has_adopted(self) -> bool:
+        return self._adopted[0] != 0
 
     def wants(self, model: nn.Module) -> bool:
         """Whether a model is to be trained with SDP; says so when it is not."""
         if find_state(model) is not None:
-            self.adopted.add(_name(model))
+            self._adopted[0] = 1
             return False
         if self.only is not None and not re.search(self.only, _name(model)):
             return self._leave_dense(model, f"its name does not match only={self.only!r}")
@@ -74,7 +85,7 @@ class Adoption:
         if model in self.seen:
             return model
         self.seen.add(model)
-        self.adopted.add(_name(model))
+        self._adopted[0] = 1
         if self.before is not None and not self.before(model, arguments):
             return model
         return patch_model(model, self.config)
@@ -85,14 +96,19 @@ def _name(model: nn.Module) -> str:
 
 
 class AdoptingAccelerator(SDPAccelerator):
-    """What ``Accelerator(...)`` makes meanwhile: of the models that are prepared it patches the one that learns."""
+    """What ``Accelerator(...)`` makes meanwhile, and classes of scripts that are made of it: of the models that are
+    prepared it patches the one that learns, or those that are named."""
 
     adoption: Adoption
 
+    def _become_sdp(self, sdp_config: SDPConfig | None) -> None:
+        super()._become_sdp(sdp_config)
+        self._dense: list[nn.Module] = []
+        if self.adoption.roll_call is None and not self.adoption.config.simulate:
+            self.adoption.roll_call = make_roll_call(self.adoption.config.evaluation_timeout_s)
+
     def prepare(self, *args, device_placement=None):
         self._adopt([a for a in args if isinstance(a, nn.Module)])
-        if any(isinstance(a, nn.Module) and _stays_dense(a) for a in args):
-            return super(SDPAccelerator, self).prepare(*args, device_placement=device_placement)
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model, device_placement=None, evaluation_mode=False):
@@ -105,14 +121,29 @@ class AdoptingAccelerator(SDPAccelerator):
     def _adopt(self, models: list[nn.Module]) -> None:
         wanted = [model for model in models if self.adoption.wants(model)]
         others = [model for model in self._models if find_state(model) is not None and model not in models]
-        if len(wanted) > 1 or (wanted and others):
-            names = sorted({_name(model) for model in (*wanted, *others)})
+        if self.adoption.only is None and (len(wanted) > 1 or (wanted and others)):
+            names = sorted(_name(model) for model in (*wanted, *others))
             raise SDPConfigError(
-                f"{' and '.join(names)} can both learn: SDP is for one of them. Say which: --only, {ONLY} or "
-                "enable(only=...) with a pattern of its class, or patch_model in the script."
+                f"{' and '.join(names)} can learn. Say which of them SDP is for: --only, {ONLY} or enable(only=...) "
+                "with a pattern of classes, or patch_model in the script."
             )
         for model in wanted:
+            if self.adoption.roll_call is not None:
+                self.adoption.roll_call.wait(f"{_name(model)}, which all workers prepare,")
             self.adoption.adopt(model)
+        self._dense += [model for model in models if _stays_dense(model)]
+
+    def _trains(self, model: nn.Module) -> bool:
+        return find_state(model) is not None
+
+    def _is_left_dense(self, optimizer: torch.optim.Optimizer) -> bool:
+        given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(p) in given for model in self._dense for p in model.parameters())
+
+    def _announce(self, what: str) -> None:
+        if self.adoption.roll_call is not None and not any(map(find_state, self._models)):
+            self.adoption.roll_call.announce(what)
+        super()._announce(what)
 
 
 def _stays_dense(model: nn.Module) -> bool:
@@ -153,7 +184,7 @@ def enable(
         raise SDPConfigError(f"hf_sdp.enable was called before, with {_adoption.config}. Call hf_sdp.disable() first.")
     adoption = _adoption = Adoption(config, only if only is not None else os.environ.get(ONLY), before)
     # Not the name of the class: a script may have imported that already.
-    replace(accelerate.Accelerator, "__init__", _becoming_init(accelerate.Accelerator, adoption))
+    replace(accelerate.Accelerator, "__init__", _becoming_init(accelerate.Accelerator.__init__, adoption))
     replace(host.Trainer, "__init__", _adopting_init(host.Trainer.__init__, adoption))
     replace(host.Trainer, "call_model_init", _adopting_model_init(host.Trainer.call_model_init, adoption))
     return adoption
@@ -169,18 +200,14 @@ def disable() -> None:
     put_back()
 
 
-def _becoming_init(cls: type, adoption: Adoption) -> Callable:
-    """Of ``Accelerator``: what is made with it is an :class:`AdoptingAccelerator`. Classes made of it stay what they
-    are."""
-    original = cls.__init__  # type: ignore[misc]
-    adopting: Any = type(cls.__name__, (AdoptingAccelerator,), {"adoption": adoption})
-
+def _becoming_init(original: Callable, adoption: Adoption) -> Callable:
     @functools.wraps(original)
     def __init__(self, *args, **kwargs):
-        if type(self) is cls:
-            self.__class__ = adopting
-            return adopting.__init__(self, *args, **kwargs)
         original(self, *args, **kwargs)
+        if not isinstance(self, SDPAccelerator):  # that of a Trainer, or the script's own
+            cls = type(self)
+            self.__class__ = type(cls.__name__, (AdoptingAccelerator, cls), {"adoption": adoption})
+            self._become_sdp(None)
 
     return __init__
 

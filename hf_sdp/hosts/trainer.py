@@ -21,6 +21,7 @@ from ..engine.presence import come_to
 from ..engine.sharded import find_sharded, get_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.fitness import refuse_what_is_no_model
+from ..model.numbers import local_num_parameters
 from ..model.state import find_state, get_state
 from ..patch import patch_model
 from ..phases import follow_schedule
@@ -30,6 +31,7 @@ from .preemption import AgreedJITCheckpoint
 from .refusals import refuse_other_engines
 from .replaced import replace
 from .trainer_checkpoint import WRAPS, keep_weights, last_checkpoint, let_go_of_weights, refuse_to_overwrite
+from .trainer_numbers import NUMBERS, of_the_full_model
 from .trainer_splits import SPLITS
 from .trainer_together import TOGETHER
 
@@ -109,10 +111,8 @@ class SDPCallback(TrainerCallback):
         self._first_training = False
         held = get_state(model).held
         if held.is_cut:  # below the host's "Number of trainable parameters"
-            host.logger.info(
-                f"  Those are of the subnetwork of rank {held.rank}: {held.plan.numel(held.index):,} parameters of the "
-                f"full model's {held.plan.full_numel:,}"
-            )
+            learns = local_num_parameters(model, only_trainable=True)
+            host.logger.info(f"  Number of trainable parameters of the subnetwork of rank {held.rank} = {learns:,}")
         schedule = get_state(model).schedule
         if schedule is not None:
             schedule.first_steps(state.max_steps)  # raises when a phase has none
@@ -182,7 +182,7 @@ def install() -> None:
     """
     if host.Accelerator is _TrainerAccelerator:
         return
-    wraps = {**WRAPS, **TOGETHER, **SPLITS, "log": _log}
+    wraps = {**WRAPS, **TOGETHER, **SPLITS, **NUMBERS, "log": _log}
     if norms_mixed_meshes(host.Trainer):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
@@ -197,6 +197,7 @@ def install() -> None:
         original = getattr(host.Trainer, name)
         replace(host.Trainer, name, functools.wraps(original)(wrap(original)))
     replace(host, "get_last_checkpoint", last_checkpoint)
+    replace(host, "get_model_param_count", of_the_full_model(host.get_model_param_count))
     replace(host_jit_checkpoint, "JITCheckpointCallback", AgreedJITCheckpoint)
     replace(host, "Accelerator", _TrainerAccelerator)
 

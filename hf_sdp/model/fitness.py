@@ -11,7 +11,7 @@ from ..compat import is_compiled
 from ..errors import SDPConfigError
 from ..families.adapters import is_adapted, is_peft_model, own_names
 from .packed import full_shape
-from .state import Held
+from .state import Held, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,8 +24,9 @@ def refuse_what_is_no_model(model: object) -> None:
     for name, module in model.named_modules():
         if is_compiled(module):
             raise SDPConfigError(
-                f"{name or type(model).__name__} is compiled: what was compiled would not be what is trained. Patch "
-                "first; TrainingArguments(torch_compile=True) or Accelerate's dynamo options compile after that."
+                f"{name or type(unwrap(model)).__name__} is compiled: what was compiled would not be what is trained. "
+                "Patch first, or leave compiling to the host: TrainingArguments(torch_compile=True), "
+                "Accelerator(dynamo_backend='inductor')."
             )
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
         name = type(model).__name__

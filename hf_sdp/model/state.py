@@ -6,7 +6,7 @@ Both are set by ``patch_model``. What sharding adds is the engine's (``engine/sh
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,22 @@ from .phases import Schedule
 _ATTRIBUTE = "_sdp_state"
 
 
+class FullParameter(NamedTuple):
+    """What a parameter of the full model was when it was patched.
+
+    Attributes:
+        numel: elements; of a packed weight those that it stands for.
+        itemsize: bytes of an element as it is stored.
+        learns: whether it required a gradient.
+        is_embedding: whether it is the weight of an ``nn.Embedding``.
+    """
+
+    numel: int
+    itemsize: int
+    learns: bool
+    is_embedding: bool
+
+
 @dataclass(frozen=True)
 class Held:
     """What a worker holds of which model. It never changes.
@@ -40,6 +56,7 @@ class Held:
         subnetwork: what this worker holds, by local names.
         model_class, model_name: of the full model.
         full_config: the transformers config of the full model.
+        parameters: of the full model, by name.
         tied: alias -> name in ``plan.shapes`` (tied embeddings).
         adapters: those in use when the model was patched: they train.
     """
@@ -53,6 +70,7 @@ class Held:
     model_class: type
     model_name: str
     full_config: PreTrainedConfig
+    parameters: dict[str, FullParameter]
     tied: dict[str, str]
     adapters: frozenset[str]
 

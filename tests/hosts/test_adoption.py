@@ -100,24 +100,55 @@ def prepare_two(only: str | None, second: str):
         other = tiny_model() if second == "like it" else tiny_model(model_type="gpt2")
         if second == "frozen":
             other = tiny_model().requires_grad_(False).eval()
-        models = accelerator.prepare(model, other)
-        optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
-        accelerator.backward(models[0](**batch(accelerator.process_index)).loss)
-        optimizer.step()
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other) if second != "frozen"]
+        models = accelerator.prepare(model, other, *optimizers)[:2]
+        if second == "frozen":
+            optimizers = [accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))]
+        for net, optimizer in zip(models, optimizers, strict=False):
+            before = net(**batch(accelerator.process_index)).loss
+            accelerator.backward(before)
+            optimizer.step()
+            assert net(**batch(accelerator.process_index)).loss < before
         return [find_state(m) is not None for m in models]
     finally:
         hf_sdp.disable()
 
 
-@pytest.mark.parametrize(("only", "second"), [("Llama", "gpt2"), pytest.param(None, "frozen", marks=pytest.mark.long)])
-def test_of_several_models_one_is_patched(only, second):
-    assert run_workers(prepare_two, only, second, world_size=2) == [[True, False]] * 2
+@pytest.mark.parametrize(
+    ("only", "second", "expected"),
+    [
+        ("Llama", "gpt2", [True, False]),
+        ("Llama", "like it", [True, True]),
+        pytest.param(None, "frozen", [True, False], marks=pytest.mark.long),
+    ],
+)
+def test_of_several_models_those_that_match_are_patched_and_each_has_its_optimizer(only, second, expected):
+    assert run_workers(prepare_two, only, second, world_size=2) == [expected] * 2
 
 
-@pytest.mark.parametrize(("only", "second"), [(None, "gpt2"), pytest.param("Llama", "like it", marks=pytest.mark.long)])
-def test_which_of_several_models_is_not_guessed(only, second):
-    with pytest.raises(AssertionError, match="can both learn.*--only"):
-        run_workers(prepare_two, only, second, world_size=2)
+@pytest.mark.parametrize("second", ["gpt2", pytest.param("like it", marks=pytest.mark.long)])
+def test_which_of_several_models_is_not_guessed(second):
+    with pytest.raises(AssertionError, match="LlamaForCausalLM can learn. Say which of them SDP is for: --only"):
+        run_workers(prepare_two, None, second, world_size=2)
+
+
+def prepare_on_rank_0_alone(what: str):
+    from accelerate import Accelerator
+
+    hf_sdp.enable(SDPConfig(level="block"))
+    try:
+        accelerator = Accelerator()
+        if accelerator.is_main_process:
+            accelerator.prepare(tiny_model())
+        getattr(accelerator, what)(*([torch.ones(1)] if what == "gather" else []))
+    finally:
+        hf_sdp.disable()
+
+
+@pytest.mark.parametrize("what", ["wait_for_everyone", pytest.param("gather", marks=pytest.mark.long)])
+def test_a_model_that_rank_0_alone_prepares_is_an_error_at_once(what):
+    with pytest.raises(AssertionError, match=f"all workers prepare.*rank 1 has gone on to accelerator.{what}"):
+        run_workers(prepare_on_rank_0_alone, what, world_size=2, timeout_s=30)
 
 
 def launch(*arguments: object, workers: int = 2, **environment: str) -> subprocess.CompletedProcess:
@@ -212,3 +243,172 @@ def test_an_option_of_the_script_of_the_same_name_is_left_to_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "--level", "block", "--compare", __file__, "--compare", "a"])
     run.main()
     assert commands == [["--level", "block", __file__, "--compare", "a"]]
+
+
+IN_A_NOTEBOOK = """
+import sys
+from accelerate import notebook_launcher
+
+def train():
+    import hf_sdp
+    hf_sdp.enable(hf_sdp.SDPConfig(level="block"))
+    sys.path.insert(0, sys.argv[1])
+    import launches
+    launches.train()
+
+notebook_launcher(train, num_processes=2)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "hf_sdp.run", "--level", "block", SCRIPTS / "launches.py"],
+        ["-c", IN_A_NOTEBOOK, SCRIPTS],
+    ],
+    ids=["debug_launcher", "notebook_launcher"],
+)
+def test_processes_that_are_forked_train_with_sdp(command):
+    environment = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers = re.search(r"parameters of the workers \[(\d+), (\d+)\]", done.stdout)
+    assert numbers and all(int(number) < 0.8 * 54_432 for number in numbers.groups())
+
+
+def unusual(what: str):
+    """What a script does otherwise than most. Returns the losses of its model."""
+    from accelerate import Accelerator as Made
+
+    class Mine(Made):
+        def prepare(self, *args, **options):
+            self.asked = True
+            return super().prepare(*args, **options)
+
+    Accelerator = Mine if what == "a class of its own" else Made
+
+    hf_sdp.enable(SDPConfig(level="block"))
+    try:
+        model = tiny_model()
+        accelerator = Accelerator()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if what == "compiled":
+            model = torch.compile(model)
+        if what == "optimizer first":
+            optimizer = accelerator.prepare(optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if what == "twice":
+            assert accelerator.prepare(model) is model
+            assert accelerator.prepare(model, optimizer) == (model, optimizer)
+        assert Accelerator is Made or accelerator.asked
+        losses = []
+        for _ in range(2):
+            losses.append(model(**batch(0)).loss)
+            accelerator.backward(losses[-1])
+            optimizer.step()
+            optimizer.zero_grad()
+        return [loss.item() for loss in losses]
+    finally:
+        hf_sdp.disable()
+
+
+def test_a_model_that_is_prepared_twice_is_prepared_once_and_by_a_class_of_the_script_as_by_any():
+    once = run_workers(unusual, "once", world_size=2)
+    assert run_workers(unusual, "twice", world_size=2) == once and once[0][1] < once[0][0]
+    assert run_workers(unusual, "a class of its own", world_size=2) == once
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("optimizer first", "SGD is prepared without a model that SDP trains. Prepare it with its model, or after it"),
+        ("compiled", "LlamaForCausalLM is compiled.*leave compiling to the host: TrainingArguments.torch_compile=True"),
+    ],
+)
+def test_what_cannot_be_trained_says_what_to_do(what, message):
+    with pytest.raises(AssertionError, match=message):
+        run_workers(unusual, what, world_size=2)
+
+
+@pytest.fixture
+def run_here(monkeypatch, tmp_path):
+    """Runs ``hf_sdp.run`` in this process and an empty folder; every script is taken for one that trains a model."""
+    import types
+
+    from hf_sdp import run
+    from hf_sdp.hosts import adoption
+
+    found = types.SimpleNamespace(has_adopted=True)
+    monkeypatch.setattr(adoption, "enable", lambda *args, **options: found)
+    monkeypatch.chdir(tmp_path)
+
+    def run_here(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "path", ["", *sys.path])  # of python -m hf_sdp.run
+        monkeypatch.setattr(sys, "argv", ["run", "--level", "block", *arguments])
+        run.main()
+
+    run_here.found = found
+    return run_here
+
+
+SCRIPT = """
+import argparse, multiprocessing, pickle, sys
+from {beside} import VALUE
+
+class Mine:
+    pass
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--level", type=int)
+    parser.add_argument("rest", nargs="*")
+    options = parser.parse_args()
+    assert pickle.loads(pickle.dumps(Mine)) is Mine and sys.modules["__main__"].Mine is Mine
+    print(VALUE, options.level, options.rest, sys.argv[1:], __file__ == sys.argv[0])
+"""
+
+
+def test_a_script_has_its_arguments_its_folder_and_its_main_module(run_here, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "beside_script.py").write_text("VALUE = 'beside'")
+    (tmp_path / "elsewhere" / "script.py").write_text(SCRIPT.format(beside="beside_script"))
+    run_here("elsewhere/script.py", "--level", "3", "--", "-m", "x")
+    expected = "beside 3 ['-m', 'x'] ['--level', '3', '--', '-m', 'x'] True\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_a_module_of_a_package_imports_what_is_beside_it(run_here, tmp_path, capsys):
+    package = tmp_path / "package_of_a_script"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "beside.py").write_text("VALUE = 'in the package'")
+    (package / "train.py").write_text(SCRIPT.format(beside=".beside"))
+    run_here("-m", "package_of_a_script.train", "--level", "3")
+    assert capsys.readouterr().out == "in the package 3 [] ['--level', '3'] True\n"
+
+
+@pytest.mark.parametrize("end", ["", "import sys; sys.exit()", "import sys; sys.exit(0)"])
+def test_a_script_that_ends_without_a_model_is_an_error_however_it_ends(run_here, tmp_path, end):
+    (tmp_path / "script.py").write_text(end)
+    run_here.found.has_adopted = False
+    with pytest.raises(SDPConfigError, match="no model was trained with SDP"):
+        run_here("script.py")
+
+
+def test_a_script_ends_with_its_own_exit_code(run_here, tmp_path):
+    (tmp_path / "script.py").write_text("import sys; sys.exit(int(sys.argv[1]))")
+    run_here("script.py", "0")
+    for run_here.found.has_adopted in (True, False):
+        with pytest.raises(SystemExit) as ended:
+            run_here("script.py", "3")
+        assert ended.value.code == 3
+
+
+def test_a_module_that_is_not_there_is_one_line(run_here, capsys):
+    with pytest.raises(SystemExit):
+        run_here("-m", "package_of_nobody.train")
+    assert "There is no module" in capsys.readouterr().err

@@ -1,16 +1,14 @@
 """The same in a loop with Accelerate: a state saved in the middle, from which it goes on (as run_clm_no_trainer.py)."""
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tiny import WORDS, loss_of, token_rows
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, default_data_collator, get_scheduler, set_seed
+from tiny import evaluate_and_save, llama, loader_of, loss_of, token_rows
+from transformers import AutoModelForCausalLM, get_scheduler, set_seed
 
 
 def main() -> None:
@@ -22,10 +20,9 @@ def main() -> None:
     args = parser.parse_args()
     accelerator = Accelerator(gradient_accumulation_steps=2)
     set_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=WORDS + 5, **sizes))
-    loader = DataLoader(token_rows(64), shuffle=True, collate_fn=default_data_collator, batch_size=2)
-    eval_loader = DataLoader(token_rows(8, seed=1), collate_fn=default_data_collator, batch_size=2)
+    model = llama()
+    loader = loader_of(token_rows(64), shuffle=True, batch_size=2)
+    eval_loader = loader_of(token_rows(8, seed=1), batch_size=2)
     decayed = {n: p for n, p in model.named_parameters() if not n.endswith(("bias", "layernorm.weight"))}
     others = [p for n, p in model.named_parameters() if n not in decayed]
     groups = [{"params": [*decayed.values()], "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -60,21 +57,7 @@ def main() -> None:
                 break
         if done >= args.max_train_steps:
             break
-    model.eval()
-    of_batches = []
-    for batch in eval_loader:
-        with torch.no_grad():
-            loss = model(**batch).loss
-        of_batches.append(accelerator.gather_for_metrics(loss.repeat(2)))
-    eval_loss = torch.cat(of_batches).mean().item()
-    accelerator.wait_for_everyone()
-    accelerator.unwrap_model(model).save_pretrained(
-        args.output_dir, is_main_process=accelerator.is_main_process, save_function=accelerator.save,
-        state_dict=accelerator.get_state_dict(model),
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        results = {"eval_loss": eval_loss, "losses": losses, "perplexity": math.exp(eval_loss)}
-        (args.output_dir / "all_results.json").write_text(json.dumps(results))
+    evaluate_and_save(accelerator, model, eval_loader, losses, args.output_dir)
     accelerator.end_training()
 
 

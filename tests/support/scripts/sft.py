@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 
 from datasets import Dataset
-from tiny import WORDS, text, tokenizer
-from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, set_seed
+from tiny import llama, text, tokenizer
+from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 
@@ -16,8 +16,7 @@ class ModelArguments:
 
 def base():
     set_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=WORDS + 5, **sizes))
+    return llama()
 
 
 def main(arguments: list[str], reloaded=None) -> None:
