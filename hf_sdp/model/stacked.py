@@ -36,9 +36,8 @@ def stack(model: nn.Module, plan: Plan) -> None:
 
     In eval mode it is the full model. ``plan``: one with which it can be stacked.
     """
-    for module in model.modules():
-        if isinstance(module, StackedModule):
-            module.__class__ = type(module).__bases__[-1]  # what mix_in found
+    for stacked in _stacked_modules(model):
+        stacked.__class__ = type(stacked).__bases__[-1]  # what mix_in found
     held = held_ranges(plan, range(plan.num_subnetworks))
     for module in plan.modules:
         if plan.is_shared(module):
@@ -47,6 +46,15 @@ def stack(model: nn.Module, plan: Plan) -> None:
             _stack_block(model, plan, module)
         else:
             _stack_neurons(model, plan, module, held)
+
+
+def is_stacked(model: nn.Module) -> bool:
+    """Whether its training forward takes the rows of all workers."""
+    return bool(_stacked_modules(model))
+
+
+def _stacked_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, StackedModule)]
 
 
 class StackedModule(nn.Module):

@@ -14,6 +14,7 @@ from hf_sdp.bench.quality import (
     TextSetting,
     number_of_steps,
     parse_methods,
+    phases,
     step_flops,
     train_on_text,
 )
@@ -185,6 +186,18 @@ class TestTraining:
         dense, full = ([loss for _, loss in run["curve"]] for run in runs)
         assert dense == pytest.approx(full, abs=1e-4)
         assert [step for step, _ in runs[0]["curve"]] == [4, 8] and dense[1] < dense[0]
+
+    @pytest.mark.parametrize("name", ["forward-neuron-linear@0.5", "forward-block@0.5", "backward-neuron@0.5"])
+    def test_all_workers_at_once_train_as_one_after_the_other(self, name, text, tmp_path, monkeypatch):
+        (method,) = parse_methods([name], ())
+        at_once = train_on_text(method, 0, TextSetting(**TINY), text, str(tmp_path))
+        monkeypatch.setattr(phases, "can_be_stacked", lambda model, plan: False)
+        one_by_one = train_on_text(method, 0, TextSetting(**TINY), text, str(tmp_path))
+        for key in ("steps", "step_flops", "parameters"):
+            assert at_once[key] == pytest.approx(one_by_one[key], rel=1e-6), key
+        curves = [[loss for _, loss in run["curve"]] for run in (at_once, one_by_one)]
+        assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+        assert at_once["scaled"] == pytest.approx(one_by_one["scaled"], abs=1e-4)
 
     def test_runs_are_kept_and_not_repeated(self, text, tmp_path, capsys):
         output = tmp_path / "out"

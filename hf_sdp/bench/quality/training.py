@@ -18,11 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from ...hosts.trainer import SDPCallback
+from ...model.stacked import is_stacked
 from ...model.state import find_state
 from ...model.statistics import batch_norms
+from ...plan.plan import Plan
 from .. import corpus
+from . import overshoot
 from .baselines import expected_flops
 from .methods import Method
+from .phases import ChangesPlan, first_steps, mean_step_flops, stacked_phases
 from .setting import Setting, TextSetting
 
 DATA_PARALLEL = Method("data-parallel", None)
@@ -30,19 +34,21 @@ DATA_PARALLEL = Method("data-parallel", None)
 
 def step_flops(model: nn.Module, setting: Setting) -> float:
     """FLOPs of forward and backward of one step's micro-batches; expected ones where blocks are skipped at random."""
-    batch = setting.example()
-    state = find_state(model)
-    num_different = setting.workers if state is not None else 1
+    batch, calls, workers = setting.example(), 1, setting.workers
+    if is_stacked(model):
+        batch, workers = {name: torch.cat([t] * setting.workers) for name, t in batch.items()}, 1
+    elif find_state(model) is not None:
+        calls = setting.workers
 
     def count() -> int:
         # The fused CPU attention is not known to the counter.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            for _ in range(num_different):
+            for _ in range(calls):
                 model(**batch).loss.backward()
         return counter.get_total_flops()
 
     model.train()
-    flops = expected_flops(model, count) * setting.workers / num_different
+    flops = expected_flops(model, count) * workers / calls
     model.zero_grad()
     return flops
 
@@ -60,24 +66,35 @@ MakeTrainer = Callable[[nn.Module, TrainingArguments], Trainer]
 
 
 def train(
-    method: Method, seed: int, setting: Setting, make_trainer: MakeTrainer, other_curves: Sequence[str] = ()
+    method: Method,
+    seed: int,
+    setting: Setting,
+    make_trainer: MakeTrainer,
+    other_curves: Sequence[str] = (),
+    *,
+    scales_branches: bool = False,
 ) -> dict:
     """One run on this machine.
 
     Args:
         other_curves: metrics of the evaluation which are kept beside its loss, under their own names.
-    Returns: ``parameters`` (of one worker's model, mean over workers), ``steps``, ``step_flops``, ``curve``
-        ([step, evaluation loss of the full model] pairs), ``seconds`` and what it ran on.
+        scales_branches: keep also the final losses with scaled branches (``overshoot.py``).
+    Returns: ``parameters`` (of one worker's model, mean over workers; of the largest phase), ``steps``, ``step_flops``
+        (mean over steps), ``curve`` ([step, evaluation loss of the full model] pairs), ``phases`` where there are
+        several ([first step, FLOPs of its steps] pairs), ``scaled`` (scale of the branches -> loss), ``learning_rate``,
+        ``seconds`` and what it ran on.
     """
-    flops = step_flops(method.build(setting, seed), setting)
+    phases = stacked_phases(method, setting, seed, lambda m: step_flops(m, setting)) if method.is_sdp else None
+    model = method.build(setting, seed) if phases is None else method.dense(setting, seed)
+    flops = step_flops(method.build(setting, seed), setting) if phases is None else mean_step_flops(phases)
     steps = number_of_steps(method, setting, flops, seed)
     every = steps // setting.evaluations
-    model = method.build(setting, seed)
-    # A batch norm sees one worker's rows.
-    micro_batches = 1 if method.treats_workers_alike and not batch_norms(model) else setting.workers
+    together = phases is not None or (method.treats_workers_alike and not batch_norms(model))
+    micro_batches = 1 if together else setting.workers  # a batch norm sees one worker's rows
+    learning_rate = method.learning_rate or setting.learning_rate
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            output_dir=folder, max_steps=steps, seed=seed, learning_rate=setting.learning_rate,
+            output_dir=folder, max_steps=steps, seed=seed, learning_rate=learning_rate,
             **schedule(setting.schedule, steps), weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
             per_device_train_batch_size=setting.batch * setting.workers // micro_batches,
             gradient_accumulation_steps=micro_batches, per_device_eval_batch_size=16, eval_strategy="steps",
@@ -85,7 +102,9 @@ def train(
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         trainer = make_trainer(model, args)
-        if method.is_sdp:
+        if phases is not None:
+            trainer.add_callback(ChangesPlan(phases, first_steps(phases, steps), method.redeal, seed))
+        elif method.is_sdp:
             trainer.add_callback(SDPCallback())
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
@@ -95,16 +114,22 @@ def train(
     def curve(metric: str) -> list[tuple[int, float]]:
         return [(entry["step"], entry[metric]) for entry in trainer.state.log_history if metric in entry]
 
-    return {
-        "parameters": parameters_of_a_worker(model),
+    run = {
+        "parameters": max(map(mean_numel, (p.plan for p in phases))) if phases else parameters_of_a_worker(model),
         "steps": steps,
         "step_flops": flops,
         "curve": curve("eval_loss"),
         **{metric: curve(metric) for metric in other_curves},
+        "learning_rate": learning_rate,
         "seconds": round(seconds, 1),
         "date": date.today().isoformat(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+    if phases is not None and len(phases) > 1:
+        run["phases"] = [(first, p.step_flops) for first, p in zip(first_steps(phases, steps), phases, strict=True)]
+    if scales_branches:
+        run["scaled"] = overshoot.losses(trainer, overshoot.branches(method.dense(setting, seed)))
+    return run
 
 
 def train_on_text(method: Method, seed: int, setting: TextSetting, text_file: str | None, cache: str) -> dict:
@@ -117,7 +142,7 @@ def train_on_text(method: Method, seed: int, setting: TextSetting, text_file: st
             model, args, train_dataset=data["train"], eval_dataset=valid, data_collator=default_data_collator
         )  # fmt: skip
 
-    return train(method, seed, setting, make_trainer)
+    return train(method, seed, setting, make_trainer, scales_branches=True)
 
 
 def schedule(name: str, steps: int) -> dict:
@@ -133,7 +158,10 @@ def parameters_of_a_worker(model: nn.Module) -> float:
     state = find_state(model)
     if state is None:
         return sum(p.numel() for p in model.parameters())
-    plan = state.held.plan
+    return mean_numel(state.held.plan)
+
+
+def mean_numel(plan: Plan) -> float:
     return sum(map(plan.numel, range(plan.num_subnetworks))) / plan.num_subnetworks
 
 
