@@ -146,10 +146,9 @@ def _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, no
 
     from ..bench import corpus
     from ..bench.quality.names import parse_methods
-    from ..bench.quality.phases import stacked_phases
     from ..bench.quality.results import jobs_in_order, train_missing
     from ..bench.quality.sweep import jobs_at_best, tuning_jobs
-    from ..bench.quality.training import step_flops, train_on_text
+    from ..bench.quality.training import course_of, train_on_text
 
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
     setting = TextSetting(**shape, text=text_name(text_file))
@@ -163,9 +162,7 @@ def _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, no
     if numel > MAX_PARAMETERS:
         raise CommandError(f"The model has {numel} parameters, more than the {MAX_PARAMETERS} that one process trains.")
     for method in chosen:  # whatever cannot be built is said before the first run
-        method.build(setting, seeds[0])
-        if method.is_sdp:
-            stacked_phases(method, setting, seeds[0], lambda model: step_flops(model, setting))
+        course_of(method, setting, seeds[0]) if method.is_sdp else method.build(setting, seeds[0])
     results.expect(setting)
     make_folder(results.path.parent)
     swept = [m for m in chosen if m.learning_rate is None] if lr_sweep else []

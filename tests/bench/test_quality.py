@@ -14,7 +14,6 @@ from hf_sdp.bench.quality import (
     TextSetting,
     number_of_steps,
     parse_methods,
-    phases,
     step_flops,
     train_on_text,
 )
@@ -42,13 +41,6 @@ def build(method: str, seed: int = 0, **changes) -> torch.nn.Module:
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i} says {i * i % 97} and {i % 13} more words\n" for i in range(8000)))
-    return str(path)
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -186,18 +178,6 @@ class TestTraining:
         dense, full = ([loss for _, loss in run["curve"]] for run in runs)
         assert dense == pytest.approx(full, abs=1e-4)
         assert [step for step, _ in runs[0]["curve"]] == [4, 8] and dense[1] < dense[0]
-
-    @pytest.mark.parametrize("name", ["forward-neuron-linear@0.5", "forward-block@0.5", "backward-neuron@0.5"])
-    def test_all_workers_at_once_train_as_one_after_the_other(self, name, text, tmp_path, monkeypatch):
-        (method,) = parse_methods([name], ())
-        at_once = train_on_text(method, 0, TextSetting(**TINY), text, str(tmp_path))
-        monkeypatch.setattr(phases, "can_be_stacked", lambda model, plan: False)
-        one_by_one = train_on_text(method, 0, TextSetting(**TINY), text, str(tmp_path))
-        for key in ("steps", "step_flops", "parameters"):
-            assert at_once[key] == pytest.approx(one_by_one[key], rel=1e-6), key
-        curves = [[loss for _, loss in run["curve"]] for run in (at_once, one_by_one)]
-        assert curves[0] == pytest.approx(curves[1], abs=1e-4)
-        assert at_once["scaled"] == pytest.approx(one_by_one["scaled"], abs=1e-4)
 
     def test_runs_are_kept_and_not_repeated(self, text, tmp_path, capsys):
         output = tmp_path / "out"

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from ...config import SDPConfig
 from ...patch import patch_model
+from ...schedule import Phase
 from . import baselines
 from .setting import Setting
 
@@ -98,16 +99,18 @@ class Method:
         """Then one micro-batch of all workers' rows has the gradient of N micro-batches, and is faster."""
         return not self.is_sdp and not self.family.startswith("stochastic-depth")
 
-    def phases(self, seed: int) -> list[tuple[float, SDPConfig]]:
-        """Of SDP: the share of the run's FLOPs at which each phase begins, and what is held from there on."""
-        options = dict(SDP[self.family], coverage=self.coverage, seed=seed)
-        found = [(0.0, SDPConfig(**options))]
+    def config(self, seed: int) -> SDPConfig:
+        """Of SDP: what is held, in which phases."""
+        options = dict(SDP[self.family], coverage=self.coverage)
+        if not self.changes:
+            return SDPConfig(**options, seed=seed)
+        phases = [Phase(0.0, **options)]
         for change in self.changes:
             options |= change.options
             if options["coverage"] == 1:
-                options["depth_profile"] = "uniform"
-            found.append((1 - change.last, SDPConfig(**options)))
-        return found
+                options["depth_profile"] = "uniform"  # everything is held everywhere
+            phases.append(Phase(1 - change.last, **options))
+        return SDPConfig(coverage_schedule=phases, coverage_schedule_unit="flops", seed=seed)
 
     def dense(self, setting: Setting, seed: int) -> nn.Module:
         """The model as it is before it is patched or changed; ``seed`` decides the weights."""
@@ -116,15 +119,14 @@ class Method:
         return setting.make_model(config)
 
     def build(self, setting: Setting, seed: int) -> nn.Module:
-        """The model to train, of SDP for the first phase; ``seed`` also decides the deal and what is skipped at random.
+        """The model to train; ``seed`` also decides the deal of subnetworks and what is skipped at random.
 
         Raises: SDPConfigError when the coverage cannot be met with this model and number of workers.
         """
         model = self.dense(setting, seed)
         coverage = 1.0 if self.coverage is None else self.coverage
         if self.is_sdp:
-            ((_, config), *_) = self.phases(seed)
-            return patch_model(model, dataclasses.replace(config, simulate=setting.workers))
+            return patch_model(model, dataclasses.replace(self.config(seed), simulate=setting.workers))
         if self.family == "dropout":
             baselines.add_dropout(model, 1 - coverage)
         elif self.family.startswith("stochastic-depth"):

@@ -1,4 +1,4 @@
-"""Which plan a run trains when: its phases in steps, and the deals within them."""
+"""Which plan a run of SDP trains when: its phases in steps, and the deals within them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,74 +8,90 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ...config import SDPConfig
 from ...errors import SDPConfigError
+from ...hosts.trainer import SDPCallback
 from ...model.stacked import can_be_stacked, stack
+from ...patch import patch_model
 from ...plan.plan import Plan
 from ...planner import make_plan
+from ...schedule import Phase, first_steps
 from .methods import Method, Redeal
 from .setting import Setting
 
 
 @dataclass(frozen=True)
-class Phase:
-    """``start``: share of the run's FLOPs before it; ``step_flops``: of each of its steps."""
+class Course:
+    """How a method of SDP is trained.
 
-    start: float
-    plan: Plan
-    step_flops: float
-
-
-def stacked_phases(
-    method: Method, setting: Setting, seed: int, count: Callable[[nn.Module], float]
-) -> list[Phase] | None:
-    """The phases of a method of SDP; None when its workers can only be simulated one after the other.
-
-    ``count``: FLOPs of a step of a model that has been stacked.
-    Raises: SDPConfigError when this is none, and the method has several phases or deals anew.
+    Attributes:
+        phases: of the method, with starts in shares of the run's FLOPs.
+        plans, costs: of each its plan, and the FLOPs of a step.
+        is_stacked: whether all workers are simulated at once, else one after the other.
     """
-    model = method.dense(setting, seed)
-    plans = [(start, make_plan(model, config, setting.workers)) for start, config in method.phases(seed)]
-    if not all(can_be_stacked(model, plan) for _, plan in plans):
-        if method.changes or method.redeal:
+
+    method: Method
+    seed: int
+    phases: tuple[tuple[Phase, SDPConfig], ...]
+    plans: list[Plan]
+    costs: list[float]
+    is_stacked: bool
+
+    @classmethod
+    def of(cls, method: Method, setting: Setting, seed: int, count: Callable[[nn.Module], float]) -> "Course":
+        """``count``: FLOPs of a step of a model.
+
+        Raises: SDPConfigError when a coverage cannot be met, or units cannot be dealt anew.
+        """
+        model, phases = method.dense(setting, seed), method.config(seed).phases
+        plans = [make_plan(model, config, setting.workers) for _, config in phases]
+        is_stacked = all(can_be_stacked(model, plan) for plan in plans)
+        if method.redeal and (not is_stacked or any(plan.level == "block" for plan in plans)):
             raise SDPConfigError(
-                f"{method.name}: phases and deals can be simulated of a Llama, with units that divide evenly among "
-                f"{setting.workers} workers, not of this {type(model).__name__}. Leave them out."
+                f"{method.name}: units are dealt anew at neuron level, of a Llama in which every worker holds as many. "
+                f"Leave {method.redeal} out."
             )
-        return None
-    if method.redeal and any(plan.level == "block" for _, plan in plans):
-        raise SDPConfigError(f"{method.name}: a block is one unit, which cannot be dealt anew. Use neuron level.")
-    found = []
-    for start, plan in plans:
-        stack(model, plan)
-        found.append(Phase(start, plan, count(model)))
-    return found
+        costs = []
+        for (_, config), plan in zip(phases, plans, strict=True):
+            if is_stacked:
+                stack(model, plan)
+            else:
+                static = dataclasses.replace(config, simulate=setting.workers)
+                model = patch_model(method.dense(setting, seed), static)
+            costs.append(count(model))
+        return cls(method, seed, phases, plans, costs, is_stacked)
 
+    @property
+    def starts(self) -> list[float]:
+        return [phase.start for phase, _ in self.phases]
 
-def mean_step_flops(phases: list[Phase]) -> float:
-    """Of a run's steps: phases have shares of its FLOPs, so cheap ones have more steps."""
-    return 1 / sum(_steps_of_one_flop(phases))
+    @property
+    def mean_cost(self) -> float:
+        """FLOPs of a step, mean over the run: phases have shares of its FLOPs, so cheap ones have more steps."""
+        ends = [*self.starts[1:], 1.0]
+        return 1 / sum((end - start) / cost for start, end, cost in zip(self.starts, ends, self.costs, strict=True))
 
+    def first_steps(self, steps: int) -> list[int]:
+        """The step before which each phase begins, in a run of ``steps``."""
+        return first_steps(self.starts, self.costs, steps)
 
-def first_steps(phases: list[Phase], steps: int) -> list[int]:
-    """Of a run of ``steps``, the step before which each phase begins."""
-    found, before, shares = [], 0.0, _steps_of_one_flop(phases)
-    for share in shares:
-        found.append(round(steps * before / sum(shares)))
-        before += share
-    return found
-
-
-def _steps_of_one_flop(phases: list[Phase]) -> list[float]:
-    ends = [*(phase.start for phase in phases[1:]), 1.0]
-    return [(end - phase.start) / phase.step_flops for phase, end in zip(phases, ends, strict=True)]
+    def prepared(self, setting: Setting, steps: int) -> tuple[nn.Module, TrainerCallback]:
+        """The model to train, and what leads it through the phases of a run of ``steps``."""
+        model, firsts = self.method.dense(setting, self.seed), self.first_steps(steps)
+        if self.is_stacked:
+            return model, ChangesPlan(dict(zip(firsts, self.plans, strict=True)), self.method.redeal, self.seed)
+        config = self.method.config(self.seed)
+        if len(firsts) > 1:
+            phases = [dataclasses.replace(p, start=f / steps) for (p, _), f in zip(self.phases, firsts, strict=True)]
+            config = dataclasses.replace(config, coverage_schedule=phases, coverage_schedule_unit="steps")
+        return patch_model(model, dataclasses.replace(config, simulate=setting.workers)), SDPCallback()
 
 
 class ChangesPlan(TrainerCallback):
-    """Stacks the model for each phase and deal, before its first step."""
+    """Stacks the model for each phase and deal. ``plans``: the step before which each phase begins -> its plan."""
 
-    def __init__(self, phases: list[Phase], firsts: list[int], redeal: Redeal | None, seed: int):
-        self.plans = {first: phase.plan for first, phase in zip(firsts, phases, strict=True)}
-        self.redeal, self.seed = redeal, seed
+    def __init__(self, plans: dict[int, Plan], redeal: Redeal | None, seed: int):
+        self.plans, self.redeal, self.seed = plans, redeal, seed
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step = state.global_step
@@ -93,8 +109,10 @@ def redealt(plan: Plan, order: str, number: int, seed: int) -> Plan:
     generator = torch.Generator().manual_seed(seed * 2**20 + number)
 
     def permuted(sets: tuple[int, ...]) -> tuple[int, ...]:
-        if order == "random" and number:
+        if order == "random":
             return tuple(sets[i] for i in torch.randperm(len(sets), generator=generator))
-        return tuple(sets[(i - number) % len(sets)] for i in range(len(sets))) if order == "rolling" else sets
+        return tuple(sets[(i - number) % len(sets)] for i in range(len(sets)))
 
+    if not number:
+        return plan
     return dataclasses.replace(plan, set_of_unit={name: permuted(sets) for name, sets in plan.set_of_unit.items()})

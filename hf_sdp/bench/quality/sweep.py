@@ -60,7 +60,7 @@ def at_best_rates(runs: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]
 def tuning_jobs(methods: Sequence[Method], rates: Sequence[float], seed: int) -> list[Job]:
     """The middle rate of every method, so that there is a comparison early; then the others, method by method."""
     middle = statistics.mean(map(math.log, rates))
-    first, *others = sorted(dict.fromkeys(rates), key=lambda rate: abs(math.log(rate) - middle))
+    first, *others = sorted(dict.fromkeys(rates), key=lambda rate: (round(abs(math.log(rate) - middle), 6), rate))
     return [(m.at(first), seed) for m in methods] + [(m.at(rate), seed) for m in methods for rate in others]
 
 
@@ -77,13 +77,8 @@ def warnings(runs: dict[str, dict[str, dict]]) -> list[str]:
         return []
     edges = [f"{method} ({best.rate:g} of {_numbers(best.tried)})" for method, best in found.items() if best.is_at_edge]
     alone = [method for method, best in found.items() if len(best.tried) < 2]
-    return [
-        *(
-            ["BEST LEARNING RATE AT THE EDGE OF THE SWEEP, try rates beyond it: " + ", ".join(edges) + "."]
-            * bool(edges)
-        ),
-        *(["LEARNING RATE NOT TUNED: " + ", ".join(alone) + "."] * bool(alone)),
-    ]
+    found_out = {"BEST LEARNING RATE AT THE EDGE OF THE SWEEP": edges, "LEARNING RATE NOT TUNED": alone}
+    return [f"{what}: {', '.join(methods)}." for what, methods in found_out.items() if methods]
 
 
 def _numbers(values: Sequence[float]) -> str:

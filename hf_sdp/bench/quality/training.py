@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from ...hosts.trainer import SDPCallback
 from ...model.stacked import is_stacked
 from ...model.state import find_state
 from ...model.statistics import batch_norms
@@ -26,7 +26,7 @@ from .. import corpus
 from . import overshoot
 from .baselines import expected_flops
 from .methods import Method
-from .phases import ChangesPlan, first_steps, mean_step_flops, stacked_phases
+from .phases import Course
 from .setting import Setting, TextSetting
 
 DATA_PARALLEL = Method("data-parallel", None)
@@ -61,6 +61,11 @@ def number_of_steps(method: Method, setting: Setting, flops: float, seed: int) -
     return max(1, round(budget / flops / setting.evaluations)) * setting.evaluations
 
 
+def course_of(method: Method, setting: Setting, seed: int) -> Course:
+    """Of a method of SDP. Raises: SDPConfigError when it cannot be met with this model and number of workers."""
+    return Course.of(method, setting, seed, lambda model: step_flops(model, setting))
+
+
 MakeTrainer = Callable[[nn.Module, TrainingArguments], Trainer]
 """Of a model and the run's arguments, with the data. It evaluates the full model."""
 
@@ -84,13 +89,17 @@ def train(
         several ([first step, FLOPs of its steps] pairs), ``scaled`` (scale of the branches -> loss), ``learning_rate``,
         ``seconds`` and what it ran on.
     """
-    phases = stacked_phases(method, setting, seed, lambda m: step_flops(m, setting)) if method.is_sdp else None
-    model = method.build(setting, seed) if phases is None else method.dense(setting, seed)
-    flops = step_flops(method.build(setting, seed), setting) if phases is None else mean_step_flops(phases)
+    course = course_of(method, setting, seed) if method.is_sdp else None
+    flops = course.mean_cost if course else step_flops(method.build(setting, seed), setting)
     steps = number_of_steps(method, setting, flops, seed)
     every = steps // setting.evaluations
-    together = phases is not None or (method.treats_workers_alike and not batch_norms(model))
-    micro_batches = 1 if together else setting.workers  # a batch norm sees one worker's rows
+    if course:
+        model, callback = course.prepared(setting, steps)
+        at_once = course.is_stacked
+    else:
+        model = method.build(setting, seed)
+        at_once = method.treats_workers_alike and not batch_norms(model)  # a batch norm sees one worker's rows
+    micro_batches = 1 if at_once else setting.workers
     learning_rate = method.learning_rate or setting.learning_rate
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -102,10 +111,8 @@ def train(
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         trainer = make_trainer(model, args)
-        if phases is not None:
-            trainer.add_callback(ChangesPlan(phases, first_steps(phases, steps), method.redeal, seed))
-        elif method.is_sdp:
-            trainer.add_callback(SDPCallback())
+        if course:
+            trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
@@ -114,8 +121,8 @@ def train(
     def curve(metric: str) -> list[tuple[int, float]]:
         return [(entry["step"], entry[metric]) for entry in trainer.state.log_history if metric in entry]
 
-    run = {
-        "parameters": max(map(mean_numel, (p.plan for p in phases))) if phases else parameters_of_a_worker(model),
+    run: dict[str, Any] = {
+        "parameters": max(map(mean_numel, course.plans)) if course else sum(p.numel() for p in model.parameters()),
         "steps": steps,
         "step_flops": flops,
         "curve": curve("eval_loss"),
@@ -125,8 +132,8 @@ def train(
         "date": date.today().isoformat(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    if phases is not None and len(phases) > 1:
-        run["phases"] = [(first, p.step_flops) for first, p in zip(first_steps(phases, steps), phases, strict=True)]
+    if course and len(course.plans) > 1:
+        run["phases"] = list(zip(course.first_steps(steps), course.costs, strict=True))
     if scales_branches:
         run["scaled"] = overshoot.losses(trainer, overshoot.branches(method.dense(setting, seed)))
     return run
@@ -153,15 +160,8 @@ def schedule(name: str, steps: int) -> dict:
     return {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": steps // 20, "lr_scheduler_kwargs": decay}
 
 
-def parameters_of_a_worker(model: nn.Module) -> float:
-    """Parameters that a worker trains: of its subnetwork (mean over them), or of the whole model."""
-    state = find_state(model)
-    if state is None:
-        return sum(p.numel() for p in model.parameters())
-    return mean_numel(state.held.plan)
-
-
 def mean_numel(plan: Plan) -> float:
+    """Parameters of a subnetwork, mean over them."""
     return sum(map(plan.numel, range(plan.num_subnetworks))) / plan.num_subnetworks
 
 
