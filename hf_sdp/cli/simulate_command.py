@@ -99,6 +99,9 @@ _setting_options = add_options(
     help="Folder of results.json, tables and plot.",
 )
 @click.option("--processes", type=click.IntRange(1), default=1, help="Runs at a time.")
+@click.option(
+    "--compile", "compiles", is_flag=True, help="torch.compile training: for long runs; needs a C++ compiler."
+)
 @click.option("--note", default="", help="Kept with every run: a commit, a machine.")
 @click.option("--report", "report_only", is_flag=True, help="Train nothing: tables and plot of the runs in --output.")
 def simulate(
@@ -109,6 +112,7 @@ def simulate(
     text_file: str | None,
     output: Path,
     processes: int,
+    compiles: bool,
     note: str,
     report_only: bool,
     **shape,
@@ -132,14 +136,14 @@ def simulate(
 
     results = Results(output)
     if not report_only:
-        _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, note, shape)
+        _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, compiles, note, shape)
     elif not results.runs:
         raise CommandError(f"{results.path} has no runs to report.")
     show(results)
     write_report(results)
 
 
-def _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, note, shape) -> None:
+def _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, compiles, note, shape) -> None:
     import datasets
     from rich.console import Console
     from transformers.utils import logging
@@ -190,6 +194,6 @@ def _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, no
             status.update(f"{done} runs done")
 
         status.update("0 runs done")
-        train = functools.partial(train_on_text, setting=setting, text_file=text_file, cache=cache)
+        train = functools.partial(train_on_text, setting=setting, text_file=text_file, cache=cache, compiles=compiles)
         for jobs in rounds:
             train_missing(results, jobs(), train, processes=processes, note=note, on_done=on_done)

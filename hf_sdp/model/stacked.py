@@ -5,7 +5,7 @@ of the rows is worker k's micro-batch, and the mean loss over all rows has the g
 model stays whole, its Parameters stay, and a later call of :func:`stack` exchanges the plan.
 """
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -161,60 +161,97 @@ class StackedLearner(StackedModule):
         return _LearnsByPart.apply(x, self.weight, self.bias, self.dim, self.learned, self.workers)
 
 
-class StackedBlock(StackedModule):
-    """A member of a residual block, which learns from the rows of its holders alone.
+class OfHolders(StackedModule):
+    """A member of a residual block that learns from the rows of its holders alone.
 
     Attributes:
-        holders, others: workers that hold it, and the other ones.
-        on_others: what is computed on the rows of the others: everything ("full"), without learning ("detached"), or
-            nothing: the rows are zero ("absent").
+        holders, others: the workers that hold it, and those that do not.
     """
 
     holders: torch.Tensor
     others: torch.Tensor
-    on_others: Literal["full", "detached", "absent"]
+
+    @property
+    def scale(self) -> float:
+        """N/r."""
+        return (len(self.holders) + len(self.others)) / len(self.holders)
+
+    def rows(self, workers: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Numbers of the rows of some workers, of ``num_rows`` in all."""
+        return torch.arange(num_rows).view(len(self.holders) + len(self.others), -1)[workers].flatten()
+
+
+def _picked(arguments, rows: torch.Tensor, num_rows: int):
+    """Of every tensor that has something for each row that of ``rows``."""
+
+    def pick(t: torch.Tensor) -> torch.Tensor:
+        return t.index_select(0, rows) if t.dim() > 2 and t.shape[0] == num_rows else t
+
+    return tree_map_only(torch.Tensor, pick, arguments)
+
+
+def _put(output, rows: torch.Tensor, num_rows: int):
+    """Every tensor at ``rows`` among zeros."""
+
+    def put(t: torch.Tensor) -> torch.Tensor:
+        return t.new_zeros(num_rows, *t.shape[1:]).index_copy(0, rows, t)
+
+    return tree_map_only(torch.Tensor, put, output)
+
+
+class NormOfHolders(OfHolders):
+    """The norm of a block, forward masking. It computes on all rows: its module reads those of the holders.
+
+    All gradients within the block are N/r times as large (``BranchOfHolders``), until here.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            hidden_states = ScaledGradient.apply(hidden_states, 1 / self.scale)
+        return super().forward(hidden_states)
+
+
+class BranchOfHolders(OfHolders):
+    """The module of a block, forward masking: of rows of workers that do not hold it, it adds zero to the stream."""
 
     def forward(self, *args, **kwargs):
         if not self.training:
             return super().forward(*args, **kwargs)
-        workers = len(self.holders) + len(self.others)
-        scale = workers / len(self.holders)
         num_rows = tree_leaves((args, kwargs))[0].shape[0]
+        rows = self.rows(self.holders, num_rows)
+        args, kwargs = _picked((args, kwargs), rows, num_rows)
+        output = _put(super().forward(*args, **kwargs), rows, num_rows)
+        return tree_map_only(torch.Tensor, lambda t: ScaledGradient.apply(t, self.scale), output)
 
-        def on(of: torch.Tensor):
-            """Output on the rows of these workers, for each tensor with zeros in all other rows."""
-            rows = torch.arange(num_rows).view(workers, -1)[of].flatten()
 
-            def pick(t: torch.Tensor) -> torch.Tensor:
-                return t.index_select(0, rows) if t.dim() > 2 and t.shape[0] == num_rows else t
+class LearnsFromHolders(OfHolders):
+    """A member of a block, backward masking: it computes on all rows."""
 
-            def put(t: torch.Tensor) -> torch.Tensor:
-                return t.new_zeros(num_rows, *t.shape[1:]).index_copy(0, rows, t)
-
-            picked = tree_map_only(torch.Tensor, pick, (args, kwargs))
-            return tree_map_only(torch.Tensor, put, super(StackedBlock, self).forward(*picked[0], **picked[1]))
-
-        with exchanged(self, lambda p: ScaledGradient.apply(p, scale)):
-            held = super().forward(*args, **kwargs) if self.on_others == "full" else on(self.holders)
-        if self.on_others != "detached":
-            return held
-        with exchanged(self, torch.Tensor.detach):
-            others = on(self.others)
-        return tree_map(lambda a, b: None if a is None else a + b, held, others)
+    def forward(self, *args, **kwargs):
+        if not self.training:
+            return super().forward(*args, **kwargs)
+        num_rows = tree_leaves((args, kwargs))[0].shape[0]
+        exchanges = ((self.holders, lambda p: ScaledGradient.apply(p, self.scale)), (self.others, torch.Tensor.detach))
+        outputs = []
+        for workers, other in exchanges:
+            rows = self.rows(workers, num_rows)
+            of_rows, named = _picked((args, kwargs), rows, num_rows)
+            with exchanged(self, other):
+                outputs.append(_put(super().forward(*of_rows, **named), rows, num_rows))
+        return tree_map(lambda a, b: None if a is None else a + b, *outputs)
 
 
 def _stack_block(model: nn.Module, plan: Plan, module: MaskableModule) -> None:
     (holders,) = plan.unit_holders[module.name]
     for name in module.members:
         member = model.get_submodule(name)
-        mix_in(member, StackedBlock)
-        stacked = cast(StackedBlock, member)
+        if plan.masking == "backward":
+            mix_in(member, LearnsFromHolders)
+        else:
+            mix_in(member, BranchOfHolders if name == module.name else NormOfHolders)
+        stacked = cast(OfHolders, member)
         stacked.holders = torch.tensor(holders)
         stacked.others = torch.tensor([k for k in range(plan.num_subnetworks) if k not in holders])
-        if plan.masking == "backward":
-            stacked.on_others = "detached"
-        else:  # nobody reads what the norm before an absent module computes
-            stacked.on_others = "absent" if name == module.name else "full"
 
 
 def _stack_neurons(

@@ -5,6 +5,7 @@ length. FLOPs are those of matrix products and convolutions in forward and backw
 not counted. A subnetwork of coverage C costs more than C of the full model, since embeddings and head are not cut.
 """
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -78,11 +79,13 @@ def train(
     other_curves: Sequence[str] = (),
     *,
     scales_branches: bool = False,
+    compiles: bool = False,
 ) -> dict:
     """One run on this machine.
 
     Args:
         other_curves: metrics of the evaluation which are kept beside its loss, under their own names.
+        compiles: compile the forward and backward of training.
         scales_branches: keep also the final losses with scaled branches (``overshoot.py``).
     Returns: ``parameters`` (of one worker's model, mean over workers; of the largest phase), ``steps``, ``step_flops``
         (mean over steps), ``curve`` ([step, evaluation loss of the full model] pairs), ``phases`` where there are
@@ -110,6 +113,8 @@ def train(
             eval_steps=every, logging_steps=every, save_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
+        if compiles:
+            compile_training(model)
         trainer = make_trainer(model, args)
         if course:
             trainer.add_callback(callback)
@@ -139,7 +144,22 @@ def train(
     return run
 
 
-def train_on_text(method: Method, seed: int, setting: TextSetting, text_file: str | None, cache: str) -> dict:
+def compile_training(model: nn.Module) -> None:
+    """Evaluation stays as it is: it would be compiled for every number of rows, and takes little time."""
+    torch._dynamo.reset()  # another run's model has other shapes
+    eager = model.forward
+    compiled = torch.compile(eager, dynamic=False)
+
+    @functools.wraps(eager)  # the Trainer looks at its arguments
+    def forward(*args, **kwargs):
+        return (compiled if model.training else eager)(*args, **kwargs)
+
+    model.forward = forward
+
+
+def train_on_text(
+    method: Method, seed: int, setting: TextSetting, text_file: str | None, cache: str, *, compiles: bool = False
+) -> dict:
     """``cache``: a folder in which the text is prepared, see :func:`hf_sdp.bench.corpus.prepared`."""
     data, _ = corpus.prepared(cache, setting.vocab_size, setting.sequence, text_file=text_file)
     valid = evaluated(data["valid"], setting.eval_sequences)
@@ -149,7 +169,7 @@ def train_on_text(method: Method, seed: int, setting: TextSetting, text_file: st
             model, args, train_dataset=data["train"], eval_dataset=valid, data_collator=default_data_collator
         )  # fmt: skip
 
-    return train(method, seed, setting, make_trainer, scales_branches=True)
+    return train(method, seed, setting, make_trainer, scales_branches=True, compiles=compiles)
 
 
 def schedule(name: str, steps: int) -> dict:
