@@ -5,7 +5,7 @@ one thing for the last SHARE of the run's FLOPs. ``/RATE`` is a learning rate of
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -77,9 +77,9 @@ class Method:
 
     family: str
     coverage: float | None
-    changes: tuple[Change, ...] = ()
-    redeal: Redeal | None = None
-    learning_rate: float | None = None
+    changes: tuple[Change, ...] = field(default=(), kw_only=True)
+    redeal: Redeal | None = field(default=None, kw_only=True)
+    learning_rate: float | None = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:

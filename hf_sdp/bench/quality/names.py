@@ -40,9 +40,9 @@ def parse_methods(names: Sequence[str], coverages: Sequence[float]) -> list[Meth
             method = Method(
                 family,
                 None if coverage is None else _share(name, coverage, f"{family}@0.5"),
-                _changes(name, changes),
-                _redeal(name, redeal) if has_redeal else None,
-                _number(name, rate, f"{family}/0.004") if has_rate else None,
+                changes=_changes(name, changes),
+                redeal=_redeal(name, redeal) if has_redeal else None,
+                learning_rate=_number(name, rate, f"{family}/0.004") if has_rate else None,
             )
             if method.learning_rate is not None and not method.learning_rate > 0:
                 raise SDPConfigError(f"{name!r}: the learning rate must be positive.")

@@ -55,6 +55,8 @@ class Course:
         for (_, config), plan in zip(phases, plans, strict=True):
             if is_stacked:
                 stack(model, plan)
+            elif len(phases) == 1:
+                model = method.build(setting, seed)
             else:
                 static = dataclasses.replace(config, simulate=setting.workers)
                 model = patch_model(method.dense(setting, seed), static)
@@ -77,14 +79,16 @@ class Course:
 
     def prepared(self, setting: Setting, steps: int) -> tuple[nn.Module, TrainerCallback]:
         """The model to train, and what leads it through the phases of a run of ``steps``."""
-        model, firsts = self.method.dense(setting, self.seed), self.first_steps(steps)
+        firsts = self.first_steps(steps)
         if self.is_stacked:
-            return model, ChangesPlan(dict(zip(firsts, self.plans, strict=True)), self.method.redeal, self.seed)
-        config = self.method.config(self.seed)
-        if len(firsts) > 1:
-            phases = [dataclasses.replace(p, start=f / steps) for (p, _), f in zip(self.phases, firsts, strict=True)]
-            config = dataclasses.replace(config, coverage_schedule=phases, coverage_schedule_unit="steps")
-        return patch_model(model, dataclasses.replace(config, simulate=setting.workers)), SDPCallback()
+            deals = ChangesPlan(dict(zip(firsts, self.plans, strict=True)), self.method.redeal, self.seed)
+            return self.method.dense(setting, self.seed), deals
+        if len(firsts) == 1:
+            return self.method.build(setting, self.seed), SDPCallback()
+        phases = [dataclasses.replace(p, start=f / steps) for (p, _), f in zip(self.phases, firsts, strict=True)]
+        in_steps = dict(coverage_schedule=phases, coverage_schedule_unit="steps", simulate=setting.workers)
+        config = dataclasses.replace(self.method.config(self.seed), **in_steps)
+        return patch_model(self.method.dense(setting, self.seed), config), SDPCallback()
 
 
 class ChangesPlan(TrainerCallback):
