@@ -86,8 +86,12 @@ class Course:
         if len(firsts) == 1:
             return self.method.build(setting, self.seed), SDPCallback()
         phases = [dataclasses.replace(p, start=f / steps) for (p, _), f in zip(self.phases, firsts, strict=True)]
-        in_steps = dict(coverage_schedule=phases, coverage_schedule_unit="steps", simulate=setting.workers)
-        config = dataclasses.replace(self.method.config(self.seed), **in_steps)
+        config = dataclasses.replace(
+            self.method.config(self.seed),
+            coverage_schedule=phases,
+            coverage_schedule_unit="steps",
+            simulate=setting.workers,
+        )
         return patch_model(self.method.dense(setting, self.seed), config), SDPCallback()
 
 
