@@ -5,8 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from hf_sdp.bench.quality import Results
-from hf_sdp.bench.quality.methods import sorted_runs
+from hf_sdp.bench.quality import Results, sorted_runs
 from hf_sdp.bench.quality.plots import COLORS, GRAY
 from hf_sdp.bench.quality.report import REFERENCE, Row, mean_and_spread, rows
 

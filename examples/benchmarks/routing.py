@@ -88,11 +88,17 @@ class Routed(Method):
             num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=self.renormalized, use_cache=False,
         )  # fmt: skip
 
-    def build(self, setting: TextSetting, seed: int) -> nn.Module:
+    def config(self, seed: int) -> SDPConfig:
+        return SDPConfig(coverage=self.coverage, seed=seed)
+
+    def dense(self, setting: TextSetting, seed: int) -> nn.Module:
         set_seed(seed)
-        model = Qwen3MoeForCausalLM(self.model_config(setting))
+        return Qwen3MoeForCausalLM(self.model_config(setting))
+
+    def build(self, setting: TextSetting, seed: int) -> nn.Module:
+        model = self.dense(setting, seed)
         if self.is_sdp:
-            model = patch_model(model, SDPConfig(simulate=setting.workers, coverage=self.coverage, seed=seed))
+            model = patch_model(model, dataclasses.replace(self.config(seed), simulate=setting.workers))
         if self.family in (HELD, HELD_ALONE):
             for block in model.modules():
                 if isinstance(block, Qwen3MoeSparseMoeBlock):

@@ -51,7 +51,11 @@ _setting_options = add_options(
         help="Every method costs what data parallel costs, or takes as many steps.",
     ),
     click.option(
-        "--lr", "learning_rate", type=PositiveNumber(), default=TextSetting.learning_rate, help="Peak, of every method."
+        "--lr",
+        "learning_rate",
+        type=PositiveNumber(),
+        default=TextSetting.learning_rate,
+        help="Peak, of methods that name none and are not in --lr-sweep.",
     ),
     click.option(
         "--schedule",
@@ -70,10 +74,18 @@ _setting_options = add_options(
 @_setting_options
 @workers_option
 @click.option(
-    "--methods", default=_DEFAULT_METHODS, help="FAMILY (at every --coverage) or FAMILY@COVERAGE, with commas."
+    "--methods",
+    default=_DEFAULT_METHODS,
+    help="With commas: FAMILY (at every --coverage) or FAMILY@COVERAGE. A family of SDP may go on with phases "
+    "+CHANGE:SHARE and with a deal ~ORDERk, and any method with its own learning rate /RATE; see above.",
 )
 @click.option("--coverage", type=numbers(Sequence[float]), default="0.25,0.5,0.75", help="For methods that name none.")
 @click.option("--seeds", type=numbers(Sequence[int]), default="0,1,2", help="One run of every method for each.")
+@click.option(
+    "--lr-sweep",
+    type=numbers(Sequence[float]),
+    help="At least three learning rates. Each method is tuned with the first seed; the others run at its best one.",
+)
 @click.option(
     "--text",
     "text_file",
@@ -87,22 +99,36 @@ _setting_options = add_options(
     help="Folder of results.json, tables and plot.",
 )
 @click.option("--processes", type=click.IntRange(1), default=1, help="Runs at a time.")
+@click.option(
+    "--compile", "compiles", is_flag=True, help="torch.compile training: for long runs; needs a C++ compiler."
+)
 @click.option("--note", default="", help="Kept with every run: a commit, a machine.")
 @click.option("--report", "report_only", is_flag=True, help="Train nothing: tables and plot of the runs in --output.")
 def simulate(
     methods: str,
     coverage: tuple[float, ...],
     seeds: tuple[int, ...],
+    lr_sweep: tuple[float, ...] | None,
     text_file: str | None,
     output: Path,
     processes: int,
+    compiles: bool,
     note: str,
     report_only: bool,
     **shape,
 ) -> None:
     """Quality at equal FLOPs or equal steps: data parallel, SDP and baselines, N virtual workers in one process.
 
-    Runs that --output has are not repeated, so the command can be stopped, and given more methods or seeds.
+    Runs that --output has are not repeated, so the command can be stopped, and given more methods, seeds or rates.
+
+    \b
+    A method's name:
+      forward-neuron@0.5                    static, coverage 0.5
+      forward-neuron-linear@0.5+1:0.4       coverage 1 for the last 40% of the run's training FLOPs
+      forward-neuron@0.25+0.5:0.6+1:0.2     0.5 for the last 60%, of which 1 for the last 20%
+      forward-neuron@0.5+backward:0.4       backward masking for the last 40% (or block, linear, ...)
+      forward-neuron@0.5~random50           units dealt anew at random every 50 steps (or rolling50: by one unit)
+      small@0.5/0.008                       with a learning rate of its own
     """
     require_bench("simulate", "matplotlib", "datasets", "tokenizers")
     from ..bench.quality.report import show, write_report
@@ -110,41 +136,46 @@ def simulate(
 
     results = Results(output)
     if not report_only:
-        _train(results, methods, coverage, seeds, text_file, processes, note, shape)
+        _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, compiles, note, shape)
     elif not results.runs:
         raise CommandError(f"{results.path} has no runs to report.")
     show(results)
     write_report(results)
 
 
-def _train(results, methods, coverage, seeds, text_file, processes, note, shape) -> None:
+def _train(results, methods, coverage, seeds, lr_sweep, text_file, processes, compiles, note, shape) -> None:
     import datasets
     from rich.console import Console
     from transformers.utils import logging
 
     from ..bench import corpus
-    from ..bench.quality.methods import parse_methods
+    from ..bench.quality.names import parse_methods
     from ..bench.quality.results import jobs_in_order, train_missing
-    from ..bench.quality.training import train_on_text
+    from ..bench.quality.sweep import jobs_at_best, tuning_jobs
+    from ..bench.quality.training import course_of, train_on_text
 
     shape["num_key_value_heads"] = shape["num_key_value_heads"] or shape["num_attention_heads"]
     setting = TextSetting(**shape, text=text_name(text_file))
     if not seeds or min(seeds) < 0:
         raise CommandError(f"--seeds must be at least 0, got {seeds}.")
+    seeds = tuple(dict.fromkeys(seeds))
+    if lr_sweep is not None and (len(set(lr_sweep)) < 3 or not min(lr_sweep) > 0):
+        raise CommandError(f"--lr-sweep must be at least three positive rates, got {lr_sweep}.")
     chosen = parse_methods(methods.split(","), coverage)
     numel = sum(p.numel() for p in make_meta_model(setting.model_config(), "these sizes").parameters())
     if numel > MAX_PARAMETERS:
         raise CommandError(f"The model has {numel} parameters, more than the {MAX_PARAMETERS} that one process trains.")
     for method in chosen:  # whatever cannot be built is said before the first run
-        method.build(setting, seeds[0])
+        course_of(method, setting, seeds[0]) if method.is_sdp else method.build(setting, seeds[0])
     results.expect(setting)
     make_folder(results.path.parent)
-    jobs = jobs_in_order(chosen, list(dict.fromkeys(seeds)))
-    missing = [job for job in jobs if not results.has(*job)]
+    swept = [m for m in chosen if m.learning_rate is None] if lr_sweep else []
+    first = tuning_jobs(swept, lr_sweep, seeds[0]) if swept else []
+    first += jobs_in_order([m for m in chosen if m not in swept], seeds)
+    rounds = [lambda: first, lambda: jobs_at_best(results, swept, seeds[1:])]
+    num_jobs = len(first) + len(swept) * (len(seeds) - 1)
     console = Console(stderr=True)
-    console.print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done.")
-    if not missing:
-        return
+    console.print(f"{num_jobs} runs, {sum(results.has(*job) for job in first)} of the first {len(first)} of them done.")
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as cache, console.status("preparing the text") as status:
@@ -160,8 +191,9 @@ def _train(results, methods, coverage, seeds, text_file, processes, note, shape)
             method, seed = job
             loss = run["curve"][-1][1]
             console.print(f"{method.name}, seed {seed}: {loss:.4f} after {run['steps']} steps, {run['seconds']:.0f} s")
-            status.update(f"{done} of {len(missing)} runs done")
+            status.update(f"{done} runs done")
 
-        status.update(f"0 of {len(missing)} runs done")
-        train = functools.partial(train_on_text, setting=setting, text_file=text_file, cache=cache)
-        train_missing(results, missing, train, processes=processes, note=note, on_done=on_done)
+        status.update("0 runs done")
+        train = functools.partial(train_on_text, setting=setting, text_file=text_file, cache=cache, compiles=compiles)
+        for jobs in rounds:
+            train_missing(results, jobs(), train, processes=processes, note=note, on_done=on_done)

@@ -32,7 +32,7 @@ class _ZeroGradients(torch.autograd.Function):
         return grad_output, *zeros
 
 
-class _ScaledGradient(torch.autograd.Function):
+class ScaledGradient(torch.autograd.Function):
     """The parameter itself; its gradient is multiplied by ``scale``."""
 
     @staticmethod
@@ -62,16 +62,16 @@ class HeldBlock(nn.Module):
         if not torch.is_grad_enabled() or scale == 1:
             return super().forward(*args, **kwargs)
         if scale is not None:
-            with _exchanged(self, lambda p: _ScaledGradient.apply(p, scale)):
+            with exchanged(self, lambda p: ScaledGradient.apply(p, scale)):
                 return super().forward(*args, **kwargs)
         parameters = [p for p in self.parameters() if p.requires_grad]
-        with _exchanged(self, torch.Tensor.detach):
+        with exchanged(self, torch.Tensor.detach):
             output = super().forward(*args, **kwargs)
         return _with_zero_gradients(output, parameters)
 
 
 @contextlib.contextmanager
-def _exchanged(module: nn.Module, other: Callable[[nn.Parameter], torch.Tensor]) -> Iterator[None]:
+def exchanged(module: nn.Module, other: Callable[[nn.Parameter], torch.Tensor]) -> Iterator[None]:
     """``other`` of each parameter that learns, in its place."""
     changed: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     try:

@@ -43,13 +43,6 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i} says {i * i % 97} and {i % 13} more words\n" for i in range(8000)))
-    return str(path)
-
-
 def refused(capsys, *arguments: str) -> str:
     """The one line with which the command refuses its input."""
     with pytest.raises(SystemExit) as exit:

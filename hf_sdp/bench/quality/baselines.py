@@ -51,8 +51,12 @@ class RandomlySkipped(nn.Module):
         if self.training:
             survives = torch.rand((), generator=self.generator) < self.survival
             return super().forward(*args, **kwargs) if survives else self.skipped(*args, **kwargs)
-        output = super().forward(*args, **kwargs)
-        return (output[0] * self.survival, *output[1:]) if isinstance(output, tuple) else output * self.survival
+        return scaled_output(super().forward(*args, **kwargs), self.survival)
+
+
+def scaled_output(output, scale: float):
+    """Of a residual block's module: what is added to the residual stream is scaled."""
+    return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale
 
 
 def skip_at_random(model: nn.Module, survival: float, *, linear: bool, seed: int) -> None:

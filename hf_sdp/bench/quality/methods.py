@@ -1,15 +1,19 @@
-"""What is compared: names such as ``forward-neuron@0.5`` and the models behind them."""
+"""What is compared: names such as ``forward-neuron@0.5`` and the models behind them.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A name is ``FAMILY@C``, and of SDP may go on: ``~ORDERk`` deals the units anew every k steps, ``+CHANGE:SHARE`` changes
+one thing for the last SHARE of the run's FLOPs. ``/RATE`` is a learning rate of its own.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import set_seed
 
 from ...config import SDPConfig
-from ...errors import SDPConfigError
 from ...patch import patch_model
+from ...schedule import Phase
 from . import baselines
 from .setting import Setting
 
@@ -29,18 +33,62 @@ FAMILIES = {
     "small": "a narrower model with as many parameters as a subnetwork of coverage C",
 }
 """Every family but data-parallel takes a coverage C."""
+CHANGES = {value: name for options in SDP.values() for name, value in options.items()}
+"""What a later phase may change, beside the coverage -> the option of ``SDPConfig``."""
+ORDERS = ("random", "rolling")
+
+
+@dataclass(frozen=True)
+class Redeal:
+    """Units are dealt anew every ``every`` steps: permuted at random, or rolled by one unit."""
+
+    order: str
+    every: int
+
+    def __str__(self) -> str:
+        return f"~{self.order}{self.every}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """``to``: a coverage, or a key of ``CHANGES``. ``last``: for which last share of the run's FLOPs."""
+
+    to: float | str
+    last: float
+
+    def __str__(self) -> str:
+        return f"+{self.to if isinstance(self.to, str) else format(self.to, 'g')}:{self.last:g}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {CHANGES[self.to]: self.to} if isinstance(self.to, str) else {"coverage": self.to}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the comparison. ``coverage`` is None for data parallel alone."""
+    """One row of the comparison.
+
+    Attributes:
+        coverage: None for data parallel alone.
+        changes: of the phases after the first, each on top of the one before.
+        redeal: None where every subnetwork keeps its units.
+        learning_rate: its own; None for that of the setting.
+    """
 
     family: str
     coverage: float | None
+    changes: tuple[Change, ...] = field(default=(), kw_only=True)
+    redeal: Redeal | None = field(default=None, kw_only=True)
+    learning_rate: float | None = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:
-        return self.family if self.coverage is None else f"{self.family}@{self.coverage:g}"
+        coverage = "" if self.coverage is None else f"@{self.coverage:g}"
+        rate = "" if self.learning_rate is None else f"/{self.learning_rate:g}"
+        return f"{self.family}{coverage}{self.redeal or ''}{''.join(map(str, self.changes))}{rate}"
+
+    def at(self, learning_rate: float | None) -> "Method":
+        return dataclasses.replace(self, learning_rate=learning_rate)
 
     @property
     def is_sdp(self) -> bool:
@@ -51,59 +99,36 @@ class Method:
         """Then one micro-batch of all workers' rows has the gradient of N micro-batches, and is faster."""
         return not self.is_sdp and not self.family.startswith("stochastic-depth")
 
+    def config(self, seed: int) -> SDPConfig:
+        """Of SDP: what is held, in which phases."""
+        options = dict(SDP[self.family], coverage=self.coverage)
+        if not self.changes:
+            return SDPConfig(**options, seed=seed)
+        phases = [Phase(0.0, **options)]
+        for change in self.changes:
+            options |= change.options
+            if options["coverage"] == 1:
+                options["depth_profile"] = "uniform"  # everything is held everywhere
+            phases.append(Phase(1 - change.last, **options))
+        return SDPConfig(coverage_schedule=phases, coverage_schedule_unit="flops", seed=seed)
+
+    def dense(self, setting: Setting, seed: int) -> nn.Module:
+        """The model as it is before it is patched or changed; ``seed`` decides the weights."""
+        config = setting.narrowed(self.coverage or 1.0) if self.family == "small" else setting.model_config()
+        set_seed(seed)
+        return setting.make_model(config)
+
     def build(self, setting: Setting, seed: int) -> nn.Module:
-        """The model to train; ``seed`` decides weights, deal of subnetworks and what is skipped at random.
+        """The model to train; ``seed`` also decides the deal of subnetworks and what is skipped at random.
 
         Raises: SDPConfigError when the coverage cannot be met with this model and number of workers.
         """
+        model = self.dense(setting, seed)
         coverage = 1.0 if self.coverage is None else self.coverage
-        config = setting.narrowed(coverage) if self.family == "small" else setting.model_config()
-        set_seed(seed)
-        model: nn.Module = setting.make_model(config)
         if self.is_sdp:
-            options = SDP[self.family]
-            return patch_model(model, SDPConfig(simulate=setting.workers, coverage=coverage, seed=seed, **options))
+            return patch_model(model, dataclasses.replace(self.config(seed), simulate=setting.workers))
         if self.family == "dropout":
             baselines.add_dropout(model, 1 - coverage)
         elif self.family.startswith("stochastic-depth"):
             baselines.skip_at_random(model, coverage, linear=self.family.endswith("-linear"), seed=seed)
         return model
-
-
-def sorted_runs(runs: dict[str, dict]) -> dict[str, dict]:
-    """Method name -> its runs, in the order of ``FAMILIES``, then of coverage."""
-    families = list(FAMILIES)
-
-    def place(name: str) -> tuple[int, float]:
-        family, _, coverage = name.partition("@")
-        return families.index(family), float(coverage or 1)
-
-    return {name: runs[name] for name in sorted(runs, key=place)}
-
-
-def parse_methods(names: Sequence[str], coverages: Sequence[float]) -> list[Method]:
-    """Methods from ``FAMILY`` (at each of ``coverages``) or ``FAMILY@COVERAGE``, in this order, each once.
-
-    Raises: SDPConfigError for an unknown family or a coverage that is no share.
-    """
-    found = []
-    for name in names:
-        family, _, own = name.strip().partition("@")
-        if family not in FAMILIES:
-            raise SDPConfigError(
-                f"Unknown method {name!r}. Known: {', '.join(FAMILIES)}; with a coverage: forward-block@0.5."
-            )
-        if family == "data-parallel":
-            if own:
-                raise SDPConfigError(f"{name!r}: data-parallel has no coverage. Leave it out.")
-            found.append(Method(family, None))
-            continue
-        for text in [own] if own else coverages:
-            try:
-                coverage = float(text)
-            except ValueError:
-                raise SDPConfigError(f"{name!r}: {text!r} is no number. Write it as {family}@0.5.") from None
-            if not 0 < coverage < 1:
-                raise SDPConfigError(f"{name!r}: coverage {coverage:g} must be between 0 and 1; 1 is data-parallel.")
-            found.append(Method(family, coverage))
-    return list(dict.fromkeys(found))

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from .results import flops_after  # noqa: E402
+
 GRAY = "#444444"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito: told apart without red and green."""
@@ -60,6 +62,8 @@ def _panel(method: str) -> str:
     family = method.partition("@")[0]
     if not family.startswith(("forward", "backward")):
         return "baselines"
+    if "+" in method:
+        return "schedules"
     masking, level, *_ = family.split("-")
     return f"{masking} masking, {level} level"
 
@@ -67,7 +71,7 @@ def _panel(method: str) -> str:
 def _band(axis, seeds: dict[str, dict], budget: float, color: str, label: str) -> None:
     by_seed = [run["curve"] for run in seeds.values()]
     first = next(iter(seeds.values()))
-    flops = [step * first["step_flops"] / budget for step, _ in by_seed[0]]
+    flops = [flops_after(first, step) / budget for step, _ in by_seed[0]]
     points = [[loss for _, loss in same] for same in zip(*by_seed, strict=True)]
     means = [statistics.mean(p) for p in points]
     axis.plot(flops, means, color=color, marker="o", ms=2.5, lw=1.3, label=f"{label}: {means[-1]:.3f}")

@@ -8,9 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .methods import sorted_runs
+from .names import sorted_runs
 from .plots import plot_curves, plot_final
 from .results import Results
+from .sweep import at_best_rates, warnings
 
 REFERENCE = "data-parallel"
 
@@ -22,6 +23,8 @@ class Row:
     Attributes:
         final: final evaluation loss by seed.
         differences: final loss minus data parallel's of the same seed, for the seeds that both have.
+        learning_rate: None in files that do not say.
+        best_scale: of the residual branches of the full model, and the loss with it; None where it was not looked at.
     """
 
     method: str
@@ -31,6 +34,8 @@ class Row:
     relative_flops: float | None
     final: dict[str, float]
     differences: list[float]
+    learning_rate: float | None
+    best_scale: tuple[float, float] | None
 
     @property
     def mean(self) -> float:
@@ -39,10 +44,11 @@ class Row:
 
 def rows(results: Results) -> list[Row]:
     """A row for every method, in the order of ``FAMILIES``."""
-    reference = results.runs.get(REFERENCE, {})
+    runs_of = sorted_runs(at_best_rates(results.runs))
+    reference = runs_of.get(REFERENCE, {})
     whole = next(iter(reference.values()), None)
     found = []
-    for method, runs in sorted_runs(results.runs).items():
+    for method, runs in runs_of.items():
         first = next(iter(runs.values()))
         final = {seed: runs[seed]["curve"][-1][1] for seed in sorted(runs, key=int)}
         found.append(
@@ -56,9 +62,21 @@ def rows(results: Results) -> list[Row]:
                 differences=[
                     loss - reference[seed]["curve"][-1][1] for seed, loss in final.items() if seed in reference
                 ],
+                learning_rate=first.get("learning_rate"),
+                best_scale=best_scale(list(runs.values())),
             )
         )
     return found
+
+
+def best_scale(runs: list[dict]) -> tuple[float, float] | None:
+    """The scale with the lowest loss, mean over seeds, and that loss."""
+    if not all("scaled" in run for run in runs):
+        return None
+    losses = {1.0: statistics.mean(run["curve"][-1][1] for run in runs)}
+    losses |= {float(scale): statistics.mean(run["scaled"][scale] for run in runs) for scale in runs[0]["scaled"]}
+    best = min(losses, key=lambda scale: losses[scale])
+    return best, losses[best]
 
 
 def _flops(run: dict) -> float:
@@ -75,6 +93,8 @@ HEADER = (
     "loss: mean ± sd",
     "min to max",
     "minus data parallel: mean ± sd",
+    "learning rate",
+    "best scale of branches: loss",
 )
 SHOWN = ("method", "steps", "seeds", "loss: mean ± sd", "minus data parallel: mean ± sd")
 
@@ -94,6 +114,8 @@ def cells(row: Row) -> tuple[str, ...]:
         mean_and_spread(losses),
         f"{min(losses):.3f} to {max(losses):.3f}",
         mean_and_spread(row.differences, "+") if row.differences and row.method != REFERENCE else "-",
+        "-" if row.learning_rate is None else f"{row.learning_rate:g}",
+        "-" if row.best_scale is None else f"{row.best_scale[0]:g}: {row.best_scale[1]:.3f}",
     )
 
 
@@ -114,13 +136,16 @@ def show(results: Results, console: Console | None = None) -> None:
     for row in rows(results):
         texts = cells(row)
         table.add_row(*(texts[index] for index in shown))
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    for warning in warnings(results.runs):
+        console.print(warning, style="bold red")
 
 
 def markdown(results: Results) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "| --- " + "| ---: " * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(results)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(f"\n**{warning}**" for warning in warnings(results.runs))]) + "\n"
 
 
 def write_report(results: Results) -> list[Path]:
@@ -128,7 +153,7 @@ def write_report(results: Results) -> list[Path]:
     folder = results.path.parent
     table = folder / "table.md"
     table.write_text(markdown(results), encoding="utf-8")
-    plot_curves(sorted_runs(results.runs), folder / "curves.png", reference=REFERENCE)
+    plot_curves(sorted_runs(at_best_rates(results.runs)), folder / "curves.png", reference=REFERENCE)
     plot_final(
         {row.method: list(row.final.values()) for row in rows(results)}, folder / "final.png", reference=REFERENCE
     )

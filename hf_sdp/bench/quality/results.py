@@ -62,6 +62,13 @@ class Results:
         os.replace(unfinished, self.path)
 
 
+def flops_after(run: dict, steps: int) -> float:
+    """Training FLOPs of the first ``steps`` steps of a run."""
+    phases = run.get("phases", [[0, run["step_flops"]]])
+    ends = [*(first for first, _ in phases[1:]), steps]
+    return sum(max(0, min(steps, end) - first) * flops for (first, flops), end in zip(phases, ends, strict=True))
+
+
 def jobs_in_order(methods: list[Method], seeds: list[int]) -> list[Job]:
     """The first seed of every method, then method by method: what is there first is a comparison already."""
     return [(method, seeds[0]) for method in methods] + [(method, seed) for method in methods for seed in seeds[1:]]
