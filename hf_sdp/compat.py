@@ -39,8 +39,10 @@ __all__ = [
     "default_timeout",
     "fake_store",
     "forget_fsdp",
+    "forget_values",
     "fsdp_groups",
     "functional_collectives",
+    "has_unreduced_gradients",
     "is_compiled",
     "is_connection_error",
     "is_in_ddp",
@@ -75,6 +77,16 @@ def fsdp_groups(module: "FSDPModule") -> list[Any]:
     return module._get_fsdp_state()._fsdp_param_groups
 
 
+def has_unreduced_gradients(module: "FSDPModule") -> bool:
+    """Whether FSDP2 has gradients of the module that are not reduced yet, as between the micro-batches of a window."""
+    return any(
+        parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+        for group in fsdp_groups(module)
+        for parameter in group.fsdp_params
+    )
+
+
 def reset_sharded_parameters(module: "FSDPModule") -> None:
     """FSDP2 takes the parameters that the module has now, as after ``nn.Module._apply``."""
     for group in fsdp_groups(module):
@@ -91,6 +103,11 @@ def forget_fsdp(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.distributed.fsdp"):
                     del hooks[key]
+
+
+def forget_values(parameter: nn.Parameter) -> None:
+    """A sharded parameter no longer refers to its shard, and has an empty one."""
+    parameter._local_tensor = parameter._local_tensor.new_empty(0)  # type: ignore[attr-defined]
 
 
 def reduce_missing_gradients(model: "FSDPModule") -> None:

@@ -32,7 +32,11 @@ from .model.mixin import mix_in
 from .model.numbers import CountsFullAdapters, CountsFullModel, full_parameters
 from .model.packed import is_packed, let_storage_be_sharded, refuse_quantized
 from .model.phases import Planned, Schedule
-from .model.recomputation import refuse_reentrant_checkpointing
+from .model.recomputation import (
+    recompute_as_the_phase_says,
+    refuse_reentrant_checkpointing,
+    refuse_reordered_recomputation,
+)
 from .model.simulation import simulate
 from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference, find_state, set_state
 from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
@@ -101,6 +105,8 @@ def _patch(
             tied=_tied(base),
             adapters=adapters_in_use(base),
         )
+        for planned in phases:  # those that come later, too
+            _refuse_phase(base, held, planned)
         if config.coverage_schedule is None:
             _reduce(base, held, None)
         else:
@@ -116,11 +122,25 @@ def become_subnetwork(model: nn.Module, held: Held, schedule: Schedule) -> None:
 
     ``held``: of the phase before, or of this one.
     """
-    now = schedule.current
     with recorded(model) as changes:
-        held = dataclasses.replace(held, config=now.config, plan=now.plan, subnetwork=_subnetwork(now, held.rank))
-        _reduce(model, held, schedule)
+        _reduce(model, _in_phase(held, schedule.current), schedule)
     schedule.changes.append(changes)
+    recompute_as_the_phase_says(model, schedule)
+
+
+def _in_phase(held: Held, planned: Planned) -> Held:
+    subnetwork = _subnetwork(planned, held.rank)
+    return dataclasses.replace(held, config=planned.config, plan=planned.plan, subnetwork=subnetwork)
+
+
+def _refuse_phase(model: nn.Module, held: Held, planned: Planned) -> None:
+    """What would fail in a phase fails before the training. Raises SDPConfigError."""
+    if not held.simulated:
+        refuse_mixed_groups(model, _in_phase(held, planned))
+    if planned.phase.gradient_checkpointing:
+        refuse_reordered_recomputation(planned.config, planned.plan)
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise SDPConfigError(f"gradient_checkpointing of a phase: {type(model).__name__} does not support it.")
 
 
 def _subnetwork(phase: Planned, rank: int) -> Subnetwork:
@@ -131,8 +151,6 @@ def _subnetwork(phase: Planned, rank: int) -> Subnetwork:
 def _reduce(model: nn.Module, held: Held, schedule: Schedule | None) -> None:
     named = dict(model.named_parameters())
     config, plan, index = held.config, held.plan, held.index
-    if not config.simulate:
-        refuse_mixed_groups(model, held)
     run = Run(Cursor(index, trains=model.training), held.evaluates_full)
     if config.simulate:
         average_shared = config.average_shared_statistics
@@ -252,7 +270,8 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     if is_adapted:
         refuse_what_is_not_saved(model)
     model = without_peft(model)
-    refuse_quantized(model, config, is_adapted=is_adapted)
+    for _, of_phase in config.phases:
+        refuse_quantized(model, of_phase, is_adapted=is_adapted)
     for name, p in model.named_parameters():
         if p.is_meta and not meta:
             raise SDPConfigError(
@@ -271,7 +290,7 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
         refuse_what_fsdp_refuses(model)
         refuse_layers_at_random(model)
         refuse_cast_norms(model, config.param_dtype)
-        if config.masking == "forward":
+        if any(of_phase.masking == "forward" for _, of_phase in config.phases):
             refuse_synced_norms(model)
     refuse_reentrant_checkpointing(model)
     if not batch_norms(model):

@@ -9,14 +9,13 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from .compat import checkpoint_activations, forget_fsdp
+from .compat import forget_fsdp
 from .engine.fsdp import reshard
-from .engine.handover import Handover
+from .engine.handover import Handover, refuse_gradients
 from .engine.presence import come_to
 from .engine.shard import shard
 from .engine.sharded import Sharded, get_sharded
@@ -40,8 +39,8 @@ def follow_schedule(
         step: number of the step, counted from 0, of ``num_steps`` in all.
         optimizers: all that train the model. They keep their groups, state and schedulers.
     Returns: whether the model was rebuilt; then it was a collective. Without a schedule it is False.
-    Raises: SDPStateError on every worker before the model is prepared, or while it has gradients; SDPConfigError when a
-        phase has no step.
+    Raises: SDPStateError on every worker before the model is prepared, or while it has gradients or its parameters have
+        hooks; SDPConfigError when a phase has no step.
     """
     model = unwrap(model)
     state = find_state(model)
@@ -53,6 +52,7 @@ def follow_schedule(
         return False
     assert state is not None
     if state.held.simulated:
+        refuse_gradients(model, dict(model.named_parameters()))
         _patch_again(model, schedule, number)
     else:
         sharded = get_sharded(model, "The next phase of coverage_schedule")
@@ -60,7 +60,7 @@ def follow_schedule(
         began = time.perf_counter()
         average_statistics(model, sharded)
         reshard(model)
-        handover = Handover(sharded, optimizers)
+        handover = Handover(model, sharded, optimizers)
         _hand_over(model, schedule, number, sharded, handover)
         if state.held.rank == 0:
             logger.info(
@@ -82,7 +82,6 @@ def _hand_over(model: nn.Module, schedule: Schedule, number: int, sharded: Shard
 
 def _patch_again(model: nn.Module, schedule: Schedule, number: int, handover: Handover | None = None) -> None:
     before = get_state(model)
-    checkpoints = schedule.current.phase.gradient_checkpointing
     replaced = {m: vars(m)["sdp_replaced"] for m in model.modules() if vars(m).get("sdp_replaced") is not None}
     for hook in before.run.hooks:
         hook.remove()
@@ -96,14 +95,6 @@ def _patch_again(model: nn.Module, schedule: Schedule, number: int, handover: Ha
     schedule.number = number
     become_subnetwork(model, before.held, schedule)
     get_state(model).run.version = before.run.version
-    _checkpoint_activations(model, checkpoints, schedule.current.phase.gradient_checkpointing)
-
-
-def _checkpoint_activations(model: Any, before: bool, wanted: bool) -> None:
-    if wanted and not before:
-        checkpoint_activations(model)
-    elif before and not wanted:
-        model.gradient_checkpointing_disable()
 
 
 def _as_trained(model: nn.Module, handover: Handover) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..compat import versions
+from ..config import SDPConfig
 from ..errors import SDPStateError
 from ..model.state import SDPState
 from ..plan.plan import Plan
@@ -142,6 +143,9 @@ def read_marker(folder: Path) -> dict | None:
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise SDPStateError(f"{file} is damaged: {key!r} is missing, or no {kind.__name__}.")
+    phases = content["sdp_config"].get("coverage_schedule")
+    if phases is not None and content.get("phase") not in range(len(phases)):
+        raise SDPStateError(f"{file} is damaged: it is of phase {content.get('phase')!r} of {len(phases)}.")
     for name, entry in content["files"].items():
         if not is_inside(name):
             raise SDPStateError(f"{file} names {name!r}, which is no file of the folder.")
@@ -167,8 +171,8 @@ def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list
         )
     if state is None:
         return [*result, "this run is not SDP"]
-    now = json.loads(json.dumps(dataclasses.asdict(state.config)))  # lists, as they were saved
-    for name, value in saved["sdp_config"].items():
+    now, default = _as_saved(state.config), _as_saved(SDPConfig())
+    for name, value in (default | saved["sdp_config"]).items():  # an earlier version had fewer options
         if name in now and now[name] != value:
             result.append(f"{name}={value!r} then, {now[name]!r} now")
     result += [
@@ -179,6 +183,10 @@ def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list
     if not result and saved["plan_hash"] != _plan_then(saved, state).hash:
         result.append("another plan")
     return result
+
+
+def _as_saved(config: SDPConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _plan_then(saved: dict, state: SDPState) -> Plan:

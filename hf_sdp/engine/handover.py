@@ -5,13 +5,15 @@ once. No worker ever has more than what it stores before or after, and one full 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from ..compat import reset_sharded_parameters
+from ..compat import forget_values, has_unreduced_gradients, reset_sharded_parameters
 from ..errors import SDPStateError
 from ..model.state import Held, local_tensor
 from ..plan.placement import owners, stored_by_all
@@ -20,6 +22,7 @@ from ..world.agreement import of_everyone, together
 from .exchange import Owned, find_route, move
 from .fsdp import fsdp_modules
 from .optimizer import local_shards, train_from_now_on
+from .same_optimizer import options_of
 from .sharded import Sharded
 
 _Kind = tuple[int, str] | None
@@ -41,13 +44,15 @@ class Handover:
     taken back.
 
     ``bytes_sent``: by this worker to others, so far.
-    Raises: SDPStateError on every worker, and nothing is changed then: gradients, which would be lost, or state that
-        is neither a number nor of its parameter's shape. Making one is a collective on the control group.
+    Raises: SDPStateError on every worker, and nothing is changed then: gradients or hooks of parameters, which would
+        be lost, or state that is neither a number nor of its parameter's shape. Making one is a collective on the
+        control group.
     """
 
-    def __init__(self, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
+    def __init__(self, model: nn.Module, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
         self.optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
         self.bytes_sent = 0
+        self.old = list(sharded.parameters.values())
         held = self.held = sharded.held
         self.senders = dataclasses.replace(held.placement, sharding="full")
         self.sources = owners(held.plan, self.senders)
@@ -55,7 +60,8 @@ class Handover:
         self.tensors: dict[tuple[str, _Kind], list[_Stored]] = {}
         numbers: dict[tuple[int, str], dict[str, Any]] = {}
         with together(sharded.control_group):
-            _refuse_gradients(sharded)
+            refuse_gradients(model, sharded.parameters)
+            _refuse_hooks(sharded)
             names = {p: held.subnetwork.tensors[n].region.name for n, p in sharded.parameters.items()}
             for local_name, parameter in sharded.parameters.items():
                 self._take(local_name, None, local_tensor(parameter.detach()))
@@ -65,7 +71,7 @@ class Handover:
                 for local_name, parameter in sharded.parameters.items():
                     for key, value in optimizer.state.get(parameter, {}).items():
                         if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                            numbers.setdefault((number, names[parameter]), {})[key] = value
+                            numbers.setdefault((number, names[parameter]), {})[key] = _sent(value)
                         elif value.shape != local_tensor(parameter).shape:
                             raise SDPStateError(
                                 f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for "
@@ -75,7 +81,7 @@ class Handover:
                         else:
                             self._take(local_name, (number, key), local_tensor(value))
             groups = [
-                [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+                [(options_of(group), [names[p] for p in group["params"]]) for group in optimizer.param_groups]
                 for optimizer in self.optimizers
             ]
         dtypes = {place: stored[0].tensor.dtype for place, stored in self.tensors.items()}
@@ -84,10 +90,8 @@ class Handover:
         self.dtypes = _union(theirs[0] for theirs in everyone)
         self.learns = _union(theirs[1] for theirs in everyone)
         self.numbers = _union(theirs[2] for theirs in everyone)
-        self.groups: list[list[set[str]]] = [
-            [set().union(*of_group) for of_group in zip(*of_optimizer, strict=True)]
-            for of_optimizer in zip(*(theirs[3] for theirs in everyone), strict=True)
-        ]
+        of_everyone_by_optimizer = zip(*(theirs[3] for theirs in everyone), strict=True)
+        self.groups = [_names_by_group(mine, all_) for mine, all_ in zip(groups, of_everyone_by_optimizer, strict=True)]
         self.kinds: dict[str, list[tuple[int, str]]] = {}
         for name, kind in sorted(place for place in self.dtypes if place[1] is not None):
             self.kinds.setdefault(name, []).append(kind)
@@ -111,6 +115,8 @@ class Handover:
     def give(self, model: nn.Module, held: Held, device: torch.device) -> None:
         """Give memory on ``device`` to the parameters of a model that is sharded by another plan, on the meta device,
         and the values that the workers have; its optimizers train these from now on. Collective over the world."""
+        for old in self.old:  # whoever still has it would read what is freed below
+            forget_values(old)
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for last, parameter in module._parameters.items():
@@ -137,7 +143,7 @@ class Handover:
             for number, state in enumerate(states):
                 for p in mine.values():
                     for key, value in self.numbers.get((number, name), {}).items():
-                        state.setdefault(p, {})[key] = value.clone() if isinstance(value, torch.Tensor) else value
+                        state.setdefault(p, {})[key] = _received(value, device)
         for sharded_module in fsdp_modules(model):
             reset_sharded_parameters(sharded_module)
         for optimizer, groups, state in zip(self.optimizers, self.groups, states, strict=True):
@@ -170,13 +176,67 @@ class Handover:
                 stored.tensor.untyped_storage().resize_(0)
 
 
-def _refuse_gradients(sharded: Sharded) -> None:
-    found = next((name for name, p in sharded.parameters.items() if p.grad is not None), None)
+def refuse_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises SDPStateError when a parameter has a gradient, or FSDP2 keeps one that is not reduced yet."""
+    with_gradient = (name for name, p in parameters.items() if p.grad is not None)
+    unreduced = (n for n, m in model.named_modules() if isinstance(m, FSDPModule) and has_unreduced_gradients(m))
+    found = next(itertools.chain(with_gradient, unreduced), None)
     if found is not None:
         raise SDPStateError(
-            f"{found} has a gradient, which would be lost. A phase begins between two steps: call it after "
-            "optimizer.step() and optimizer.zero_grad()."
+            f"{found or type(model).__name__} has a gradient, which would be lost. A phase begins between two steps: "
+            "call it after optimizer.step() and optimizer.zero_grad()."
         )
+
+
+def _refuse_hooks(sharded: Sharded) -> None:
+    for name, p in sharded.parameters.items():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise SDPStateError(
+                f"{name} has a hook for its gradient, which would never be called in the next phase: parameters are "
+                "new ones. Remove it before the phase begins, and register it again after that."
+            )
+
+
+def _sent(value: Any) -> tuple[Any, str | None]:
+    """A number of an optimizer's state as it can be sent, and of which kind its device is: others have other ones."""
+    return (value.cpu(), value.device.type) if isinstance(value, torch.Tensor) else (value, None)
+
+
+def _received(sent: tuple[Any, str | None], device: torch.device) -> Any:
+    value, device_type = sent
+    if device_type is None:
+        return value
+    return value.to(device if device_type == device.type else device_type, copy=True)
+
+
+_Groups = Sequence[tuple[dict[str, object], list[str]]]
+"""The groups of an optimizer: options, and full names of what is trained with them."""
+
+
+def _names_by_group(mine: _Groups, everyone: Sequence[_Groups]) -> list[set[str]]:
+    """What each of my groups trains from now on.
+
+    The Trainer makes a group for each mesh of parameters that are sharded already, and workers have other meshes: then
+    one of the groups of equal options trains all that these train.
+    """
+    same = all([options for options, _ in theirs] == [options for options, _ in mine] for theirs in everyone)
+    number_of: dict[str, int] = {}
+    for theirs in everyone:
+        for number, (_, names) in zip(_numbers(theirs, same), theirs, strict=True):
+            number_of |= {name: min(number, number_of.get(name, number)) for name in names}
+    numbers = _numbers(mine, same)
+    return [
+        {name for name, n in number_of.items() if n == number} if number not in numbers[:index] else set()
+        for index, number in enumerate(numbers)
+    ]
+
+
+def _numbers(groups: _Groups, same: bool) -> list[int]:
+    """Of each group; ``same``: whether all workers have them so. Else neighbours of equal options have one number."""
+    if same:
+        return list(range(len(groups)))
+    runs = itertools.groupby(groups, lambda group: group[0])
+    return [number for number, (_, run) in enumerate(runs) for _ in run]
 
 
 def _union(dicts: Iterable[dict]) -> dict:

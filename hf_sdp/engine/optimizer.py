@@ -18,7 +18,7 @@ from ..errors import SDPConfigError, SDPStateError
 from ..model.state import local_tensor, unwrap
 from ..world.agreement import together
 from .same_optimizer import agree_on_groups
-from .sharded import Sharded, find_sharded, get_sharded
+from .sharded import Sharded, find_sharded, get_sharded, refuse_parameters_of_before
 
 ELEMENTWISE_OPTIMIZERS = {
     *(f"torch.optim.{name.lower()}.{name}" for name in (
@@ -182,6 +182,8 @@ def local_shards(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def _enter(optimizer: torch.optim.Optimizer) -> None:
     _leave(optimizer, stepped=False)  # a step that raised left its shards in place
     repointed = _repointed(optimizer)
+    sharded = get_sharded(repointed.model, "An optimizer's step")
+    refuse_parameters_of_before((p for group in optimizer.param_groups for p in group["params"]), [sharded])
     for group in optimizer.param_groups:
         shards = []
         for p in group["params"]:

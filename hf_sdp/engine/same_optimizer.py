@@ -21,13 +21,13 @@ def agree_on_options(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     things: dict[str, dict[str, object]] = {"the optimizers": {"number": len(optimizers)}}
     for index, optimizer in enumerate(optimizers):
         what = f"optimizer {index}"
-        distinct = [options for options, _ in itertools.groupby(map(_options, optimizer.param_groups))]
+        distinct = [options for options, _ in itertools.groupby(map(options_of, optimizer.param_groups))]
         things[what] = {"class": type(optimizer).__qualname__, "number of groups": len(distinct)}
         things |= {f"group {number} of {what}": options for number, options in enumerate(distinct)}
     agree(things, "Make the same optimizer on every worker.")
 
 
-def _options(group: dict) -> dict[str, object]:
+def options_of(group: dict) -> dict[str, object]:
     return {key: _plain(value) for key, value in group.items() if key not in _HOW_TO_STEP}
 
 
@@ -52,7 +52,7 @@ def agree_on_groups(
         return
     tensors = sharded.held.subnetwork.tensors
     full_name = {p: tensors[name].region.name for name, p in sharded.parameters.items()}
-    alike = itertools.groupby(zip(optimizer.param_groups, groups, strict=True), lambda pair: _options(pair[0]))
+    alike = itertools.groupby(zip(optimizer.param_groups, groups, strict=True), lambda pair: options_of(pair[0]))
     number_of = {full_name[p]: number for number, (_, pairs) in enumerate(alike) for _, group in pairs for p in group}
     held, not_held, in_none = set(full_name.values()), [torch.iinfo(torch.int64).min] * 2, -1
     mine = torch.tensor(

@@ -2,12 +2,13 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import SDPStateError
 from ..model.state import Held, Run, get_state, local_tensor, unwrap
@@ -86,6 +87,16 @@ class Sharded:
         """What this worker stores: each region with the tensor that has it."""
         for local_name, parameter in self.parameters.items():
             yield self.held.stored(local_name), local_tensor(parameter.detach())
+
+
+def refuse_parameters_of_before(parameters: Iterable[torch.Tensor], models: Iterable[Sharded]) -> None:
+    """Raises SDPStateError for sharded parameters that are of none of these models: of one before its phase began."""
+    ours = {id(p) for sharded in models for p in sharded.parameters.values()}
+    if any(isinstance(p, DTensor) and id(p) not in ours for p in parameters):
+        raise SDPStateError(
+            "These parameters are not the model's any more: a phase of its coverage_schedule has begun. Take "
+            "model.parameters() again, and give follow_schedule all optimizers that train the model."
+        )
 
 
 def weights_changed(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from ..engine.optimizer import model_of, owner_of, refuse_unless_elementwise, re
 from ..engine.presence import announce
 from ..engine.same_optimizer import agree_on_options
 from ..engine.shard import shard
-from ..engine.sharded import find_sharded
+from ..engine.sharded import find_sharded, refuse_parameters_of_before
 from ..engine.vote import Watch
 from ..errors import SDPConfigError
 from ..model.state import find_state, get_state, unwrap
@@ -133,7 +133,8 @@ class SDPAccelerator(SavesState):
             for cursor in cursors:
                 cursor.start(cursor.micro_batch)
             yield
-        for cursor in cursors:
+        for state in filter(None, map(find_state, models)):  # a phase may have begun within
+            cursor = state.run.cursor
             cursor.start(0 if self.sync_gradients else cursor.micro_batch + 1)
 
     def follow_schedule(self, step: int, num_steps: int) -> bool:
@@ -162,6 +163,7 @@ class SDPAccelerator(SavesState):
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         if not self._has_sharded_model():
             return super().clip_grad_norm_(parameters, max_norm, norm_type)
+        self._refuse_parameters_of_before(parameters)
         self.unscale_gradients()
         norm = clip_grad_norm(parameters, max_norm, norm_type)
         self._watch.saw_norm(norm, parameters)
@@ -169,12 +171,17 @@ class SDPAccelerator(SavesState):
 
     def clip_grad_value_(self, parameters, clip_value):
         if self._has_sharded_model():
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            self._refuse_parameters_of_before(parameters)
             self.unscale_gradients()
             for p in parameters:
                 if p.grad is not None:
                     p.grad.to_local().clamp_(-clip_value, clip_value)
             return
         super().clip_grad_value_(parameters, clip_value)
+
+    def _refuse_parameters_of_before(self, parameters: list[torch.Tensor]) -> None:
+        refuse_parameters_of_before(parameters, filter(None, map(find_sharded, self._models)))
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True):
         """The full state dict on the CPU of rank 0, None elsewhere. Collective. See :func:`hf_sdp.consolidate`."""

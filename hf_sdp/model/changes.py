@@ -64,7 +64,8 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[nn.Module, _OfModule] = weakref.WeakKeyDictionary()
+        # Not weakly: copy.deepcopy of the model would leave the original's modules to the copy.
+        self._of: dict[nn.Module, _OfModule] = {}
 
     def take_back(self) -> None:
         """Parameters that were replaced come back on the meta device, with their shapes."""

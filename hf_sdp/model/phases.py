@@ -1,6 +1,7 @@
 """The phases of a training, planned: what is known of a coverage schedule once it has a model."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..config import SDPConfig
 from ..errors import SDPConfigError
@@ -32,12 +33,14 @@ class Schedule:
         config: as the user gave it.
         number: of the phase that the model is in.
         changes: what was done to its modules for this phase, newest last.
+        recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
     """
 
     config: SDPConfig
     phases: tuple[Planned, ...]
     number: int = 0
     changes: list[Changes] = field(default_factory=list)
+    recomputes: Any = None
 
     @property
     def current(self) -> Planned:

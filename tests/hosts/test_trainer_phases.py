@@ -3,8 +3,11 @@
 import shutil
 
 import pytest
+from transformers import AutoModelForCausalLM, Trainer
 
-from hf_sdp import SDPConfigError
+import hf_sdp
+from hf_sdp import SDPConfig, SDPConfigError, patch_model
+from tests.support.models import tiny_model
 from tests.support.resume import assert_equal, optimizer_of, train, weights_of
 from tests.support.runs import train_resume_and_reload
 from tests.support.trainer import losses_of, make_trainer, norms_of
@@ -121,6 +124,30 @@ def test_a_phase_splits_its_micro_batches(tmp_path, model):
         assert of_parts[0] == pytest.approx(of_whole[0], abs=1e-5)
         assert of_parts[1] == pytest.approx(of_whole[1], rel=1e-4)
         assert of_whole[2] == [3] * 8 and of_parts[2] == [3] * 4 + [1, 2] * 4
+
+
+def train_stored(folder, from_pretrained: bool):
+    """A model that comes sharded: the Trainer then makes a group for each mesh, other ones on each worker."""
+    sdp = SDPConfig(coverage_schedule=[(0.0, 2 / 3), (0.5, 1.0)])  # of three workers each holds two parts
+    trainer = make_trainer(folder, None, dict(max_steps=4, optim="sgd", learning_rate=0.1, weight_decay=0.1))
+    load = hf_sdp.from_pretrained if from_pretrained else patched
+    model, callback = load(folder / "model", sdp).train(), hf_sdp.SDPCallback()
+    trainer = Trainer(model, trainer.args, train_dataset=trainer.train_dataset, callbacks=[callback])
+    trainer.train()
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len({*trained}) == len(trained) == len([*model.parameters()])
+    return losses_of(trainer.state.log_history)
+
+
+def patched(folder, sdp: SDPConfig):
+    return patch_model(AutoModelForCausalLM.from_pretrained(folder), sdp)
+
+
+def test_a_model_that_comes_sharded_trains_as_a_patched_one(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    stored, made = (run_workers(train_stored, tmp_path, way, world_size=3) for way in (True, False))
+    for mine, expected in zip(stored, made, strict=True):
+        assert mine == pytest.approx(expected, abs=1e-5)
 
 
 def too_short(folder):
