@@ -177,8 +177,8 @@ class Handover:
 
 
 def refuse_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raises SDPStateError when a parameter has a gradient, or FSDP2 keeps one that is not reduced yet."""
-    with_gradient = (name for name, p in parameters.items() if p.grad is not None)
+    """Raises SDPStateError when a parameter has a gradient that is not zero, or FSDP2 keeps one that is not reduced."""
+    with_gradient = (n for n, p in parameters.items() if p.grad is not None and local_tensor(p.grad).any())
     unreduced = (n for n, m in model.named_modules() if isinstance(m, FSDPModule) and has_unreduced_gradients(m))
     found = next(itertools.chain(with_gradient, unreduced), None)
     if found is not None:

@@ -37,6 +37,15 @@ def in_the_middle_of_a_window():
     assert accelerator.follow_schedule(1, 2)
 
 
+def with_zero_gradients():
+    accelerator, model, optimizer = prepared()
+    backward(accelerator, model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert accelerator.follow_schedule(1, 2)
+    step(accelerator, model, optimizer)
+
+
 def without_the_optimizer():
     accelerator, model, optimizer = prepared()
     step(accelerator, model, optimizer)
@@ -78,6 +87,8 @@ def on_one_worker():
     step(accelerator, model, optimizer)
 
 
-@pytest.mark.parametrize("misuse", [in_the_middle_of_a_window, without_the_optimizer, with_a_hook, on_one_worker])
+@pytest.mark.parametrize(
+    "misuse", [in_the_middle_of_a_window, with_zero_gradients, without_the_optimizer, with_a_hook, on_one_worker]
+)
 def test_misuse_is_an_error(misuse):
     run_workers(misuse, world_size=2)
