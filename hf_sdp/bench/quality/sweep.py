@@ -71,10 +71,10 @@ def jobs_at_best(results: Results, methods: Sequence[Method], seeds: Sequence[in
 
 
 def warnings(runs: dict[str, dict[str, dict]]) -> list[str]:
-    """What a reader of a table must know of its learning rates; empty without a sweep."""
-    found = tuned(runs)
-    if all(len(best.tried) < 2 for best in found.values()):
+    """What a reader of a table must know of its learning rates; empty where no method has one of its own."""
+    if not any("/" in name for name in runs):
         return []
+    found = tuned(runs)
     edges = [f"{method} ({best.rate:g} of {_numbers(best.tried)})" for method, best in found.items() if best.is_at_edge]
     alone = [method for method, best in found.items() if len(best.tried) < 2]
     found_out = {"BEST LEARNING RATE AT THE EDGE OF THE SWEEP": edges, "LEARNING RATE NOT TUNED": alone}
