@@ -58,7 +58,7 @@ def test_the_check_finds_what_is_not_left_out(options, monkeypatch):
 
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_the_check_finds_gradients_that_are_scaled_otherwise(masking, monkeypatch):
-    place = "simulation._scaled" if masking == "forward" else "held_blocks._ScaledGradient.backward"
+    place = "simulation._scaled" if masking == "forward" else "held_blocks.ScaledGradient.backward"
     wrong = (lambda grad, scale: grad) if masking == "forward" else (lambda ctx, grad: (grad, None))
     monkeypatch.setattr(f"hf_sdp.model.{place}", wrong)
     with pytest.raises(checks.Differs, match="rank 0, .*weight differs"):
