@@ -99,6 +99,7 @@ def test_what_is_wrong_with_a_later_phase_is_an_error_before_the_training(case):
 
 
 def test_four_bits_are_refused_in_a_later_phase_that_cuts_weights():
+    pytest.importorskip("bitsandbytes")
     model = tiny_model(lora={}, quantized={}, hidden_size=64)
     with pytest.raises(SDPConfigError, match="four bits of a weight lie packed"):
         config = SDPConfig(level="block", coverage_schedule=["0:0.5", "0.5:0.5:level=neuron"])
