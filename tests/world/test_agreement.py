@@ -75,7 +75,7 @@ def fails_on_one_rank():
         said.append(str(error))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == ODD:
-            patch.setattr(hf_sdp.patch, "make_plan", lambda *args: {}["a key that is missing"])
+            patch.setattr(hf_sdp.patch, "make_plans", lambda *args: {}["a key that is missing"])
         with pytest.raises((KeyError, SDPStateError)) as raised:
             patch_model(tiny_model(), SDPConfig())
     said.append(str(raised.value))
