@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [["--sdp_level", "neuron"], ["--dense"]])
+@pytest.mark.parametrize("options", [["--sdp_level", "neuron"]])
 def test_the_loss_that_is_printed_is_that_of_the_adapters_in_peft(tmp_path, options):
     base, text = tiny_base(tmp_path / "base"), tmp_path / "text.txt"
     text.write_text("\n".join(topics.values())[:200_000])
