@@ -9,7 +9,8 @@ export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000 MALLO
 
 # All of Python 3.11.7's standard library, its tests too: 31,525,166 bytes, 14.3 million tokens to train
 # on. No run sees one twice.
-TEXT=${TEXT:-${TMPDIR:-/tmp}/stdlib.txt}
+TEXT=${TEXT:-runs/stdlib.txt}
+mkdir -p "$(dirname "$TEXT")"
 if [ ! -e "$TEXT" ]; then
     (cd "$(python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')"
      find . -name '*.py' -not -path '*/site-packages/*' | LC_ALL=C sort | xargs cat | iconv -c -f utf-8 -t utf-8) > "$TEXT"
