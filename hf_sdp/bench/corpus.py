@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:  # of the extra hf_sdp[bench]: the functions import them, so that commands can say what is missing
@@ -63,14 +64,16 @@ def blocks(
         return {"ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(batch["text"])["input_ids"]]}
 
     def chunk(batch):
-        ids = [token for row in batch["ids"] for token in row]
-        rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        ids = np.concatenate(batch["ids"])
+        rows = ids[: len(ids) // length * length].reshape(-1, length)
         return {"input_ids": rows, "labels": rows}
 
     split = texts.train_test_split(test_size=valid_share, seed=0)
     result = DatasetDict(train=split["train"], valid=split["test"])
     result = result.map(tokenize, batched=True, remove_columns=texts.column_names, desc="tokenize")
-    return result.map(chunk, batched=True, batch_size=None, remove_columns=["ids"], desc="cut into blocks")
+    result = result.with_format("numpy")  # lists of a hundred million tokens would not fit
+    result = result.map(chunk, batched=True, batch_size=None, remove_columns=["ids"], desc="cut into blocks")
+    return result.with_format(None)
 
 
 def load(vocab_size: int, length: int, max_bytes: int | None = None) -> tuple["DatasetDict", PreTrainedTokenizerFast]:

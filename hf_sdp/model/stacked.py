@@ -34,18 +34,20 @@ def can_be_stacked(model: nn.Module, plan: Plan) -> bool:
 def stack(model: nn.Module, plan: Plan) -> None:
     """From now on the model trains all subnetworks of ``plan``, in place of what it was stacked for before.
 
-    In eval mode it is the full model. ``plan``: one with which it can be stacked.
+    In eval mode it is the full model. ``plan``: one with which it can be stacked. Indices are put where the weights
+    are: whoever moves the model stacks it again.
     """
     for stacked in _stacked_modules(model):
         stacked.__class__ = type(stacked).__bases__[-1]  # what mix_in found
     held = held_ranges(plan, range(plan.num_subnetworks))
-    for module in plan.modules:
-        if plan.is_shared(module):
-            continue
-        if plan.level == "block":
-            _stack_block(model, plan, module)
-        else:
-            _stack_neurons(model, plan, module, held)
+    with next(model.parameters()).device:
+        for module in plan.modules:
+            if plan.is_shared(module):
+                continue
+            if plan.level == "block":
+                _stack_block(model, plan, module)
+            else:
+                _stack_neurons(model, plan, module, held)
 
 
 def is_stacked(model: nn.Module) -> bool:
@@ -178,7 +180,8 @@ class OfHolders(StackedModule):
 
     def rows(self, workers: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Numbers of the rows of some workers, of ``num_rows`` in all."""
-        return torch.arange(num_rows).view(len(self.holders) + len(self.others), -1)[workers].flatten()
+        by_worker = torch.arange(num_rows, device=workers.device).view(len(self.holders) + len(self.others), -1)
+        return by_worker[workers].flatten()
 
 
 def _picked(arguments, rows: torch.Tensor, num_rows: int):
