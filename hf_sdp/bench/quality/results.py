@@ -99,7 +99,7 @@ def train_missing(
         for job in missing:
             keep(job, train(*job))
         return
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes))
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         futures = {pool.submit(train, *job): job for job in missing}
         try:
