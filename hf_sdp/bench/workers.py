@@ -56,8 +56,14 @@ class Answers:
     silent: list[int] = field(default_factory=list)
 
 
-def context():
-    """Processes and pipes come from here: a server that has imported what takes long, and forks workers."""
+def context(device: str = "cpu"):
+    """Processes and pipes come from here: a server that has imported what takes long, and forks workers.
+
+    Those on "cuda" are started anew: what they import may ask for a GPU, and in a fork of a process that has asked
+    there is none.
+    """
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(_PRELOADED)
     return forkserver
@@ -73,6 +79,8 @@ def join_world(
     store_in_file: bool = False,
 ) -> None:
     """Make this process worker ``rank``: over gloo with one thread, or ("cuda") over NCCL with GPU ``rank``.
+
+    With fewer GPUs than workers these share them (:func:`_share_gpus`): for proofs, not for speed.
 
     Args:
         rendezvous: a file that is not there yet, in which rank 0 tells the others its port.
@@ -93,11 +101,27 @@ def join_world(
     store = meet(rank, world_size, Path(rendezvous), timeout)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device == "cuda":
-        torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **options)
+        num_gpus = torch.cuda.device_count()
+        if 0 < num_gpus < world_size:
+            _share_gpus(rank, num_gpus)
+        gpu = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(gpu)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", gpu), **options)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         dist.init_process_group("gloo", **options)
+
+
+def _share_gpus(rank: int, num_gpus: int) -> None:
+    """Let every ``num_gpus`` workers be a host of their own: NCCL refuses two workers on one GPU of one host.
+
+    Hosts talk over sockets, here of this machine alone, and workers on one GPU wait for their turns on it. So this is
+    for proofs: no time that is measured here says anything.
+    """
+    os.environ.update(LOCAL_RANK=str(rank % num_gpus), LOCAL_WORLD_SIZE=str(num_gpus))
+    of_its_own = dict(NCCL_HOSTID=str(rank // num_gpus), NCCL_NET="Socket", NCCL_SOCKET_IFNAME="lo")
+    for name, value in of_its_own.items():
+        os.environ.setdefault(name, value)
 
 
 def _meet_in_file(rank: int, world_size: int, rendezvous: Path, timeout: timedelta) -> "Store":
@@ -147,11 +171,11 @@ def launch(
         pipes, processes = [], []
         try:
             for rank in range(world_size):
-                ours, theirs = context().Pipe()
+                ours, theirs = context(device).Pipe()
                 joining = (rank, world_size, f"{folder}/rendezvous", device, timeout_s)
                 namespace = namespaces[rank] if namespaces else None
                 arguments = (function, args, joining, namespace, theirs)
-                processes.append(context().Process(target=_work, args=arguments, daemon=True))
+                processes.append(context(device).Process(target=_work, args=arguments, daemon=True))
                 processes[-1].start()
                 theirs.close()
                 pipes.append(ours)

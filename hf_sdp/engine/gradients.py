@@ -24,8 +24,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, norm_typ
 
     As ``torch.nn.utils.clip_grad_norm_`` on the full model. Collective over the world: one scalar.
     """
+    parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = _norm(grads, float(norm_type))
+    device = parameters[0].device if parameters else torch.device("cpu")
+    norm = _norm(grads, float(norm_type), device)
     if math.isfinite(max_norm):
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for dtype_grads in _by_dtype([local_tensor(g) for g in grads]).values():
@@ -52,11 +54,11 @@ def global_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torc
                 f"global_norm needs the shards of a prepared model, but {len(plain)} of {len(tensors)} tensors are "
                 f"plain ones, the first of shape {plain[0]}. Call it after backward, or before the next forward."
             )
-    return _norm(tensors, float(norm_type))
+    return _norm(tensors, float(norm_type), tensors[0].device if tensors else torch.device("cpu"))
 
 
-def _norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    device = tensors[0].device if tensors else torch.device("cpu")
+def _norm(tensors: list[torch.Tensor], norm_type: float, device: torch.device) -> torch.Tensor:
+    """``device``: on which the workers talk, also about no tensors: NCCL sends nothing that is on the CPU."""
     by_replicas: dict[int, list[torch.Tensor]] = {}
     for tensor in tensors:
         local = local_tensor(tensor)

@@ -62,6 +62,8 @@ def shard(
         refuse_changed(model, held)
         if not on_meta:
             model.to(device)
+        elif materialize is not None:
+            _move_buffers(model, device)
     # Buffers are moved, and stay.
     recording = contextlib.nullcontext() if state.schedule is None else recorded(model, but=("_buffers",))
     with recording as changes:
@@ -108,6 +110,14 @@ def _shard(model: Any, state: SDPState, device: torch.device, on_meta: bool, mat
     guard_forward(model, sharded, shadow)
     if not held.trains_full_forward:
         let_inputs_need_gradients(model, held.structure.layers)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Those of a model whose parameters are on the meta device: that are cut, they come from where it was patched."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None) -> dict[str, torch.dtype]:

@@ -21,6 +21,7 @@ def prepared(config: dict, model_options: dict | None = None, optimizer=torch.op
 def one_step(accelerator, model, optimizer, micro_batches: int = 1):
     for micro in range(micro_batches):
         with accelerator.accumulate(model):
-            accelerator.backward(model(**batch(micro * dist.get_world_size() + dist.get_rank())).loss)
+            inputs = batch(micro * dist.get_world_size() + dist.get_rank())
+            accelerator.backward(model(**{name: t.to(accelerator.device) for name, t in inputs.items()}).loss)
             optimizer.step()
             optimizer.zero_grad()

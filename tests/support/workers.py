@@ -1,4 +1,4 @@
-"""Real worker processes for tests: a pool per world size that runs function after function.
+"""Real worker processes for tests: a pool per world size and device that runs function after function.
 
 Workers are launched as those of the benchmarks (hf_sdp/bench/workers.py), and live on: a test costs only what it does.
 A worker that raises sends its traceback; one that does not answer in time ends its pool.
@@ -14,21 +14,24 @@ from multiprocessing.connection import Connection
 from hf_sdp.bench.workers import Answers, answer, collect, context, join_world
 
 COLLECTIVE_TIMEOUT_S = 100
-START_S = 60  # what the first function of a pool may take longer
+START_S = {"cpu": 60, "cuda": 120}  # what the first function of a pool may take longer
 END_S = 60  # for a worker's own end
-_POOLS: dict[int, "Pool"] = {}
+_POOLS: dict[tuple[int, str], "Pool"] = {}
 
 
-def run_workers(function: Callable, *args, world_size: int = 4, timeout_s: float = 120) -> list:
-    """Results of ``function(*args)`` from every worker, by rank. ``function`` must be importable."""
-    pool = _POOLS.get(world_size)
+def run_workers(function: Callable, *args, world_size: int = 4, timeout_s: float = 120, device: str = "cpu") -> list:
+    """Results of ``function(*args)`` from every worker, by rank. ``function`` must be importable.
+
+    ``device``: "cpu" (over gloo), or "cuda" (over NCCL; workers share GPUs where there are fewer of them).
+    """
+    pool = _POOLS.get((world_size, device))
     if pool is None:
         stop_all()  # two cores: one pool at a time
-        pool = _POOLS[world_size] = Pool(world_size)
+        pool = _POOLS[world_size, device] = Pool(world_size, device)
     try:
         return pool.run(function, args, timeout_s)
     except BaseException:
-        _POOLS.pop(world_size).kill()
+        _POOLS.pop((world_size, device)).kill()
         raise
 
 
@@ -38,20 +41,29 @@ def stop_all() -> None:
     Their processes end as those of multiprocessing do, without the interpreter's finalization. Processes that finalize
     are those of world/test_roll_call.py.
     """
-    for world_size in list(_POOLS):
-        exit_codes = _POOLS.pop(world_size).stop()
+    for world_size, device in list(_POOLS):
+        exit_codes = _POOLS.pop((world_size, device)).stop()
         assert exit_codes == [0] * world_size, f"exit codes of {world_size} workers at their end: {exit_codes}"
 
 
+def compute_exactly() -> None:
+    """On a GPU as on the CPU: no TF32, and none of cuDNN's convolutions, which are other ones for other widths."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.enabled = False
+
+
 class Pool:
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, device: str):
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
-        self.start_s = START_S
+        self.start_s = START_S[device]
         for rank in range(world_size):
-            ours, theirs = context().Pipe()
-            arguments = (rank, world_size, f"{self.folder.name}/rendezvous", theirs)
-            process = context().Process(target=_serve, args=arguments, daemon=True)
+            ours, theirs = context(device).Pipe()
+            arguments = (rank, world_size, f"{self.folder.name}/rendezvous", device, theirs)
+            process = context(device).Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -93,11 +105,12 @@ def _raise_failures(answers: Answers) -> None:
         raise AssertionError("\n".join(said))
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, rendezvous: str, device: str, pipe: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     import torch.distributed as dist
 
-    join_world(rank, world_size, rendezvous, timeout_s=COLLECTIVE_TIMEOUT_S)
+    compute_exactly()
+    join_world(rank, world_size, rendezvous, device=device, timeout_s=COLLECTIVE_TIMEOUT_S)
     _leave_out_of_collections()
     while True:
         try:
