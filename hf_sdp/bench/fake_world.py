@@ -1,10 +1,12 @@
-"""One worker of a world in one process, without the others: what it allocates in a step.
+"""One worker of a world in one process, without the others: what it allocates in a step, and computes on a GPU.
 
 Collectives run on torch's fake process group: buffers are allocated as ever, no data moves, values are garbage.
 """
 
 import contextlib
 import gc
+import statistics
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,11 +23,14 @@ from ..engine.shard import shard
 from ..engine.sharded import find_sharded
 from ..patch import patch_model
 
+_WARM_UP, _TIMED = 3, 10  # steps
+
 
 @contextlib.contextmanager
 def fake_world(world_size: int, rank: int = 0) -> Iterator[None]:
     """This process is one worker of a world whose others do not exist."""
     gc.collect()  # nothing of an earlier world may be freed while this one is measured
+    torch.cuda.empty_cache()  # nor be in pieces where this one needs memory as a whole; without effect on a CPU
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=world_size)
     try:
         yield
@@ -59,8 +64,9 @@ def parallelize(
 
 
 def _finished(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
+    buffer = bucket.buffer()
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
+    future.set_result(buffer)
     return future
 
 
@@ -72,15 +78,16 @@ def measure_steps(
     *,
     autocast: bool = False,
     batch_of: Callable[[int, int], dict[str, torch.Tensor]] | None = None,
-) -> list[dict[str, int]]:
-    """Bytes for each batch (sequences, tokens of each).
+) -> list[dict[str, float]]:
+    """Bytes for each batch (sequences, tokens of each), and on CUDA the time of a step of the last one.
 
     Two small steps come first: moments exist then, and DDP has rebuilt its buckets.
     Args:
         batch_of: (sequences, tokens of each) -> arguments of the model; default: tokens and their labels.
     Returns: for each batch the state by kind (of ``metrics.state_bytes``); ``buckets``: DDP's, which are not measured
         but are as large as the gradients; ``step``: the peak of a step above what was allocated before it;
-        ``bytes_sent`` (SDP).
+        ``bytes_sent`` (SDP). ``step_s``: seconds, the median of ten steps; of computation alone, since the fake process
+        group sends nothing (it copies within this GPU what an all-gather puts together).
     """
     sharded = find_sharded(model)
     stored: dict[str, int] = {}
@@ -102,11 +109,24 @@ def measure_steps(
     step(1, 16)
     stored |= {k: v for k, v in state_bytes(model, optimizer).items() if k != "gradients"}
     stored["buckets"] = stored["gradients"] if isinstance(model, DistributedDataParallel) else 0
-    results = []
+    results: list[dict[str, float]] = []
     for num_sequences, length in batches:
         sent = 0 if sharded is None else sharded.traffic.bytes_sent
         with measured_peak(device) as peak:
             step(num_sequences, length)
         sent = 0 if sharded is None else sharded.traffic.bytes_sent - sent
         results.append({**stored, "step": peak[0], "bytes_sent": sent})
+    if device.type == "cuda":
+        results[-1]["step_s"] = _median_s(lambda: step(*batches[-1]), device)
     return results
+
+
+def _median_s(step: Callable[[], None], device: torch.device) -> float:
+    times = []
+    for _ in range(_WARM_UP + _TIMED):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[_WARM_UP:])
