@@ -14,11 +14,10 @@ SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_attenti
 BATCH = (2, 128)
 
 
-@pytest.mark.parametrize(
-    "engine",
-    ["DDP", "FSDP2", SDPConfig(level="neuron", param_dtype="bfloat16"), SDPConfig(masking="backward")],
-    ids=str,
-)
+SDP = [SDPConfig(level="neuron", param_dtype="bfloat16"), SDPConfig(masking="backward")]
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", *SDP], ids=str)
 def test_state_is_what_is_predicted_and_steps_take_time(engine):
     config, device = small_llama(**SIZES), torch.device("cuda")
     with fake_world(8):

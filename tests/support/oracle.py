@@ -12,7 +12,7 @@ STEPS = 20
 OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.2, momentum=0.9, weight_decay=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01),
-    "fused adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01, fused=True),
+    "fused adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01, eps=1e-6, fused=True),
 }
 # AdamW's first steps amplify rounding where gradients are near zero.
 TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4, "fused adamw": 1e-4}
