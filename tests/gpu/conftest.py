@@ -1,4 +1,7 @@
-"""Real workers over NCCL on CUDA: four of them on however many GPUs there are. Without a GPU all is skipped."""
+"""Real workers over NCCL on CUDA: four of them on however many GPUs there are. Without a GPU all is skipped.
+
+Written without one: none of these tests has run on a GPU yet.
+"""
 
 from pathlib import Path
 
