@@ -17,4 +17,4 @@ if [ $# -eq 0 ]; then
     set -- tests --ignore=tests/bench --ignore=tests/cli --ignore=tests/attack --ignore-glob='*/test_oracle*' \
         --ignore-glob='*/adapters/test_[eqrt]*'
 fi
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -11,4 +11,5 @@ if [ $# -eq 0 ]; then
     lint-imports --no-cache --no-logo
     mypy
 fi
-exec python -m pytest "$@"  # without a path: testpaths of pyproject.toml
+# Two files at a time: workers wait more than they compute. Without a path: testpaths of pyproject.toml.
+exec python -m pytest -n 2 --dist loadfile "$@"
