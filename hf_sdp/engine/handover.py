@@ -17,7 +17,7 @@ from ..compat import forget_values, has_unreduced_gradients, reset_sharded_param
 from ..errors import SDPStateError
 from ..model.state import Held, local_tensor
 from ..plan.placement import owners, stored_by_all
-from ..plan.region import Region
+from ..plan.region import Region, rows_of_shard
 from ..world.agreement import of_everyone, together
 from .exchange import Owned, find_route, move
 from .fsdp import fsdp_modules
@@ -99,16 +99,12 @@ class Handover:
             train_from_now_on(optimizer, [[] for _ in optimizer.param_groups], {})
 
     def _take(self, local_name: str, kind: _Kind, tensor: torch.Tensor) -> None:
-        held, holders = (
-            self.held.subnetwork.tensors[local_name].region,
-            self.held.subnetwork.tensors[local_name].holders,
-        )
-        region, owned = self.held.stored(local_name), self.senders.stored(held, holders, self.held.rank)
+        local = self.held.subnetwork.tensors[local_name]
+        region, owned = self.held.stored(local_name), self.senders.stored(local.region, local.holders, self.held.rank)
         part = tensor
         if owned != region:
-            index, number = self.senders.place(holders, self.held.rank)
-            step = -(-len(tensor) // number)
-            part = tensor[index * step : (index + 1) * step]
+            start, stop = rows_of_shard(len(tensor), *self.senders.place(local.holders, self.held.rank))
+            part = tensor[start:stop]
         self.tensors.setdefault((region.name, kind), []).append(_Stored(region, tensor, owned, part))
 
     @torch.no_grad()
