@@ -119,6 +119,11 @@ def first_steps(starts: Sequence[float], costs: Sequence[float], num_steps: int)
         starts: share at which each begins: of what all steps cost together.
         costs: of a step of each phase, in any unit. With equal costs the shares are of the steps.
     """
-    ends = [*starts[1:], 1.0]
-    steps = [(end - start) / cost for start, end, cost in zip(starts, ends, costs, strict=True)]
+    steps = steps_for_one(starts, costs)
     return [round(num_steps * sum(steps[:number]) / sum(steps)) for number in range(len(steps))]
+
+
+def steps_for_one(starts: Sequence[float], costs: Sequence[float]) -> list[float]:
+    """Steps of each phase, of a training whose steps cost one unit together; arguments as of :func:`first_steps`."""
+    ends = [*starts[1:], 1.0]
+    return [(end - start) / cost for start, end, cost in zip(starts, ends, costs, strict=True)]
