@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.metadata
 import inspect
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ __all__ = [
     "is_in_ddp",
     "is_within_backward",
     "let_meshes_forget_their_groups",
+    "meshes_unseen",
     "norms_mixed_meshes",
     "reduce_missing_gradients",
     "reset_after_exception",
@@ -220,3 +222,16 @@ def is_within_backward() -> bool:
 def norms_mixed_meshes(trainer_class: Any) -> bool:
     """Whether the Trainer itself may compute the norm of gradients on several meshes (``_has_mixed_mesh_grads``)."""
     return hasattr(trainer_class, "_has_mixed_mesh_grads")
+
+
+@contextlib.contextmanager
+def meshes_unseen(trainer_module: Any) -> Iterator[None]:
+    """Within, the Trainer makes no group of an optimizer for each mesh of its parameters (later versions do)."""
+    sees = getattr(trainer_module, "has_mixed_dtensor", None)
+    if sees is not None:
+        trainer_module.has_mixed_dtensor = lambda tensors: False
+    try:
+        yield
+    finally:
+        if sees is not None:
+            trainer_module.has_mixed_dtensor = sees

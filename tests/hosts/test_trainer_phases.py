@@ -127,7 +127,7 @@ def test_a_phase_splits_its_micro_batches(tmp_path, model):
 
 
 def train_stored(folder, from_pretrained: bool):
-    """A model that comes sharded: the Trainer then makes a group for each mesh, other ones on each worker."""
+    """A model that comes sharded: its optimizer is made for parameters of several meshes, other ones on each worker."""
     sdp = SDPConfig(coverage_schedule=[(0.0, 2 / 3), (0.5, 1.0)])  # of three workers each holds two parts
     trainer = make_trainer(folder, None, dict(max_steps=4, optim="sgd", learning_rate=0.1, weight_decay=0.1))
     load = hf_sdp.from_pretrained if from_pretrained else patched
