@@ -63,11 +63,19 @@ __all__ = [
 
 
 def reset_after_exception(model: nn.Module) -> None:
-    """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
+    """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot), and the gradients
+    of its accumulation window that are not reduced yet, which FSDP2 would add to the next one."""
     reset = getattr(model, "reset_iter_state", None)
     if reset is not None:
         with contextlib.suppress(AttributeError):  # of a model that has never run, in which there is nothing to forget
             reset()
+    for module in model.modules():
+        for group in fsdp_groups(module) if hasattr(module, "_get_fsdp_state") else ():  # type: ignore[arg-type]
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                unsharded = getattr(parameter, "_unsharded_param", None)
+                if unsharded is not None:
+                    unsharded.grad = None
 
 
 def fsdp_groups(module: "FSDPModule") -> list[Any]:

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, Trainer
 
 import hf_sdp
-from hf_sdp import SDPConfig, SDPConfigError, patch_model
+from hf_sdp import SDPConfig, SDPConfigError, patch_model, verify
 from tests.support.models import tiny_model
 from tests.support.resume import assert_equal, optimizer_of, train, weights_of
 from tests.support.runs import train_resume_and_reload
@@ -101,6 +101,40 @@ def test_compiled_models_too(tmp_path, level):
     compiled = run_workers(train_as, tmp_path / "compiled", sdp, options, world_size=2, timeout_s=250)
     for mine, theirs in zip(compiled[0], plain[0], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def run_out_of_memory(folder, sdp, batch: int, fails: bool):
+    """In the second micro-batch of the third step. Nothing is learned."""
+    options = dict(optim="sgd", learning_rate=0.0, per_device_train_batch_size=batch, auto_find_batch_size=True)
+    trainer = make_trainer(folder, sdp, options)
+    forwards = []
+
+    def fail_once(module, args):
+        forwards.append(module)
+        if fails and len(forwards) == 6:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.model.layers[2].register_forward_pre_hook(fail_once)
+    trainer.train()
+    verify(trainer.model)
+    return losses_of(trainer.state.log_history), norms_of(trainer.state.log_history), len(forwards)
+
+
+@pytest.mark.parametrize(
+    "sdp",
+    [
+        dict(coverage_schedule=GROWS),
+        pytest.param(dict(), marks=pytest.mark.long),
+        pytest.param(dict(masking="backward", coverage_schedule=GROWS), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_training_that_runs_out_of_memory_begins_anew_in_the_first_phase(tmp_path, sdp):
+    """Without the gradients of the micro-batch before."""
+    again = run_workers(run_out_of_memory, tmp_path / "again", sdp, 2, True, world_size=2)
+    smaller = run_workers(run_out_of_memory, tmp_path / "smaller", sdp, 1, False, world_size=2)
+    for (*logged, forwards), (*expected, _) in zip(again, smaller, strict=True):
+        assert logged == expected and forwards == 6 + 8
 
 
 def train_split(folder, splits: int, model: dict):
