@@ -39,13 +39,10 @@ def train(precision: str, config: dict, boundary: int | None, steps: int = 4):
     return (losses, norms), consolidate(model), {t.dtype for t in tensors}
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [
-        "param_dtype",
-        *(pytest.param(p, marks=pytest.mark.long) for p in ("autocast", "param_dtype, reduced in float32")),
-    ],
-)
+LONG = [pytest.param(p, marks=pytest.mark.long) for p in ("autocast", "param_dtype, reduced in float32")]
+
+
+@pytest.mark.parametrize("precision", ["param_dtype", *LONG])
 def test_weights_stay_in_float32_through_a_boundary(precision):
     lower, full = (
         run_workers(train, p, dict(coverage_schedule=GROWS), 2, world_size=2) for p in (precision, "float32")

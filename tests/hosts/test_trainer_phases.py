@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from transformers import AutoModelForCausalLM, Trainer
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 import hf_sdp
 from hf_sdp import SDPConfig, SDPConfigError, patch_model, verify
@@ -137,10 +138,12 @@ def test_a_training_that_runs_out_of_memory_begins_anew_in_the_first_phase(tmp_p
         assert logged == expected and forwards == 6 + 8
 
 
-def train_split(folder, splits: int, model: dict):
-    sdp = dict(coverage_schedule=["0:0.5", f"0.5:1:splits={splits}"])
+def train_split(folder, splits: int, model: dict, rows: tuple[int, int] = (3, 3), **options):
+    """``rows``: of a micro-batch, on each worker."""
+    sdp = dict(coverage_schedule=["0:0.5", f"0.5:1:splits={splits}"], **options)
     arguments = dict(max_steps=4, optim="sgd", learning_rate=0.1, per_device_train_batch_size=3)
     trainer = make_trainer(folder, sdp, arguments, model, ragged=True)
+    trainer.data_collator = lambda batch: default_data_collator(batch[: rows[dist.get_rank()]])
     sizes = []
     trainer.model.register_forward_pre_hook(
         lambda m, args, kwargs: sizes.append(len(kwargs["labels"])), with_kwargs=True
@@ -158,6 +161,20 @@ def test_a_phase_splits_its_micro_batches(tmp_path, model):
         assert of_parts[0] == pytest.approx(of_whole[0], abs=1e-5)
         assert of_parts[1] == pytest.approx(of_whole[1], rel=1e-4)
         assert of_whole[2] == [3] * 8 and of_parts[2] == [3] * 4 + [1, 2] * 4
+
+
+@pytest.mark.parametrize("reshards", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_workers_have_as_many_pieces_as_the_one_with_the_fewest_rows(tmp_path, reshards):
+    options = dict(rows=(2, 3), reshard_after_forward=reshards)
+    whole, parted = (run_workers(split_unevenly, tmp_path, splits, options, world_size=2) for splits in (1, 3))
+    for of_whole, of_parts in zip(whole, parted, strict=True):
+        assert of_parts[0] == pytest.approx(of_whole[0], abs=1e-5)
+        assert of_parts[1] == pytest.approx(of_whole[1], rel=1e-4)
+    assert [sizes for *_, sizes in parted] == [[2] * 4 + [1, 1] * 4, [3] * 4 + [1, 2] * 4]
+
+
+def split_unevenly(folder, splits: int, options: dict):
+    return train_split(folder, splits, {}, **options)
 
 
 def train_stored(folder, from_pretrained: bool):
