@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_sdp import SDPConfig, SDPConfigError
+from hf_sdp import SDPConfig, SDPConfigError, Workload
 from hf_sdp.model.phases import Planned, Schedule
 from hf_sdp.schedule import Phase, first_steps
 
@@ -65,6 +65,24 @@ def test_without_a_schedule_the_one_phase_says_nothing_of_its_own():
     config = SDPConfig(coverage=[0.25, 0.75], level="block", masking="backward")
     ((phase, of_phase),) = config.phases
     assert of_phase is config and phase.start == 0 and phase.changes == {}
+
+
+@pytest.mark.parametrize(
+    ("phase", "expected"),
+    [
+        (Phase(0.0, 0.5), dict(batch=5)),
+        (Phase(0.0, 0.5, splits=2), dict(batch=3)),  # pieces of 2 and 3 rows
+        (Phase(0.0, 0.5, splits=8), dict(batch=1)),
+        (Phase(0.0, 0.5, gradient_checkpointing=True), dict(batch=5, gradient_checkpointing=True)),
+    ],
+)
+def test_what_a_worker_computes_at_a_time_is_the_largest_piece(phase, expected):
+    assert phase.workload_of(Workload(batch=5, sequence=8)) == Workload(sequence=8, **expected)
+
+
+def test_a_phase_keeps_the_checkpointing_of_the_workload():
+    workload = Workload(batch=1, sequence=8, gradient_checkpointing=True)
+    assert Phase(0.0, 0.5).workload_of(workload) == workload
 
 
 @pytest.mark.parametrize(
