@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.metadata
 import inspect
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ __all__ = [
     "is_in_ddp",
     "is_within_backward",
     "let_meshes_forget_their_groups",
+    "meshes_unseen",
     "norms_mixed_meshes",
     "reduce_missing_gradients",
     "reset_after_exception",
@@ -61,11 +63,19 @@ __all__ = [
 
 
 def reset_after_exception(model: nn.Module) -> None:
-    """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot)."""
+    """Forget a forward or backward that an exception cut short (torch >= 2.13; before, FSDP2 cannot), and the gradients
+    of its accumulation window that are not reduced yet, which FSDP2 would add to the next one."""
     reset = getattr(model, "reset_iter_state", None)
     if reset is not None:
         with contextlib.suppress(AttributeError):  # of a model that has never run, in which there is nothing to forget
             reset()
+    for module in model.modules():
+        for group in fsdp_groups(module) if hasattr(module, "_get_fsdp_state") else ():  # type: ignore[arg-type]
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                unsharded = getattr(parameter, "_unsharded_param", None)
+                if unsharded is not None:
+                    unsharded.grad = None
 
 
 def fsdp_groups(module: "FSDPModule") -> list[Any]:
@@ -220,3 +230,16 @@ def is_within_backward() -> bool:
 def norms_mixed_meshes(trainer_class: Any) -> bool:
     """Whether the Trainer itself may compute the norm of gradients on several meshes (``_has_mixed_mesh_grads``)."""
     return hasattr(trainer_class, "_has_mixed_mesh_grads")
+
+
+@contextlib.contextmanager
+def meshes_unseen(trainer_module: Any) -> Iterator[None]:
+    """Within, the Trainer makes no group of an optimizer for each mesh of its parameters (later versions do)."""
+    sees = getattr(trainer_module, "has_mixed_dtensor", None)
+    if sees is not None:
+        trainer_module.has_mixed_dtensor = lambda tensors: False
+    try:
+        yield
+    finally:
+        if sees is not None:
+            trainer_module.has_mixed_dtensor = sees

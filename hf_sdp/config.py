@@ -179,7 +179,7 @@ class SDPConfig:
     def phases(self) -> tuple[tuple[Phase, "SDPConfig"], ...]:
         """Each phase of the training with the config of its plan, which has no schedule; without one there is one."""
         if self.coverage_schedule is None:
-            return ((Phase(0.0, 1.0), self),)
+            return ((Phase(0.0), self),)
         return tuple((phase, self._of_phase(phase)) for phase in self.coverage_schedule)
 
     def _check_coverage(self):

@@ -74,6 +74,8 @@ def parse(annotation, text: str) -> Any:
         return _parse_element(kind.element, text.strip())
     try:
         return without_list([_parse_element(kind.element, piece.strip()) for piece in text.split(",")], kind)
+    except SDPConfigError:
+        raise  # an element's own says more
     except ValueError:
         raise ValueError(f"{text!r} is no list of numbers separated by commas.") from None
 

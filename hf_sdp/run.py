@@ -63,11 +63,13 @@ def run(
         raise click.UsageError("--seq has no effect without --dry-run.")
     if compare and dry_run:
         raise click.UsageError("--compare has no effect with --dry-run. Leave one of them out.")
-    from .hosts.adoption import enable
     from .hosts.environment import options_in_environment
 
     given = {name: value for name, value in options.items() if value is not None}
-    config = SDPConfig(**{**options_in_environment(), **given})
+    try:
+        config = SDPConfig(**{**options_in_environment(), **given})
+    except SDPConfigError as error:
+        raise click.UsageError(str(error)) from None
     if compare and config.coverage_schedule is not None:
         raise click.UsageError("--compare measures the steps of one plan. Give the coverage of one phase.")
     before: Any = functools.partial(_stop, config, seq) if dry_run else None
@@ -82,6 +84,8 @@ def run(
         engine, _, file = measure.partition(":")
         before = functools.partial(_measure, engine != "ddp", Path(file))
         config = config_of(engine, config)
+    from .hosts.adoption import enable
+
     adoption = enable(config, only=only, before=before)
     assert adoption is not None  # a config was given
     sys.argv = [script, *arguments]

@@ -26,7 +26,7 @@ class Phase:
     """
 
     start: float = option("Share of the training at which it begins, in [0, 1).")
-    coverage: float = option("As in SDPConfig.")
+    coverage: float | None = option("Share C; a coverage_schedule says it of each phase.", default=None)
     level: Literal["neuron", "block"] | None = option("As in SDPConfig.", default=None)
     masking: Literal["forward", "backward"] | None = option("As in SDPConfig.", default=None)
     depth_profile: Literal["uniform", "linear"] | None = option("As in SDPConfig.", default=None)
@@ -41,8 +41,8 @@ class Phase:
 
     def __post_init__(self):
         options.check(self)
-        for name in ("start", "coverage"):
-            value = getattr(self, name)
+        given = {"start": self.start} | ({} if self.coverage is None else {"coverage": self.coverage})
+        for name, value in given.items():
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise SDPConfigError(f"{name} of a phase must be a number, got {value!r}.")
         if not 0 <= self.start < 1:
@@ -106,6 +106,8 @@ def phases_of(given: object) -> tuple[Phase, ...]:
         raise SDPConfigError(
             f"coverage_schedule must begin at 0, and each phase after the one before it, got starts {starts}."
         )
+    if any(phase.coverage is None for phase in phases):
+        raise SDPConfigError(f"coverage_schedule: each phase must have a coverage, as in {_EXAMPLE}.")
     for before, after in zip(phases, phases[1:], strict=False):
         if dataclasses.replace(before, start=after.start) == after:
             raise SDPConfigError(f"coverage_schedule: the phase from {after.start:g} is as the one before it.")
@@ -119,6 +121,11 @@ def first_steps(starts: Sequence[float], costs: Sequence[float], num_steps: int)
         starts: share at which each begins: of what all steps cost together.
         costs: of a step of each phase, in any unit. With equal costs the shares are of the steps.
     """
-    ends = [*starts[1:], 1.0]
-    steps = [(end - start) / cost for start, end, cost in zip(starts, ends, costs, strict=True)]
+    steps = steps_for_one(starts, costs)
     return [round(num_steps * sum(steps[:number]) / sum(steps)) for number in range(len(steps))]
+
+
+def steps_for_one(starts: Sequence[float], costs: Sequence[float]) -> list[float]:
+    """Steps of each phase, of a training whose steps cost one unit together; arguments as of :func:`first_steps`."""
+    ends = [*starts[1:], 1.0]
+    return [(end - start) / cost for start, end, cost in zip(starts, ends, costs, strict=True)]

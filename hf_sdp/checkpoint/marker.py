@@ -13,6 +13,7 @@ from ..config import SDPConfig
 from ..errors import SDPStateError
 from ..model.state import SDPState
 from ..plan.plan import Plan
+from ..workload import Workload
 from ..world.agreement import from_rank_0, of_everyone, process_group_is_up, together
 from .files import read_json, reading, size_of
 from .one_file_system import refuse_unless_seen
@@ -152,6 +153,18 @@ def read_marker(folder: Path) -> dict | None:
         if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "crc32" not in entry:
             raise SDPStateError(f"{file} is damaged: {name!r} has no size and CRC-32.")
     return content
+
+
+def config_of_plan(content: dict) -> SDPConfig:
+    """The config by which a checkpoint's plan was made: with a schedule, that of the phase.
+
+    Raises: TypeError or SDPConfigError for what is no SDPConfig, IndexError for a phase that it does not have.
+    """
+    known = {field.name for field in dataclasses.fields(SDPConfig)}  # a later version may have more options
+    given = {name: value for name, value in content["sdp_config"].items() if name in known}
+    if given.get("workload") is not None:
+        given["workload"] = Workload(**given["workload"])
+    return SDPConfig(**given).phases[content.get("phase", 0)][1]
 
 
 def is_inside(name: str) -> bool:

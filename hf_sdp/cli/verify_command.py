@@ -10,11 +10,11 @@ from rich.table import Table
 from torch import nn
 
 from ..checkpoint import tensors as boxes
-from ..checkpoint.marker import MARKER, OPTIMIZER, PLAN, check
+from ..checkpoint.marker import MARKER, OPTIMIZER, PLAN, check, config_of_plan
 from ..checkpoint.saved_optimizer import TENSORS
 from ..checkpoint.weights import INDEX, Weights
 from ..compat import converts_checkpoints
-from ..errors import SDPStateError
+from ..errors import SDPConfigError, SDPStateError
 from ..plan.plan import Plan
 from .errors import CommandError
 from .models import first_line, load_config, make_meta_model
@@ -104,18 +104,15 @@ def _plan(folder: Path, marker: dict, shapes: dict[str, tuple[int, ...]]) -> str
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SDPStateError(f"{file} cannot be read as a plan: {error!r}.") from error
     try:
-        config = marker["sdp_config"]
-        if config.get("coverage_schedule") is not None:
-            phase = config["coverage_schedule"][marker["phase"]]
-            config = config | {name: phase[name] for name in ("level", "masking") if phase[name] is not None}
-        expected = {
-            "plan_hash": (found_hash, marker["plan_hash"]),
-            "level": (plan.level, config["level"]),
-            "masking": (plan.masking, config["masking"]),
-            "num_subnetworks": (plan.num_subnetworks, config["num_subnetworks"] or marker["world_size"]),
-        }
-    except (KeyError, TypeError) as error:
+        config = config_of_plan(marker)
+    except (TypeError, IndexError, SDPConfigError) as error:
         raise SDPStateError(f"{folder / MARKER} is damaged: {error!r}.") from error
+    expected = {
+        "plan_hash": (found_hash, marker["plan_hash"]),
+        "level": (plan.level, config.level),
+        "masking": (plan.masking, config.masking),
+        "num_subnetworks": (plan.num_subnetworks, config.num_subnetworks or marker["world_size"]),
+    }
     for what, (found, said) in expected.items():
         if found != said:
             raise SDPStateError(f"{file}: {what} is {found}, {MARKER} says {said}.")

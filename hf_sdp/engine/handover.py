@@ -17,12 +17,11 @@ from ..compat import forget_values, has_unreduced_gradients, reset_sharded_param
 from ..errors import SDPStateError
 from ..model.state import Held, local_tensor
 from ..plan.placement import owners, stored_by_all
-from ..plan.region import Region
+from ..plan.region import Region, rows_of_shard
 from ..world.agreement import of_everyone, together
 from .exchange import Owned, find_route, move
 from .fsdp import fsdp_modules
 from .optimizer import local_shards, train_from_now_on
-from .same_optimizer import options_of
 from .sharded import Sharded
 
 _Kind = tuple[int, str] | None
@@ -80,18 +79,15 @@ class Handover:
                             )
                         else:
                             self._take(local_name, (number, key), local_tensor(value))
-            groups = [
-                [(options_of(group), [names[p] for p in group["params"]]) for group in optimizer.param_groups]
-                for optimizer in self.optimizers
-            ]
+            groups = [[{names[p] for p in g["params"]} for g in o.param_groups] for o in self.optimizers]
         dtypes = {place: stored[0].tensor.dtype for place, stored in self.tensors.items()}
         learns = {name: p.requires_grad for p, name in names.items()}
         everyone = of_everyone((dtypes, learns, numbers, groups), sharded.control_group)
         self.dtypes = _union(theirs[0] for theirs in everyone)
         self.learns = _union(theirs[1] for theirs in everyone)
         self.numbers = _union(theirs[2] for theirs in everyone)
-        of_everyone_by_optimizer = zip(*(theirs[3] for theirs in everyone), strict=True)
-        self.groups = [_names_by_group(mine, all_) for mine, all_ in zip(groups, of_everyone_by_optimizer, strict=True)]
+        by_optimizer = zip(*(theirs[3] for theirs in everyone), strict=True)
+        self.groups = [[set().union(*names) for names in zip(*groups, strict=True)] for groups in by_optimizer]
         self.kinds: dict[str, list[tuple[int, str]]] = {}
         for name, kind in sorted(place for place in self.dtypes if place[1] is not None):
             self.kinds.setdefault(name, []).append(kind)
@@ -99,16 +95,12 @@ class Handover:
             train_from_now_on(optimizer, [[] for _ in optimizer.param_groups], {})
 
     def _take(self, local_name: str, kind: _Kind, tensor: torch.Tensor) -> None:
-        held, holders = (
-            self.held.subnetwork.tensors[local_name].region,
-            self.held.subnetwork.tensors[local_name].holders,
-        )
-        region, owned = self.held.stored(local_name), self.senders.stored(held, holders, self.held.rank)
+        local = self.held.subnetwork.tensors[local_name]
+        region, owned = self.held.stored(local_name), self.senders.stored(local.region, local.holders, self.held.rank)
         part = tensor
         if owned != region:
-            index, number = self.senders.place(holders, self.held.rank)
-            step = -(-len(tensor) // number)
-            part = tensor[index * step : (index + 1) * step]
+            start, stop = rows_of_shard(len(tensor), *self.senders.place(local.holders, self.held.rank))
+            part = tensor[start:stop]
         self.tensors.setdefault((region.name, kind), []).append(_Stored(region, tensor, owned, part))
 
     @torch.no_grad()
@@ -207,36 +199,6 @@ def _received(sent: tuple[Any, str | None], device: torch.device) -> Any:
     if device_type is None:
         return value
     return value.to(device if device_type == device.type else device_type, copy=True)
-
-
-_Groups = Sequence[tuple[dict[str, object], list[str]]]
-"""The groups of an optimizer: options, and full names of what is trained with them."""
-
-
-def _names_by_group(mine: _Groups, everyone: Sequence[_Groups]) -> list[set[str]]:
-    """What each of my groups trains from now on.
-
-    The Trainer makes a group for each mesh of parameters that are sharded already, and workers have other meshes: then
-    one of the groups of equal options trains all that these train.
-    """
-    same = all([options for options, _ in theirs] == [options for options, _ in mine] for theirs in everyone)
-    number_of: dict[str, int] = {}
-    for theirs in everyone:
-        for number, (_, names) in zip(_numbers(theirs, same), theirs, strict=True):
-            number_of |= {name: min(number, number_of.get(name, number)) for name in names}
-    numbers = _numbers(mine, same)
-    return [
-        {name for name, n in number_of.items() if n == number} if number not in numbers[:index] else set()
-        for index, number in enumerate(numbers)
-    ]
-
-
-def _numbers(groups: _Groups, same: bool) -> list[int]:
-    """Of each group; ``same``: whether all workers have them so. Else neighbours of equal options have one number."""
-    if same:
-        return list(range(len(groups)))
-    runs = itertools.groupby(groups, lambda group: group[0])
-    return [number for number, (_, run) in enumerate(runs) for _ in run]
 
 
 def _union(dicts: Iterable[dict]) -> dict:

@@ -87,7 +87,7 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     with together(sharded.control_group):
         refuse_unless_elementwise(optimizer)
         groups = _new_groups(optimizer, sharded)
-    agree_on_groups(optimizer, groups, sharded)
+    agree_on_groups(groups, sharded)
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = parameters
     if _is_new_adagrad(optimizer):

@@ -4,6 +4,7 @@ Trainer builds ``Accelerator(**args)`` from its module's global, so that name is
 methods are wrapped; each wrap does nothing for a model that is not patched. Source: transformers/trainer.py.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..checkpoint.save import bytes_to_save
-from ..compat import norms_mixed_meshes
+from ..compat import meshes_unseen, norms_mixed_meshes
 from ..config import SDPConfig
 from ..engine.metrics import StepMeter
 from ..engine.presence import come_to
@@ -182,7 +183,7 @@ def install() -> None:
     """
     if host.Accelerator is _TrainerAccelerator:
         return
-    wraps = {**WRAPS, **TOGETHER, **SPLITS, **NUMBERS, "log": _log}
+    wraps = {**WRAPS, **TOGETHER, **SPLITS, **NUMBERS, "log": _log, "create_optimizer": _one_group_for_all_meshes}
     if norms_mixed_meshes(host.Trainer):
         wraps["_has_mixed_mesh_grads"] = _use_the_accelerators_norm
     for name, wrap in wraps.items():
@@ -214,6 +215,15 @@ def _log(original):
         return original(self, logs, start_time)
 
     return log
+
+
+def _one_group_for_all_meshes(original):
+    def create_optimizer(self, model=None):
+        # A step sees plain local shards. Groups by mesh would be other ones on each worker, and in each phase.
+        with meshes_unseen(host) if find_sharded(self.model) is not None else contextlib.nullcontext():
+            return original(self, model)
+
+    return create_optimizer
 
 
 def _use_the_accelerators_norm(original):

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ..compat import tree_leaves
+from ..engine.sharded import find_sharded
 from ..model.state import find_state
+from ..world.agreement import of_everyone
 
 
 def _training_step(original):
     def training_step(self, model, inputs, num_items_in_batch=None):
-        state = find_state(model)
-        splits = 1 if state is None or state.schedule is None else state.schedule.current.phase.splits
-        pieces = split(inputs, splits)
+        pieces = _pieces(model, inputs)
         if len(pieces) == 1:
             return original(self, model, inputs, num_items_in_batch)
         rows, losses = sum(number for number, _ in pieces), []
@@ -28,6 +28,16 @@ def _training_step(original):
         return torch.stack(losses).sum()
 
     return training_step
+
+
+def _pieces(model: Any, inputs: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Of a batch, in the phase that the model is in: on all workers as many, since a forward may be a collective."""
+    state, sharded = find_state(model), find_sharded(model)
+    splits = 1 if state is None or state.schedule is None else state.schedule.current.phase.splits
+    pieces = split(inputs, splits)
+    if splits > 1 and sharded is not None:
+        pieces = split(inputs, min(of_everyone(len(pieces), sharded.control_group)))  # some may have fewer rows
+    return pieces
 
 
 def split(inputs: dict[str, Any], splits: int) -> list[tuple[int, dict[str, Any]]]:

@@ -66,10 +66,7 @@ class Region:
 
     def shard(self, index: int, num_shards: int) -> "Region":
         """The ``index``-th of ``num_shards`` pieces along dim 0, as FSDP2 cuts a tensor (torch.chunk; may be empty)."""
-        if num_shards == 1:
-            return self
-        step = -(-self.shape[0] // num_shards)
-        return self.rows(index * step, (index + 1) * step)
+        return self if num_shards == 1 else self.rows(*rows_of_shard(self.shape[0], index, num_shards))
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
@@ -91,6 +88,12 @@ class Region:
         for box, into in self.views(result):
             into.copy_(view(full, box))
         return result
+
+
+def rows_of_shard(num_rows: int, index: int, num_shards: int) -> tuple[int, int]:
+    """``(start, stop)`` of the ``index``-th shard; where rows do not suffice, behind the last one."""
+    step = -(-num_rows // num_shards)
+    return index * step, (index + 1) * step
 
 
 def _placed(ranges: Ranges) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -18,6 +18,8 @@ peft = pytest.importorskip("peft")
     "sdp",
     [
         dict(level="block"),
+        dict(level="neuron", coverage_schedule=[(0.0, 1.0), (0.5, 0.5)]),  # saved at the boundary, and after it
+        pytest.param(dict(level="block", coverage_schedule=[(0.0, 0.5), (0.5, 1.0)]), marks=pytest.mark.long),
         pytest.param(dict(level="neuron", coverage=0.5), marks=pytest.mark.long),
         pytest.param(dict(masking="backward"), marks=pytest.mark.long),
     ],

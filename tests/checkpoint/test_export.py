@@ -14,6 +14,8 @@ from tests.support.workers import run_workers
 def export(folder, config, options):
     accelerator = SDPAccelerator()
     model = accelerator.prepare(hf_sdp.patch_model(tiny_model(seed=5, **options), SDPConfig(**config)))
+    if "coverage_schedule" in config:
+        assert accelerator.follow_schedule(1, 2)
     for subnetwork in range(4):
         hf_sdp.export_subnetwork(model, f"{folder}/{subnetwork}", subnetwork)
     return model(**batch(0)).logits.detach()
@@ -25,6 +27,7 @@ def export(folder, config, options):
         (dict(coverage=0.5), EVERYTHING),
         (dict(coverage=0.75, sharding="none"), dict(EVERYTHING, hidden_size=48, tie_word_embeddings=False)),
         (dict(level="block", block_granularity="layer"), EVERYTHING),
+        (dict(coverage_schedule=["0:0.5:masking=backward", "0.5:0.5"]), EVERYTHING),  # in the second phase
     ],
     ids=str,
 )

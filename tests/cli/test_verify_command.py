@@ -99,6 +99,12 @@ def test_damaged_files_are_named(run, checkpoint):
     refused(run("verify", checkpoint), f"incomplete: it has no {MARKER}")
 
 
+def _in_the_second_of_two_phases(marker: dict, **options) -> None:
+    second = {"start": 0.5, "coverage": 0.5, **options}
+    marker["sdp_config"].update(coverage_schedule=[{"start": 0.0, "coverage": 0.5}, second])
+    marker.update(phase=1)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -117,6 +123,10 @@ def test_damaged_files_are_named(run, checkpoint):
         ("config.json", lambda c: c.update(num_hidden_layers=5), "model.layers.4.* is missing, the model needs"),
         ("config.json", lambda c: c.update(hidden_size=-32), "No model can be made of the config of"),
         (MARKER, lambda c: c["sdp_config"].update(level="block"), "level is neuron.*says block"),
+        (MARKER, lambda c: c["sdp_config"].update(level="layer"), f"{MARKER} is damaged: .*level must be one of"),
+        (MARKER, lambda c: _in_the_second_of_two_phases(c, masking="backward"), "masking is forward.*says backward"),
+        (MARKER, lambda c: _in_the_second_of_two_phases(c, level="block"), "level is neuron.*says block"),
+        (MARKER, lambda c: c.update(phase=1), f"{MARKER} is damaged: IndexError"),
         (MARKER, lambda c: c.update(world_size=4), "num_subnetworks is 2.*says 4"),
         (MARKER, lambda c: c.pop("versions"), f"{MARKER} is damaged: 'versions' is missing"),
         (MARKER, lambda c: c.update(files=[]), f"{MARKER} is damaged"),

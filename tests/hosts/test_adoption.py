@@ -59,6 +59,36 @@ def test_options_of_the_environment():
         options_in_environment({"HF_SDP_COVERGE": "1"})
     with pytest.raises(SDPConfigError, match="HF_SDP_SEED: 'x' is not a whole number"):
         options_in_environment({"HF_SDP_SEED": "x"})
+    schedule = "0:0.5, 0.6:0.5:masking=backward"
+    values = options_in_environment({"HF_SDP_COVERAGE_SCHEDULE": schedule, "HF_SDP_COVERAGE_SCHEDULE_UNIT": "flops"})
+    phases = [(0.0, 0.5), (0.6, dict(coverage=0.5, masking="backward"))]
+    assert SDPConfig(**values) == SDPConfig(coverage_schedule=phases, coverage_schedule_unit="flops")
+    with pytest.raises(SDPConfigError, match="HF_SDP_COVERAGE_SCHEDULE: 'half' is no phase. Write a schedule as"):
+        options_in_environment({"HF_SDP_COVERAGE_SCHEDULE": "half"})
+
+
+def test_a_schedule_of_the_command_line_goes_before_that_of_the_environment(monkeypatch):
+    from hf_sdp import run
+    from hf_sdp.hosts import adoption
+
+    class NotReached(Exception):
+        pass
+
+    def enabled(config, **options):
+        configs.append(config)
+        raise NotReached
+
+    configs: list[SDPConfig] = []
+    monkeypatch.setattr(adoption, "enable", enabled)
+    monkeypatch.setenv("HF_SDP_COVERAGE_SCHEDULE", "0:0.25,0.5:1")
+    monkeypatch.setenv("HF_SDP_LEVEL", "block")
+    for given in (["--coverage-schedule", "0:0.5,0.6:1"], []):
+        monkeypatch.setattr(sys, "argv", ["run", *given, __file__])
+        with pytest.raises(NotReached):
+            run.main()
+    own, of_environment = configs
+    assert own == SDPConfig(level="block", coverage_schedule=[(0.0, 0.5), (0.6, 1.0)])
+    assert of_environment == SDPConfig(level="block", coverage_schedule=[(0.0, 0.25), (0.5, 1.0)])
 
 
 def train_unedited(folder, sdp: dict | None, own: dict | None):
@@ -202,6 +232,8 @@ def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path)
         (["--seq", "4", __file__], "--seq has no effect without --dry-run"),
         (["--compare", "--dry-run", __file__], "--compare has no effect with --dry-run"),
         (["--compare", "--coverage-schedule", "0:0.5,0.5:1", __file__], "--compare measures the steps of one plan"),
+        (["--coverage-schedule", "0:0.5,0.6", __file__], "'0.6' is no phase. Write a schedule as"),
+        (["--coverage-schedule", "0.5:0.5", __file__], "coverage_schedule must begin at 0"),
     ],
     ids=str,
 )

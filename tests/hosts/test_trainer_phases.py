@@ -3,10 +3,11 @@
 import shutil
 
 import pytest
-from transformers import AutoModelForCausalLM, Trainer
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 import hf_sdp
-from hf_sdp import SDPConfig, SDPConfigError, patch_model
+from hf_sdp import SDPConfig, SDPConfigError, patch_model, verify
 from tests.support.models import tiny_model
 from tests.support.resume import assert_equal, optimizer_of, train, weights_of
 from tests.support.runs import train_resume_and_reload
@@ -103,10 +104,46 @@ def test_compiled_models_too(tmp_path, level):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
 
-def train_split(folder, splits: int, model: dict):
-    sdp = dict(coverage_schedule=["0:0.5", f"0.5:1:splits={splits}"])
+def run_out_of_memory(folder, sdp, batch: int, fails: bool):
+    """In the second micro-batch of the third step. Nothing is learned."""
+    options = dict(optim="sgd", learning_rate=0.0, per_device_train_batch_size=batch, auto_find_batch_size=True)
+    trainer = make_trainer(folder, sdp, options)
+    forwards = []
+
+    def fail_once(module, args):
+        forwards.append(module)
+        if fails and len(forwards) == 6:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.model.layers[2].register_forward_pre_hook(fail_once)
+    trainer.train()
+    verify(trainer.model)
+    return losses_of(trainer.state.log_history), norms_of(trainer.state.log_history), len(forwards)
+
+
+@pytest.mark.parametrize(
+    "sdp",
+    [
+        dict(coverage_schedule=GROWS),
+        pytest.param(dict(), marks=pytest.mark.long),
+        pytest.param(dict(masking="backward", coverage_schedule=GROWS), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_training_that_runs_out_of_memory_begins_anew_in_the_first_phase(tmp_path, sdp):
+    """Without the gradients of the micro-batch before."""
+    again = run_workers(run_out_of_memory, tmp_path / "again", sdp, 2, True, world_size=2)
+    smaller = run_workers(run_out_of_memory, tmp_path / "smaller", sdp, 1, False, world_size=2)
+    for (*logged, forwards), (*expected, _) in zip(again, smaller, strict=True):
+        assert logged == expected and forwards == 6 + 8
+
+
+def train_split(folder, splits: int, model: dict, rows: tuple[int, int] = (3, 3), **options):
+    """``rows``: of a micro-batch, on each worker."""
+    sdp = dict(coverage_schedule=["0:0.5", f"0.5:1:splits={splits}"], **options)
     arguments = dict(max_steps=4, optim="sgd", learning_rate=0.1, per_device_train_batch_size=3)
     trainer = make_trainer(folder, sdp, arguments, model, ragged=True)
+    trainer.data_collator = lambda batch: default_data_collator(batch[: rows[dist.get_rank()]])
     sizes = []
     trainer.model.register_forward_pre_hook(
         lambda m, args, kwargs: sizes.append(len(kwargs["labels"])), with_kwargs=True
@@ -126,8 +163,22 @@ def test_a_phase_splits_its_micro_batches(tmp_path, model):
         assert of_whole[2] == [3] * 8 and of_parts[2] == [3] * 4 + [1, 2] * 4
 
 
+@pytest.mark.parametrize("reshards", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_workers_have_as_many_pieces_as_the_one_with_the_fewest_rows(tmp_path, reshards):
+    options = dict(rows=(2, 3), reshard_after_forward=reshards)
+    whole, parted = (run_workers(split_unevenly, tmp_path, splits, options, world_size=2) for splits in (1, 3))
+    for of_whole, of_parts in zip(whole, parted, strict=True):
+        assert of_parts[0] == pytest.approx(of_whole[0], abs=1e-5)
+        assert of_parts[1] == pytest.approx(of_whole[1], rel=1e-4)
+    assert [sizes for *_, sizes in parted] == [[2] * 4 + [1, 1] * 4, [3] * 4 + [1, 2] * 4]
+
+
+def split_unevenly(folder, splits: int, options: dict):
+    return train_split(folder, splits, {}, **options)
+
+
 def train_stored(folder, from_pretrained: bool):
-    """A model that comes sharded: the Trainer then makes a group for each mesh, other ones on each worker."""
+    """A model that comes sharded: its optimizer is made for parameters of several meshes, other ones on each worker."""
     sdp = SDPConfig(coverage_schedule=[(0.0, 2 / 3), (0.5, 1.0)])  # of three workers each holds two parts
     trainer = make_trainer(folder, None, dict(max_steps=4, optim="sgd", learning_rate=0.1, weight_decay=0.1))
     load = hf_sdp.from_pretrained if from_pretrained else patched

@@ -71,12 +71,22 @@ def test_what_others_have_changed_since_stays():
         own[0].remove()
         model.part = nn.Linear(1, 1)
     users = model[0].register_forward_hook(lambda *args: None)
-    model[0].note, model[1].inplace = "the user's", True
+    model[0].note, model[1].inplace, model.users = "the user's", True, nn.Identity()
     changes.take_back()
     assert model[0].weight.shape == (8, 4) and model[0].weight.is_meta and model[0].out_features == 8
-    assert list(model._modules) == ["0", "1"] and not hasattr(model, "part")
+    assert list(model._modules) == ["0", "1", "users"] and not hasattr(model, "part")
     assert list(model[0]._forward_hooks) == [users.id] and list(model[1]._forward_hooks) == [own[0].id]
     assert (model[0].note, model[1].inplace) == ("the user's", True)
+
+
+def test_a_parameter_of_two_modules_is_one_again():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    with recorded(model) as changes:
+        for module in model:
+            module.weight = nn.Parameter(torch.zeros(2, 4))
+    changes.take_back()
+    assert model[0].weight is model[1].weight and model[0].weight.is_meta
 
 
 def test_a_tensor_of_the_full_model_is_not_kept():

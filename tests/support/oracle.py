@@ -13,9 +13,16 @@ OPTIMIZERS = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.2, momentum=0.9, weight_decay=0.01),
     "adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01),
     "fused adamw": lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=0.01, eps=1e-6, fused=True),
+    "two groups": lambda params: torch.optim.SGD(two_groups(params), lr=0.2, momentum=0.9, weight_decay=0.01),
 }
 # AdamW's first steps amplify rounding where gradients are near zero.
-TOLERANCE = {"sgd": 1e-5, "adamw": 1e-4, "fused adamw": 1e-4}
+TOLERANCE = {"sgd": 1e-5, "two groups": 1e-5, "adamw": 1e-4, "fused adamw": 1e-4}
+
+
+def two_groups(params) -> list[dict]:
+    params = list(params)
+    norms = [p for p in params if p.dim() == 1]
+    return [{"params": [p for p in params if p.dim() > 1]}, {"params": norms, "lr": 0.5, "weight_decay": 0.0}]
 
 
 def freeze(model, prefixes: tuple):

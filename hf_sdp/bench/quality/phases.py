@@ -15,7 +15,7 @@ from ...model.stacked import can_be_stacked, stack
 from ...patch import patch_model
 from ...plan.plan import Plan
 from ...planner import make_plan
-from ...schedule import Phase, first_steps
+from ...schedule import Phase, first_steps, steps_for_one
 from .methods import Method, Redeal
 from .setting import Setting
 
@@ -70,8 +70,7 @@ class Course:
     @property
     def mean_cost(self) -> float:
         """FLOPs of a step, mean over the run: phases have shares of its FLOPs, so cheap ones have more steps."""
-        ends = [*self.starts[1:], 1.0]
-        return 1 / sum((end - start) / cost for start, end, cost in zip(self.starts, ends, self.costs, strict=True))
+        return 1 / sum(steps_for_one(self.starts, self.costs))
 
     def first_steps(self, steps: int) -> list[int]:
         """The step before which each phase begins, in a run of ``steps``."""
