@@ -11,7 +11,7 @@ from tests.support.workers import run_workers
 
 GROWS = [(0.0, 0.5), (0.5, 1.0)]
 SCHEDULES = {
-    "three phases": dict(coverage_schedule=[(0.0, 0.25), (0.3, 0.5), (0.7, 1.0)]),
+    "three phases": dict(coverage_schedule=[(0.0, 0.25), (0.3, 0.75), (0.7, 1.0)]),  # one part, several, one
     "forward, then backward": dict(coverage_schedule=[(0.0, 0.5), (0.5, (dict(coverage=0.5, masking="backward")))]),
     "backward, then forward": dict(masking="backward", coverage_schedule=[(0.0, 0.5), "0.5:0.5:masking=forward"]),
     "linear, then all": dict(depth_profile="linear", coverage_schedule=GROWS),

@@ -4,14 +4,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, follow_schedule, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, patch_model
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
+
+GROWS = [(0.0, 0.5), (0.5, 1.0)]
 
 
 def prepared(**options):
     accelerator = SDPAccelerator(**options)
-    model = patch_model(tiny_model(), SDPConfig(coverage_schedule=[(0.0, 0.5), (0.5, 1.0)]))
+    model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
     return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
 
@@ -64,6 +66,55 @@ def without_the_optimizer():
             copy.lerp_(p, 0.5)
 
 
+def after_a_forward_alone():
+    """Its parameters stay gathered."""
+    accelerator, model, optimizer = prepared()
+    backward(accelerator, model)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model(**batch(0))
+    weights = consolidate(model)
+    with torch.no_grad():
+        model(**batch(0))
+    assert accelerator.follow_schedule(1, 2)
+    after = consolidate(model)
+    assert weights is None or all(torch.equal(after[name], weights[name]) for name in weights)
+    step(accelerator, model, optimizer)
+
+
+def frozen_since_it_was_patched():
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
+    model.model.layers[1].mlp.requires_grad_(False)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    step(accelerator, model, optimizer)
+    assert accelerator.follow_schedule(1, 2)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert len(frozen) == 3 and all(name.startswith("model.layers.1.mlp.") for name in frozen)
+    step(accelerator, model, optimizer)
+
+
+def with_a_forward_of_its_own():
+    """Other libraries set it on an instance."""
+    accelerator, full, calls = SDPAccelerator(), tiny_model(), []
+    mlp = full.model.layers[1].mlp
+    original = mlp.forward
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    mlp.forward = counted
+    patch_model(full, SDPConfig(coverage_schedule=GROWS))
+    model, optimizer = accelerator.prepare(full, torch.optim.SGD(full.parameters(), lr=0.1))
+    step(accelerator, model, optimizer)
+    assert len(calls) == 1
+    assert accelerator.follow_schedule(1, 2)
+    step(accelerator, model, optimizer)
+    assert len(calls) == 2
+
+
 def with_a_hook():
     accelerator, model, optimizer = prepared()
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
@@ -92,3 +143,8 @@ def on_one_worker():
 )
 def test_misuse_is_an_error(misuse):
     run_workers(misuse, world_size=2)
+
+
+@pytest.mark.parametrize("unusual", [after_a_forward_alone, frozen_since_it_was_patched, with_a_forward_of_its_own])
+def test_unusual_ways_to_a_boundary(unusual):
+    run_workers(unusual, world_size=2)
