@@ -131,7 +131,6 @@ def _in_the_second_of_two_phases(marker: dict, **options) -> None:
         (MARKER, lambda c: c.pop("versions"), f"{MARKER} is damaged: 'versions' is missing"),
         (MARKER, lambda c: c.update(files=[]), f"{MARKER} is damaged"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_together_is_named(run, checkpoint, file, change, message):
     sealed_again(checkpoint, file, edited(change))
