@@ -77,7 +77,6 @@ def _hand_over(model: nn.Module, schedule: Schedule, number: int, sharded: Shard
     _patch_again(model, schedule, number, handover)
     held = get_state(model).held
     shard(model, device, functools.partial(handover.give, held=held, device=device))
-    get_sharded(model, "The next phase of coverage_schedule").weights_changed()
 
 
 def _patch_again(model: nn.Module, schedule: Schedule, number: int, handover: Handover | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from ..errors import SDPStateError
 
@@ -21,7 +21,7 @@ _KNOWN = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "TensorStorageMetadata", _MEM_FORMAT_ENCODING.__name__,
     },
     "torch.serialization": {"_get_layout"},  # name -> torch.layout
     "torch": {"Size"},
@@ -34,9 +34,18 @@ class _Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
             return pathlib.PurePath  # where it was written: never used
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
         return super().find_class(module, name)
+
+
+def _member(enumeration: Any, name: str) -> Any:
+    """The one use of ``getattr``: Python 3.11.0 to 3.11.3 pickle the member of an enumeration so."""
+    if enumeration is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {enumeration!r}, which no checkpoint does")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_metadata(folder: Path) -> Metadata:

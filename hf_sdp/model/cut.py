@@ -72,9 +72,14 @@ class CutModule(nn.Module):
     def forward(self, *args, **kwargs):
         if self.sdp_run.computes != "full" and self.sdp_absent is not None:
             return self.sdp_absent(*args, **kwargs)
-        if self.sdp_replaced is not None:
-            return self.sdp_replaced(*args, **kwargs)
-        return super().forward(*args, **kwargs)
+        replaced = self.sdp_replaced
+        if replaced is None:
+            return super().forward(*args, **kwargs)
+        vars(self)["sdp_replaced"] = None  # it may call the forward that it found: this one
+        try:
+            return replaced(*args, **kwargs)
+        finally:
+            vars(self)["sdp_replaced"] = replaced
 
 
 def cut(model: nn.Module, subnetwork: Subnetwork, structure: Structure, run: Run) -> None:

@@ -1,11 +1,13 @@
 """What a checkpoint says is read, never run, and names no file outside of it."""
 
+import enum
 import json
 import pickle
 import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from hf_sdp import SDPConfigError, SDPStateError
 from hf_sdp.checkpoint import tensors as boxes
@@ -55,6 +57,43 @@ def test_what_torch_writes_is_read(folder):
     values = read_all(folder)
     assert {name: v.dtype for name, v in values.items()} == {str(dtype): dtype for dtype in DTYPES}
     assert all((v == 1).all() for v in values.values())
+
+
+class OfPython311(pickle.Pickler):
+    """Members of enumerations by ``getattr``, as Python 3.11.0 to 3.11.3 write them."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_what_the_first_versions_of_python_3_11_write_is_read(folder):
+    metadata = read_metadata(folder)
+    with open(folder / FILE, "wb") as file:
+        OfPython311(file).dump(metadata)
+    assert b"getattr" in (folder / FILE).read_bytes()
+    assert read_metadata(folder) == metadata
+    assert all((v == 1).all() for v in read_all(folder).values())
+
+
+class Attribute:
+    """An attribute of something when it is unpickled."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def __reduce__(self):
+        return getattr, self.names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(_MEM_FORMAT_ENCODING, "__init__"), (Metadata, "__reduce__"), (Metadata.__init__, "__globals__")],
+    ids=["init", "reduce", "globals"],
+)
+def test_getattr_gives_members_of_one_enumeration_only(folder, names):
+    (folder / FILE).write_bytes(pickle.dumps(Attribute(*names)))
+    with pytest.raises(SDPStateError, match="it asks for|it names"):
+        read_metadata(folder)
 
 
 @pytest.mark.parametrize("read", [boxes.stored, read_metadata, read_all])

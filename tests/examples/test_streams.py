@@ -97,11 +97,11 @@ def test_rows_that_are_too_few_to_evaluate_are_refused(tmp_path, tokenizer):
         streams.held_out(streams.StreamArguments(data_files=[f"{tmp_path}/a.txt"]), tokenizer)
 
 
-def read(folder, base):
+def read(folder, base, batch):
     """What this worker gets in each of two epochs of the Trainer's own loader."""
     streams = load("streams")
     training = TrainingArguments(
-        str(folder), per_device_train_batch_size=3, max_steps=1, use_cpu=True, report_to="none"
+        str(folder), per_device_train_batch_size=batch, max_steps=1, use_cpu=True, report_to="none"
     )
     text = streams.StreamArguments(data_files=[f"{folder}/*.txt"], block_length=LENGTH, eval_rows=HELD_OUT)
     blocks = streams.training_blocks(text, AutoTokenizer.from_pretrained(base), training)
@@ -113,10 +113,11 @@ def test_no_row_is_seen_twice_and_workers_end_together(tmp_path):
     arguments_for(tmp_path, "documents")
     base = tiny_base(tmp_path / "base")
     blocks = {*map(tuple, expected(TEXTS[HELD_OUT:], AutoTokenizer.from_pretrained(base)))}
-    assert len(blocks) % 6  # the end is uneven
-    first, second = run_workers(read, tmp_path, base, world_size=2)
+    batch = next(batch for batch in range(3, 10) if len(blocks) % (2 * batch))  # the end is uneven
+    steps = len(blocks) // (2 * batch)
+    first, second = run_workers(read, tmp_path, base, batch, world_size=2)
     for epoch in range(2):
-        assert len(first[epoch]) == len(second[epoch]) == len(blocks) // 6 * 3
+        assert len(first[epoch]) == len(second[epoch]) == steps * batch
         seen = {*first[epoch], *second[epoch]}
-        assert len(seen) == len(blocks) // 6 * 6 and seen <= blocks
+        assert len(seen) == steps * 2 * batch and seen <= blocks
     assert first[0] != first[1]  # another order

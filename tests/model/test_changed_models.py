@@ -1,6 +1,7 @@
 """What hosts and users do to a patched model: its evaluation stays that of the full model."""
 
 import copy
+from collections.abc import Callable
 from types import MethodType
 
 import pytest
@@ -102,20 +103,31 @@ def test_evaluation_is_of_the_full_model_whatever_is_replaced(sdp):
     run_workers(evaluate_changed, sdp)
 
 
-def train_with_replaced_forwards(sdp: dict, replace: bool):
+def computed_anew(mlp):
+    """As Liger does, by what is computed anyway."""
+    return MethodType(lambda self, x: 2 * silent_mlp(self, x), mlp)
+
+
+def wrapped(mlp):
+    """As Accelerate's hooks do, which call the forward that was there."""
+    original = mlp.forward
+    return lambda x: 2 * original(0.5 * x + 0.5 * x) / 2
+
+
+def train_with_replaced_forwards(sdp: dict, replaced_by: Callable | None):
     accelerator, model, optimizer = prepared(sdp)
-    if replace:  # as Liger does, by what is computed anyway
+    if replaced_by is not None:
         for layer in model.model.layers:
-            mlp = layer.mlp
-            mlp.__dict__["forward"] = MethodType(lambda self, x: 2 * silent_mlp(self, x), mlp)
+            layer.mlp.forward = replaced_by(layer.mlp)
     step(accelerator, model, optimizer)
     with torch.no_grad():
         return model(**batch(9)).logits
 
 
+@pytest.mark.parametrize("replaced_by", [computed_anew, wrapped])
 @pytest.mark.parametrize("sdp", CONFIGS.values(), ids=CONFIGS)
-def test_a_replaced_forward_of_a_cut_module_is_used_in_training(sdp):
-    kept, replaced = (run_workers(train_with_replaced_forwards, sdp, replace)[0] for replace in (False, True))
+def test_a_replaced_forward_of_a_cut_module_is_used_in_training(sdp, replaced_by):
+    kept, replaced = (run_workers(train_with_replaced_forwards, sdp, by)[0] for by in (None, replaced_by))
     torch.testing.assert_close(kept, replaced, rtol=0, atol=1e-6)
 
 
