@@ -1,5 +1,6 @@
 #!/bin/bash
-# The runs of 10_tokens/, most important first. Runs that the folder has are not repeated: stop it and start it again.
+# The runs of 10_tokens/ and 10_tokens_smaller/, most important first. Runs that a folder has are not repeated: stop it
+# and start it again.
 #   nice -n 19 examples/quality/10_tokens.sh [FOLDER]      one process on one core
 set -e
 OUTPUT=${1:-examples/quality/10_tokens}
@@ -16,17 +17,26 @@ if [ ! -e "$TEXT" ]; then
      find . -name '*.py' -not -path '*/site-packages/*' | LC_ALL=C sort | xargs cat | iconv -c -f utf-8 -t utf-8) > "$TEXT"
 fi
 
-simulate() {
-    hf-sdp simulate --layers 6 --heads 4 --steps 3770 --evaluations 10 --eval-sequences 256 --text "$TEXT" \
-        --lr-sweep 0.002,0.004,0.008 --compile --output "$OUTPUT" \
+runs() {
+    hf-sdp simulate --layers 6 --heads 4 --evaluations 10 --eval-sequences 256 --text "$TEXT" --compile \
         --note "commit $(git rev-parse --short HEAD), one core of $(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2)" "$@"
 }
+simulate() {
+    runs --steps 3770 --lr-sweep 0.002,0.004,0.008 --output "$OUTPUT" "$@"
+}
+smaller() {
+    runs --hidden 32 --mlp 96 --steps 1110 --lr-sweep 0.004,0.008,0.016 --output "${OUTPUT}_smaller" "$@"
+}
+FIVE=data-parallel,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.4,forward-block-linear@0.5+1:0.4
 FIRST=data-parallel,forward-neuron-linear@0.5+1:0.4,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.2
 FIRST=$FIRST,forward-block-linear@0.5+1:0.4,small@0.25
 THEN=forward-neuron@0.5,forward-block@0.5,forward-neuron-linear@0.5+1:0.1,forward-neuron@0.25+0.5:0.6+1:0.2
 THEN=$THEN,forward-neuron@0.5+backward:0.4,forward-block-linear@0.5
 
 simulate --seeds 0 --methods "$FIRST"
+# Beyond the edge of the sweep, for those whose best rate is there.
+simulate --seeds 0 --methods data-parallel/0.016,small@0.5/0.001,forward-block-linear@0.5+1:0.4/0.016
+smaller --seeds 0,1,2 --methods "$FIVE"
 simulate --seeds 0,1,2 --methods "$FIRST"
 simulate --seeds 0,1,2 --methods "$THEN"
 for k in 10 50 200; do
