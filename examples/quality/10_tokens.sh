@@ -27,8 +27,9 @@ simulate() {
 smaller() {
     runs --hidden 32 --mlp 96 --steps 1110 --lr-sweep 0.004,0.008,0.016 --output "${OUTPUT}_smaller" "$@"
 }
-FIVE=data-parallel,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.4,forward-block-linear@0.5+1:0.4
-FIRST=data-parallel,forward-neuron-linear@0.5+1:0.4,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.2
+SIZES=data-parallel,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.4,forward-block-linear@0.5+1:0.4
+SIZES=$SIZES,forward-neuron-linear@0.5+1:0.6
+FIRST=data-parallel,forward-neuron-linear@0.5+1:0.6,forward-neuron-linear@0.5+1:0.4,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.2
 FIRST=$FIRST,forward-block-linear@0.5+1:0.4,small@0.25
 THEN=forward-neuron@0.5,forward-block@0.5,forward-neuron-linear@0.5+1:0.1,forward-neuron@0.25+0.5:0.6+1:0.2
 THEN=$THEN,forward-neuron@0.5+backward:0.4,forward-block-linear@0.5
@@ -36,7 +37,7 @@ THEN=$THEN,forward-neuron@0.5+backward:0.4,forward-block-linear@0.5
 simulate --seeds 0 --methods "$FIRST"
 # Beyond the edge of the sweep, for those whose best rate is there.
 simulate --seeds 0 --methods data-parallel/0.016,small@0.5/0.001,forward-block-linear@0.5+1:0.4/0.016
-smaller --seeds 0,1,2 --methods "$FIVE"
+smaller --seeds 0,1,2 --methods "$SIZES"
 simulate --seeds 0,1,2 --methods "$FIRST"
 simulate --seeds 0,1,2 --methods "$THEN"
 for k in 10 50 200; do

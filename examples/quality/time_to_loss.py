@@ -25,6 +25,7 @@ from hf_sdp.bench.compare.measure import timed_rounds
 from hf_sdp.bench.compare.run import summary
 from hf_sdp.bench.network import limited_network
 from hf_sdp.bench.quality.baselines import narrowed
+from hf_sdp.bench.quality.sweep import at_best_rates
 from hf_sdp.bench.small_llama import small_llama
 from hf_sdp.bench.workers import launch
 from hf_sdp.quantities import bits_per_second
@@ -48,7 +49,7 @@ LINES = {  # what is drawn: the method's name in the results, and the engine of 
     "DDP": ("data-parallel", ["DDP"]),
     "FSDP2": ("data-parallel", ["FSDP2"]),
     "small model, DDP": ("small@0.5", [SMALL]),
-    "SDP, the recipe": ("forward-neuron-linear@0.5+1:0.4", [HALF, WHOLE]),
+    "SDP, the recipe": ("forward-neuron-linear@0.5+1:0.6", [HALF, WHOLE]),
 }
 
 
@@ -81,10 +82,8 @@ def measure(rounds: int) -> dict:
 
 
 def runs_of(results: dict, method: str) -> list[dict]:
-    """At the learning rate that was best with the first seed."""
-    rates = {name: runs for name, runs in results["runs"].items() if name.partition("/")[0] == method}
-    best = min(rates.values(), key=lambda runs: next(iter(runs.values()))["curve"][-1][1])
-    return list(best.values())
+    """At its best learning rate."""
+    return list(at_best_rates(results["runs"])[method].values())
 
 
 def costs(run: dict, of_phases: Sequence[float]) -> np.ndarray:
