@@ -10,9 +10,9 @@ what was allocated before it (gradients, activations, gathered parameters, buffe
 the third or later, when moments exist and DDP has rebuilt its buckets. Beside it stands what ``hf_sdp.estimate``
 predicts.
 
-On CPU the peak comes from the allocator's events in the profiler, on CUDA from torch.cuda.max_memory_allocated. DDP's
-buckets are not measured: they are as large as the gradients. Its reducer cannot wait for fake collectives, hence the
-communication hook that does nothing.
+On CPU the peak comes from the allocator's events in the profiler, on CUDA from torch.cuda.max_memory_allocated. The
+CUDA path has never been run: it was written on a machine without a GPU. DDP's buckets are not measured: they are as
+large as the gradients. Its reducer cannot wait for fake collectives, hence the communication hook that does nothing.
 
 bf16 is for each engine what one would use: DDP computes under autocast, FSDP2 and SDP gather in bfloat16
 (``param_dtype``). Parameters, their gradients and the moments are float32 with all of them; FSDP2 and SDP reduce
