@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..config import SDPConfig
 from ..engine.metrics import STATE_KINDS, StepMeter
 from ..engine.sharded import find_sharded
+from ..engine.traffic import BOTH_WAYS, sent_in_ring
 
 STEPS = 20
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "sdp": "SDP"}
@@ -45,11 +46,12 @@ def config_of(engine: str, config: SDPConfig) -> SDPConfig:
 
 
 class _Gradients:
-    """What DDP sends: each worker ``2 (W-1)/W`` of the gradients, as a ring does."""
+    """What DDP sends: an all-reduce of the gradients."""
 
     def __init__(self, model: nn.Module):
-        self.bytes_sent, workers = 0, dist.get_world_size()
-        self.of_a_step = sum(p.nbytes for p in model.parameters() if p.requires_grad) * 2 * (workers - 1) // workers
+        self.bytes_sent = 0
+        gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        self.of_a_step = int(sent_in_ring(gradients, dist.get_world_size(), BOTH_WAYS))
 
 
 class Measured:

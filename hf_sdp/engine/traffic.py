@@ -15,6 +15,14 @@ from ..compat import DefaultAllGather, DefaultReduceScatter, fsdp_groups
 from ..model.state import unwrap
 from .fsdp import fsdp_modules
 
+ONE_WAY, BOTH_WAYS = 1, 2
+"""Times around the ring: an all-gather or reduce-scatter, and an all-reduce."""
+
+
+def sent_in_ring(nbytes, members, rounds):
+    """Bytes that each of ``members`` sends, for ``nbytes`` in all and ``rounds`` around the ring; numbers or arrays."""
+    return rounds * nbytes * (members - 1) / members
+
 
 class BytesSent(Protocol):
     """Anything that counts the bytes that this worker sends."""
@@ -52,7 +60,7 @@ class Traffic:
 
     def _all_reduced(self, name: str, group: dist.ProcessGroup):
         def hook(reduced: torch.Tensor) -> None:  # runs after FSDP2's own all-reduce
-            self.add("all-reduce", name, group, reduced, 2 * (group.size() - 1) * reduced.nbytes // group.size())
+            self.add("all-reduce", name, group, reduced, int(sent_in_ring(reduced.nbytes, group.size(), BOTH_WAYS)))
 
         return hook
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..engine.traffic import BOTH_WAYS, ONE_WAY, sent_in_ring
 from ..plan.groups import ROOT
 from ..workload import DTYPES, OPTIMIZER_STATES, Workload
 from .groups import StoredGroup
@@ -319,8 +320,8 @@ class Replicated(Allocator):
     def _send(self) -> None:
         self.note()
         self.gradients -= self._bucket - self._bucket // self.share
-        passes = 2 if self.zero_stage == 0 else 1
-        self.actions.append(Action("reduce", passes * self._bucket * (self.world_size - 1) // self.world_size))
+        rounds = BOTH_WAYS if self.zero_stage == 0 else ONE_WAY
+        self.actions.append(Action("reduce", int(sent_in_ring(self._bucket, self.world_size, rounds))))
         self._bucket = 0
 
     def mark(self, kind: str, module: str) -> None:
@@ -331,4 +332,4 @@ class Replicated(Allocator):
         if self._bucket:
             self._send()
         if self.zero_stage > 0:  # the updated parameters, after the optimizer's step
-            self.actions.append(Action("reduce", self.updated_bytes * (self.world_size - 1) // self.world_size))
+            self.actions.append(Action("reduce", int(sent_in_ring(self.updated_bytes, self.world_size, ONE_WAY))))

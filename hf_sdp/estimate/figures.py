@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from ..config import SDPConfig
+from ..engine.traffic import BOTH_WAYS, sent_in_ring
 from ..families import structure_of
 from ..families.flops import ModelFlops, flops_of
 from ..plan.flops import forward_flops, training_flops
@@ -176,15 +177,15 @@ def bytes_sent(
         unit_numel: elements of one unit of each module, shape ``(modules,)``.
     """
     passes = 3 if config.reshard_after_forward else 2  # gather, (gather again,) reduce
-    whole_world = passes * (num_workers - 1) / num_workers
+    whole_world = sent_in_ring(1, num_workers, passes)
     if plan.masking == "backward":
         return np.full(plan.num_subnetworks, whole_world * plan.full_numel * element_bytes)
     replicas = num_workers // plan.num_subnetworks
     r = holdings.num_holders
     if config.sharding == "none":
-        per_element = 2 * (r * replicas - 1) / (r * replicas)
+        per_element = sent_in_ring(1, r * replicas, BOTH_WAYS)
     else:  # the reduced shard, 1/r, is all-reduced among the replicas
-        per_element = passes * (r - 1) / r + 2 * (replicas - 1) / replicas / r
+        per_element = sent_in_ring(1, r, passes) + sent_in_ring(1 / r, replicas, BOTH_WAYS)
     per_element = np.where(r == plan.num_subnetworks, whole_world, per_element)
     sent = holdings.members @ (unit_numel @ holdings.units * per_element)
     return element_bytes * (sent + whole_world * plan.shared_numel)

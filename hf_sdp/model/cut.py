@@ -70,6 +70,8 @@ class CutModule(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, *args, **kwargs):
+        if not isinstance(self, CutModule):  # called by who bound it before a phase of coverage 1 took the cut back
+            return type(self).forward(self, *args, **kwargs)
         if self.sdp_run.computes != "full" and self.sdp_absent is not None:
             return self.sdp_absent(*args, **kwargs)
         replaced = self.sdp_replaced

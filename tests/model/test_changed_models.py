@@ -20,6 +20,12 @@ CONFIGS = {
     "block": dict(level="block", coverage=0.5),
     "layer": dict(level="block", block_granularity="layer", coverage=0.5),
 }
+BOUNDARIES = {
+    "neuron to full": dict(coverage_schedule=[(0.0, 0.5), (0.5, 1.0)]),
+    "full to neuron": dict(coverage_schedule=[(0.0, 1.0), (0.5, 0.5)]),
+    "neuron to block": dict(coverage_schedule=["0:0.5", "0.5:0.5:level=block"]),
+    "block to neuron": dict(coverage_schedule=["0:0.5:level=block", "0.5:0.5:level=neuron"]),
+}
 
 
 def prepared(sdp: dict, **model):
@@ -119,13 +125,15 @@ def train_with_replaced_forwards(sdp: dict, replaced_by: Callable | None):
     if replaced_by is not None:
         for layer in model.model.layers:
             layer.mlp.forward = replaced_by(layer.mlp)
-    step(accelerator, model, optimizer)
+    for number in range(2):
+        hf_sdp.follow_schedule(model, number, 2, [optimizer.optimizer])
+        step(accelerator, model, optimizer)
     with torch.no_grad():
         return model(**batch(9)).logits
 
 
 @pytest.mark.parametrize("replaced_by", [computed_anew, wrapped])
-@pytest.mark.parametrize("sdp", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("sdp", [*CONFIGS.values(), *BOUNDARIES.values()], ids=[*CONFIGS, *BOUNDARIES])
 def test_a_replaced_forward_of_a_cut_module_is_used_in_training(sdp, replaced_by):
     kept, replaced = (run_workers(train_with_replaced_forwards, sdp, by)[0] for by in (None, replaced_by))
     torch.testing.assert_close(kept, replaced, rtol=0, atol=1e-6)
