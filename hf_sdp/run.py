@@ -26,7 +26,8 @@ def _options() -> list:
     for field in dataclasses.fields(SDPConfig):
         is_bool = kind_of(field.type).element is bool
         settings: dict[str, Any] = {"is_flag": False, "type": click.BOOL} if is_bool else {}
-        made.append(option_of(field, default=None, show_default=str(field.default), **settings))
+        has_default = field.default not in (None, ())
+        made.append(option_of(field, default=None, show_default=has_default and str(field.default), **settings))
     return made
 
 

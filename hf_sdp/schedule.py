@@ -97,10 +97,15 @@ class Phase:
 
 
 def phases_of(given: object) -> tuple[Phase, ...]:
-    """Raises: SDPConfigError for what is no schedule, or not in order."""
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+    """From text, or a list of what :meth:`Phase.of` takes.
+
+    Raises: SDPConfigError for what is no schedule, or not in order.
+    """
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise SDPConfigError(f"coverage_schedule must be a list such as {_EXAMPLE}, got {given!r}.")
-    phases = tuple(map(Phase.of, given))
+    phases = tuple(Phase.of(one) for item in given for one in (item.split(",") if isinstance(item, str) else [item]))
     starts = [phase.start for phase in phases]
     if not phases or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
         raise SDPConfigError(

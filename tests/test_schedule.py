@@ -14,6 +14,8 @@ GROWS = (Phase(0.0, 0.5), Phase(0.6, 1.0))
     [
         [(0.0, 0.5), (0.6, 1.0)],
         ["0:0.5", " 0.6:1 "],
+        "0:0.5,0.6:1",
+        ["0:0.5,0.6:1"],  # --sdp_coverage_schedule 0:0.5,0.6:1
         [(0, dict(coverage=0.5)), dict(start=0.6, coverage=1.0)],
         list(GROWS),
     ],
@@ -31,7 +33,9 @@ def test_options_of_a_phase_in_text():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("0:0.5", "must be a list such as"),
+        (0.5, "must be a list such as"),
+        (b"0:0.5", "must be a list such as"),
+        ("", "'' is no phase"),
         ([], "must begin at 0"),
         ([(0.1, 0.5)], "must begin at 0"),
         ([(0, 0.25), (0.7, 0.5), (0.7, 1)], "each phase after the one before it"),

@@ -6,6 +6,7 @@ from rich.console import Console
 from torch import nn
 
 from ..config import SDPConfig
+from ..errors import SDPConfigError
 from ..estimate.figures import plan_figures
 from ..estimate.side_by_side import other_rows, rows_of_phases
 from ..families.adapters import without_peft
@@ -38,7 +39,12 @@ def workload_of(model: nn.Module, arguments: Any, sequence: int | None) -> Workl
 
 
 def show(model: nn.Module, config: SDPConfig, workers: int, arguments: Any, sequence: int | None) -> None:
-    """Print tables; nothing is changed. Raises: as ``make_plan``."""
+    """Print tables; nothing is changed. Raises: SDPConfigError as ``make_plan``, and for one worker."""
+    if workers < 2 and not config.simulate:
+        raise SDPConfigError(
+            f"SDP needs at least 2 workers, the world has {workers}. Launch the dry run as the training, with one of "
+            "configs/accelerate/*.yaml or torchrun; hf-sdp plan needs no processes."
+        )
     phases = make_plans(model, config, config.num_subnetworks or workers)
     workload, name, out = workload_of(model, arguments, sequence), type(without_peft(model)).__name__, console()
     for planned in phases:
