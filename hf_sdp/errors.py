@@ -6,4 +6,4 @@ class SDPConfigError(ValueError):
 
 
 class SDPStateError(RuntimeError):
-    """A patched model was used in a way its state does not allow (not prepared, one worker only, ...)."""
+    """A patched model, a checkpoint or another worker is not in the state that is needed (not prepared, damaged, ...)."""

@@ -78,6 +78,7 @@ def make_plan(model_or_config, config: SDPConfig, num_subnetworks: int) -> Plan:
 def make_plans(model_or_config, config: SDPConfig, num_subnetworks: int) -> tuple[Planned, ...]:
     """The phases of ``config``, each with its plan as :func:`make_plan` makes it; without a schedule there is one.
 
+    Returns: for each its ``phase``, ``config``, ``plan``, and the ``cost`` of a step in the unit of the schedule.
     Raises: SDPConfigError as there, also when a phase needs more than ``memory_gib``.
     """
     phases = tuple(

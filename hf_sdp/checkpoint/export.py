@@ -30,9 +30,11 @@ def export_subnetwork(model: "PreTrainedModel", folder: str | os.PathLike, subne
     At neuron level the model is narrower (fewer heads, a smaller intermediate size), with ``block_granularity="layer"``
     it has fewer layers. Its logits are those of the subnetwork in training, up to rounding.
 
+    Args:
+        subnetwork: its number, from 0 to N - 1. Worker w trains number w mod N.
     Raises: SDPConfigError on every worker, before anything is written, when the architecture's config cannot say it:
-        single sub-blocks, or layers of different widths. Also with backward masking, where a subnetwork computes with
-        the full model.
+        single sub-blocks, or layers of different widths. Also for a number that is none, and with backward masking,
+        where a subnetwork computes with the full model. SDPStateError before the model is prepared.
     """
     model = unwrap(model)
     held, group = get_state(model).held, control_group(model)

@@ -43,6 +43,7 @@ def global_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torc
 
     Args:
         tensors: parameters of a prepared model, their gradients, or tensors computed from them.
+        norm_type: p of the p-norm, above 0; ``math.inf`` is the largest absolute value.
     Raises: SDPStateError on a tensor that is not sharded (between a forward and its backward a model's parameters are
         gathered).
     """

@@ -60,8 +60,9 @@ class SDPCallback(TrainerCallback):
     """Trains a patched model under the Trainer, and logs what a worker stores, sends and waits for.
 
     Makes sure before training that SDP is really on. Logged with the loss: ``sdp/bytes_sent_per_step``,
-    ``sdp/peak_bytes`` of a step, ``sdp/step_time_s``, and once, as they stay the same, ``sdp/state_bytes*_min`` and
-    ``*_max`` over the workers (parameters, gradients, optimizer); ``grad_norm`` is the global one.
+    ``sdp/peak_bytes`` of a step, ``sdp/step_time_s``, ``sdp/coverage`` of a schedule, and once, as they stay the same,
+    ``sdp/state_bytes*_min`` and ``*_max`` over the workers (parameters, gradients, optimizer); ``grad_norm`` is the
+    global one.
 
     Args:
         config: patch the Trainer's model with it, instead of a call of ``patch_model`` in the script.
@@ -70,6 +71,8 @@ class SDPCallback(TrainerCallback):
             collective (0: of every model).
         profile_memory: on the CPU ``sdp/peak_bytes`` needs one step under torch's profiler, which takes a second or
             two and writes lines to the log. On CUDA it is always there.
+    Raises: when the Trainer is made, on every worker, SDPConfigError for a model that is not patched without
+        ``config``, one that was patched with another, FSDP or DeepSpeed beside it; what ``patch_model`` raises.
     """
 
     def __init__(self, config: SDPConfig | None = None, *, keep_weights_gib: float = 2.0, profile_memory: bool = False):

@@ -138,6 +138,7 @@ class PatchedEncoder(nn.Module):
 def local_state_dict(model: nn.Module) -> dict[str, Any]:
     """``nn.Module.state_dict()`` of what this worker has: its slices by their local names, DTensors once sharded.
 
+    Not collective. The full model's: :func:`hf_sdp.consolidate`.
     Raises: SDPConfigError when the model is not patched.
     """
     get_state(model)

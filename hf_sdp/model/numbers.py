@@ -57,7 +57,7 @@ class CountsFullAdapters:
 def local_num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """``model.num_parameters()`` of what this worker computes with: its subnetwork, all of it gathered.
 
-    Raises: SDPConfigError when the model is not patched.
+    Not collective. Raises: SDPConfigError when the model is not patched.
     """
     held = get_state(model).held
     counted = _counted(unwrap(model), only_trainable, exclude_embeddings)
