@@ -6,4 +6,4 @@ class SDPConfigError(ValueError):
 
 
 class SDPStateError(RuntimeError):
-    """A patched model, a checkpoint or another worker is not in the state that is needed (not prepared, damaged, ...)."""
+    """A patched model, a checkpoint or another worker is not in the state that is needed: not prepared, damaged, ..."""

@@ -57,8 +57,8 @@ def patch_model(
     masking all values stay until the engine shards them over the world, and linear layers learn only held slices.
 
     Args:
-        model: a transformers model with all its values (not on the meta device), not patched, not wrapped. Or a model of
-            PEFT around one: its LoRA adapters are cut with the layers that they adapt.
+        model: a transformers model with all its values (not on the meta device), not patched, not wrapped.
+            Or a model of PEFT around one: its LoRA adapters are cut with the layers that they adapt.
         config: what to hold. With ``config.simulate`` the model stays whole and trains N virtual workers in turn.
         rank, world_size: only without a process group; with one they are taken from it.
     Raises: SDPConfigError on every worker, before anything is changed.
