@@ -1,6 +1,6 @@
 """SDP in a plain Accelerate loop: ``SDPAccelerator`` instead of ``Accelerator``, all else as always.
 
-accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/accelerate_loop.py
+accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/accelerate_loop.py
 """
 
 import torch

@@ -1,10 +1,10 @@
 """Somebody's training script, which knows nothing of SDP: a small Llama reads the source of Python's standard library.
 
-    accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/existing_script.py  # as it is
+    accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/existing_script.py  # as it is
 
 With SDP, without a change; what that would take; and 20 steps each of DDP, FSDP2 and SDP, as a table:
 
-    launch="accelerate launch --config_file configs/accelerate/cpu_2.yaml"
+    launch="accelerate launch --config_file configs/accelerate/cpu_4.yaml"
     $launch -m hf_sdp.run --level block --coverage 0.5 examples/existing_script.py
     $launch -m hf_sdp.run --level block --coverage 0.5 --dry-run examples/existing_script.py
     $launch -m hf_sdp.run --level block --coverage 0.5 --compare examples/existing_script.py

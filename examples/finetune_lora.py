@@ -1,6 +1,6 @@
 """Fine-tune a language model with LoRA (PEFT) and SDP under the Trainer; what is saved is a standard adapter.
 
-    accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/finetune_lora.py \\
+    accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/finetune_lora.py \\
         --model_name_or_path MODEL --text_file FILE --sdp_level block --sdp_masking backward --max_steps 100
 
 As it is, without options, it pretrains a small Llama on the source of Python's standard library for a minute, and

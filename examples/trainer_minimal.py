@@ -1,6 +1,6 @@
 """SDP in an unmodified Trainer.
 
-accelerate launch --config_file configs/accelerate/cpu_2.yaml examples/trainer_minimal.py
+accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/trainer_minimal.py
 """
 
 import torch
