@@ -34,5 +34,5 @@ model = patch_model(
 )
 trainer = Trainer(model, args, train_dataset=data["train"], eval_dataset=data["valid"], callbacks=[SDPCallback()])
 trainer.train()
-print(trainer.evaluate())  # the full model
+trainer.evaluate()  # the full model
 trainer.save_model()  # a standard checkpoint of the full model

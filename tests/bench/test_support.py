@@ -7,7 +7,7 @@ import pytest
 from hf_sdp import SDPConfig
 from hf_sdp.bench.support import check as checks
 from hf_sdp.bench.support.page import cell, counts, markdown, ordered
-from hf_sdp.bench.support.table import MASKINGS, Row, reason_of, rows, tried
+from hf_sdp.bench.support.table import MASKINGS, Row, reason_of, rows, tried, without_name
 from hf_sdp.bench.support.tiny import tiny_config
 
 SAMPLE = {
@@ -94,3 +94,17 @@ def test_the_page():
 def test_a_wrong_number_is_named_as_such():
     assert reason_of(checks.Differs("the loss differs")) == "wrong: the loss differs"
     assert reason_of(ValueError("two\nlines")) == "fails: ValueError: two lines"
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("x.0: no operand of a sum", "no operand of a sum"),
+        ("x.0 returns more than is added", "returns more than is added"),
+        ("what x.0 computes is used outside of it", "what it computes is used outside of it"),
+        ("without x.0, x.1 x raises StopIteration", "without it, x.1 x raises StopIteration"),
+        ("bias is read outside of x.0.", "bias is read outside of it"),
+    ],
+)
+def test_a_reason_does_not_repeat_the_name_it_stands_behind(why, said):
+    assert without_name(why, "x.0") == said

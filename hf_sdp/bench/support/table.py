@@ -139,7 +139,7 @@ def _notes(model) -> str:
         notes.append(f"{held / sum(inside.values()):.0%} of the layers is in no block")
     kept: dict[str, dict[str, int]] = {}
     for name, why in structure.kept.items():
-        of_one = kept.setdefault(why.replace(name, "").strip(" .:"), Counter())
+        of_one = kept.setdefault(without_name(why, name), Counter())
         of_one[_alike(name)] += 1
     for why, names in list(kept.items())[:_MOST_NOTES]:
         which = ", ".join(f"{name} ({number})" for name, number in list(names.items())[:_MOST_NOTES])
@@ -152,6 +152,11 @@ def _notes(model) -> str:
 
 
 _MOST_NOTES = 3
+
+
+def without_name(why: str, name: str) -> str:
+    """A reason that stands behind the name of what it is the reason of."""
+    return why.removeprefix(name).replace(name, "it").strip(" .:")
 
 
 def _below(names) -> tuple[str, ...]:
