@@ -238,7 +238,7 @@ def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path)
     ids=str,
 )
 def test_bad_options_are_one_line(arguments, message):
-    done = subprocess.run([sys.executable, "-m", "hf_sdp.run", *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "hf_sdp.run", *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -246,7 +246,7 @@ def test_bad_options_are_one_line(arguments, message):
 def test_a_script_in_which_nothing_is_trained_with_sdp_is_an_error(tmp_path):
     (tmp_path / "script.py").write_text("import torch, sys\nassert sys.argv == [__file__, '--a', 'b']\n")
     command = [sys.executable, "-m", "hf_sdp.run", "--level", "block", tmp_path / "script.py", "--a", "b"]
-    done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(map(str, command), capture_output=True, text=True, timeout=240)
     assert done.returncode == 1 and "no model was trained with SDP" in done.stderr
 
 
