@@ -42,7 +42,7 @@ from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference,
 from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.subnetwork import Subnetwork, subnetwork_of, whole_model
-from .planner import make_plans
+from .planner import groups_that_share, make_plans
 from .world.agreement import agree, process_group_is_up, together
 
 logger = logging.getLogger(__name__)
@@ -166,6 +166,7 @@ def _reduce(model: nn.Module, held: Held, schedule: Schedule | None) -> None:
         run.replaced[parameter] = held.subnetwork.local_names[name]
     if held.rank == 0:
         _warn_of_statistics(model, held)
+        _warn_of_units_apart(held)
     set_state(model, SDPState(held, run, schedule))
     install_forward(model, *(() if config.simulate else (SavesFullModel, CountsFullModel)))
 
@@ -179,6 +180,16 @@ def _warn_of_statistics(model: nn.Module, held: Held) -> None:
                 "model that is evaluated and saved with them may be far worse than it is. With the Trainer use "
                 "SDPConfig(recalibrate_batches=...), else call hf_sdp.recalibrate before each evaluation."
             )
+
+
+def _warn_of_units_apart(held: Held) -> None:
+    groups = groups_that_share(held.plan)
+    if len(groups) > 1:
+        logger.warning(
+            f"{held.model_name}: at coverage {held.config.coverage} of {held.plan.num_subnetworks} subnetworks there "
+            f"are {len(groups)} groups that share no unit, so a unit learns from the batches of its group alone. A "
+            "higher coverage or more workers connect them (hf-sdp plan shows it)."
+        )
 
 
 def _agree(

@@ -325,8 +325,7 @@ def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float,
 def _check_connected(plan: Plan, config: SDPConfig) -> None:
     if plan.replication[0] < 2:
         return
-    dealt = {number for module in plan.dealt for number in plan.set_of_unit[module.name]}
-    groups = components(plan.num_subnetworks, (plan.holder_sets[number] for number in sorted(dealt)))
+    groups = groups_that_share(plan)
     if len(groups) > 1:
         shown = [f"{sorted(group)[:8]}{'...' * (len(group) > 8)}" for group in sorted(groups, key=min)[:8]]
         raise SDPConfigError(
@@ -334,3 +333,9 @@ def _check_connected(plan: Plan, config: SDPConfig) -> None:
             f"coverage {config.coverage}: {', '.join(shown)} would share no unit and drift apart. Use a higher "
             "coverage, fewer subnetworks (num_subnetworks), or level='neuron'."
         )
+
+
+def groups_that_share(plan: Plan) -> list[set[int]]:
+    """Subnetworks in groups between which no unit is shared: one, where the worker graph is connected."""
+    dealt = {number for module in plan.dealt for number in plan.set_of_unit[module.name]}
+    return components(plan.num_subnetworks, (plan.holder_sets[number] for number in sorted(dealt)))

@@ -215,3 +215,11 @@ def test_hooks_of_layers_in_several_parts_see_all_that_is_held():
         )
     model(**batch(0))
     assert seen == {"up_proj": (32, 48), "down_proj": (48, 32)}
+
+
+@pytest.mark.parametrize(
+    ("workers", "rank", "warns"), [(2, 0, True), (2, 1, False), (4, 0, False)], ids=["apart", "once", "connected"]
+)
+def test_workers_that_share_no_unit_are_warned_of(workers, rank, warns, caplog):
+    patch_model(tiny_model(), SDPConfig(coverage=0.5), rank=rank, world_size=workers)
+    assert ("coverage 0.5 of 2 subnetworks there are 2 groups that share no unit" in caplog.text) == warns
