@@ -18,7 +18,7 @@ from ..engine.vote import Watch
 from ..errors import SDPConfigError
 from ..model.state import find_state, get_state, unwrap
 from ..patch import patch_model
-from ..phases import follow_schedule
+from ..phases import follow_schedule, refuse_schedule_unfollowed
 from ..world.agreement import together
 from ..world.groups import end_groups
 from .accelerator_state import SavesState
@@ -105,6 +105,8 @@ class SDPAccelerator(SavesState):
         return prepared
 
     def backward(self, loss, **kwargs):
+        for model in self._models:
+            refuse_schedule_unfollowed(model)
         if self._has_sharded_model():
             self._watch.saw_loss(loss)
         super().backward(loss, **kwargs)

@@ -34,6 +34,7 @@ class Schedule:
         number: of the phase that the model is in.
         changes: what was done to its modules for this phase, newest last.
         recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
+        is_followed: whether anybody has asked for the phase of a step.
     """
 
     config: SDPConfig
@@ -41,6 +42,7 @@ class Schedule:
     number: int = 0
     changes: list[Changes] = field(default_factory=list)
     recomputes: Any = None
+    is_followed: bool = False
 
     @property
     def current(self) -> Planned:

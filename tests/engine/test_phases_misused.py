@@ -14,7 +14,9 @@ GROWS = [(0.0, 0.5), (0.5, 1.0)]
 def prepared(**options):
     accelerator = SDPAccelerator(**options)
     model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
-    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert not accelerator.follow_schedule(0, 2)
+    return accelerator, model, optimizer
 
 
 def backward(accelerator, model) -> None:
@@ -88,6 +90,7 @@ def frozen_since_it_was_patched():
     model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
     model.model.layers[1].mlp.requires_grad_(False)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.follow_schedule(0, 2)
     step(accelerator, model, optimizer)
     assert accelerator.follow_schedule(1, 2)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -108,6 +111,7 @@ def with_a_forward_of_its_own():
     mlp.forward = counted
     patch_model(full, SDPConfig(coverage_schedule=GROWS))
     model, optimizer = accelerator.prepare(full, torch.optim.SGD(full.parameters(), lr=0.1))
+    accelerator.follow_schedule(0, 2)
     step(accelerator, model, optimizer)
     assert len(calls) == 1
     assert accelerator.follow_schedule(1, 2)

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 import hf_sdp
-from hf_sdp import SDPConfig, SDPConfigError, patch_model, verify
+from hf_sdp import SDPCallback, SDPConfig, SDPConfigError, SDPStateError, patch_model, verify
+from hf_sdp.engine import handover
 from tests.support.models import tiny_model
 from tests.support.resume import assert_equal, optimizer_of, train, weights_of
 from tests.support.runs import train_resume_and_reload
@@ -210,3 +211,37 @@ def too_short(folder):
 
 def test_a_phase_without_a_step_is_an_error_before_training(tmp_path):
     assert run_workers(too_short, tmp_path, world_size=2) == [0, 0]
+
+
+def without_its_callback(folder):
+    trainer = make_trainer(folder, dict(coverage_schedule=GROWS))
+    trainer.remove_callback(SDPCallback)
+    with pytest.raises(SDPStateError, match="has a coverage_schedule that nobody follows.*SDPCallback"):
+        trainer.train()
+    return trainer.state.global_step
+
+
+def test_a_trainer_that_would_stay_in_the_first_phase_is_an_error(tmp_path):
+    assert run_workers(without_its_callback, tmp_path, world_size=2) == [0, 0]
+
+
+def fail_at_the_boundary(folder):
+    """Memory is short for the sixth tensor that goes to other workers: the host would begin anew with what is left."""
+    trainer = make_trainer(folder, dict(coverage_schedule=GROWS), dict(auto_find_batch_size=True))
+    moved, real_move = [], handover.move
+
+    def move(*args):
+        moved.append(args)
+        if len(moved) == 6:
+            raise RuntimeError("CUDA out of memory.")
+        real_move(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handover, "move", move)
+        with pytest.raises(SDPStateError, match=r"Phase 1 .* could not begin \(RuntimeError\).* newest checkpoint"):
+            trainer.train()
+    return trainer.state.global_step
+
+
+def test_what_fails_at_a_boundary_is_no_new_beginning_with_half_of_the_weights(tmp_path):
+    assert run_workers(fail_at_the_boundary, tmp_path, world_size=2) == [2, 2]
