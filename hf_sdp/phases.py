@@ -18,13 +18,13 @@ from .engine.fsdp import reshard
 from .engine.handover import Handover, refuse_gradients
 from .engine.presence import come_to
 from .engine.shard import shard
-from .engine.sharded import Sharded, get_sharded
+from .engine.sharded import Sharded, control_group, find_sharded, get_sharded
 from .engine.statistics import average_statistics
 from .errors import SDPStateError
 from .model.phases import Schedule
 from .model.state import find_state, get_state, local_tensor, unwrap
 from .patch import become_subnetwork
-from .world.agreement import is_raised_by_all, raised_by_all
+from .world.agreement import is_raised_by_all, raised_by_all, together
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def follow_schedule(
     Args:
         step: number of the step, counted from 0, of ``num_steps`` in all.
         optimizers: all that train the model. They keep their groups, state and schedulers.
-    Returns: whether the model was rebuilt; then it was a collective. Without a schedule it is False.
+    Returns: whether the model was rebuilt; then it was a collective, as at the second step. Without a schedule it is
+        False.
     Raises: SDPStateError on every worker before the model is prepared, or while it has gradients or its parameters have
         hooks; SDPConfigError when a phase has no step. Nothing is changed then. SDPStateError, too, when something
         fails on the way (memory): then the model is lost.
@@ -51,7 +52,9 @@ def follow_schedule(
     if schedule is None:
         return False
     number = schedule.phase_at(step, num_steps)
-    schedule.is_followed = True
+    if number == schedule.number and schedule.asked not in (None, step) and not schedule.is_between_steps:
+        _refuse_gradients_in_time(model, schedule)
+    schedule.asked = step
     if number == schedule.number:
         return False
     assert state is not None
@@ -75,12 +78,21 @@ def follow_schedule(
     return True
 
 
+def _refuse_gradients_in_time(model: nn.Module, schedule: Schedule) -> None:
+    """What would be an error when the next phase begins is one at the second step, hours before. Collective."""
+    sharded = find_sharded(model)
+    come_to(model, "the second step of the coverage schedule")
+    with together(control_group(model)):
+        refuse_gradients(model, dict(model.named_parameters()) if sharded is None else sharded.parameters)
+    schedule.is_between_steps = True
+
+
 def refuse_schedule_unfollowed(model: nn.Module) -> None:
     """Raises SDPStateError for a model whose ``coverage_schedule`` was never followed, when it begins to learn: it
     would stay in its first phase. To be called on all workers."""
     state = find_state(model)
     schedule = None if state is None else state.schedule
-    if state is None or schedule is None or schedule.is_followed or len(schedule.phases) == 1:
+    if state is None or schedule is None or schedule.asked is not None or len(schedule.phases) == 1:
         return
     raise raised_by_all(
         SDPStateError(

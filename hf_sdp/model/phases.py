@@ -34,7 +34,8 @@ class Schedule:
         number: of the phase that the model is in.
         changes: what was done to its modules for this phase, newest last.
         recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
-        is_followed: whether anybody has asked for the phase of a step.
+        asked: for which step anybody has asked for the phase last; None: for none.
+        is_between_steps: whether it was seen that a step leaves no gradients to the next one.
     """
 
     config: SDPConfig
@@ -42,7 +43,8 @@ class Schedule:
     number: int = 0
     changes: list[Changes] = field(default_factory=list)
     recomputes: Any = None
-    is_followed: bool = False
+    asked: int | None = None
+    is_between_steps: bool = False
 
     @property
     def current(self) -> Planned:

@@ -41,6 +41,23 @@ def in_the_middle_of_a_window():
     assert accelerator.follow_schedule(1, 2)
 
 
+def with_gradients_that_are_zeroed_too_late():
+    """Many loops begin a step so. It is an error at the second step, not after hours, when the phase begins."""
+    accelerator, model, optimizer = prepared()
+    for number in range(2):
+        if number == 1:
+            for _ in range(2):
+                with pytest.raises(SDPStateError, match="has a gradient, which would be lost"):
+                    accelerator.follow_schedule(number, 100)
+            optimizer.zero_grad()
+        assert not accelerator.follow_schedule(number, 100)
+        optimizer.zero_grad()
+        for _ in range(2):  # micro-batches: of the second one there are gradients
+            assert not accelerator.follow_schedule(number, 100)
+            backward(accelerator, model)
+        optimizer.step()
+
+
 def with_zero_gradients():
     accelerator, model, optimizer = prepared()
     backward(accelerator, model)
@@ -143,7 +160,15 @@ def on_one_worker():
 
 
 @pytest.mark.parametrize(
-    "misuse", [in_the_middle_of_a_window, with_zero_gradients, without_the_optimizer, with_a_hook, on_one_worker]
+    "misuse",
+    [
+        in_the_middle_of_a_window,
+        with_gradients_that_are_zeroed_too_late,
+        with_zero_gradients,
+        without_the_optimizer,
+        with_a_hook,
+        on_one_worker,
+    ],
 )
 def test_misuse_is_an_error(misuse):
     run_workers(misuse, world_size=2)
