@@ -55,6 +55,12 @@ def follow_schedule(
     if number == schedule.number and schedule.asked not in (None, step) and not schedule.is_between_steps:
         _refuse_gradients_in_time(model, schedule)
     schedule.asked = step
+    if schedule.resumed is not None and number < schedule.resumed:
+        logger.warning(
+            "The checkpoint is of phase %d of the coverage schedule. Step %d of %d is of phase %d, to which the "
+            "training goes back: it has more steps than it had.", schedule.resumed, step, num_steps, number,
+        )  # fmt: skip
+    schedule.resumed = None
     if number == schedule.number:
         return False
     assert state is not None

@@ -142,7 +142,9 @@ class SDPAccelerator(SavesState):
     def follow_schedule(self, step: int, num_steps: int) -> bool:
         """Begin the phase of a ``coverage_schedule`` that the next step belongs to: call it before each step.
 
-        Collective where a phase begins, and at the second step. Parameters are new ones after it: take ``model.parameters()`` again.
+        Collective where a phase begins, and at the second step. Where one begins parameters are new ones: take
+        ``model.parameters()`` again.
+
         Args:
             step: counted from 0, of ``num_steps`` optimizer steps in all.
         Returns: whether a model was rebuilt.

@@ -35,6 +35,7 @@ class Schedule:
         changes: what was done to its modules for this phase, newest last.
         recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
         asked: for which step anybody has asked for the phase last; None: for none.
+        resumed: phase of the checkpoint of this schedule that was loaded last, on rank 0, until the next step.
         is_between_steps: whether it was seen that a step leaves no gradients to the next one.
     """
 
@@ -44,6 +45,7 @@ class Schedule:
     changes: list[Changes] = field(default_factory=list)
     recomputes: Any = None
     asked: int | None = None
+    resumed: int | None = None
     is_between_steps: bool = False
 
     @property

@@ -65,6 +65,33 @@ def test_another_world_goes_on_in_the_phase(tmp_path):
     assert len(losses) == 6
 
 
+def train_to(folder, sdp: dict, max_steps: int, resume: bool = False):
+    with pytest.MonkeyPatch.context() as patch:
+        warned: list[str] = []
+        patch.setattr(hf_sdp.phases.logger, "warning", lambda message, *values: warned.append(message % values))
+        hf_sdp.enable()
+        trainer = make_trainer(folder, sdp, dict(max_steps=max_steps, save_strategy="steps", save_steps=1))
+        trainer.train(resume_from_checkpoint=resume)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return losses_of(logged), [entry.get("sdp/coverage") for entry in logged], warned
+
+
+def test_a_longer_training_goes_back_to_the_phase_before_and_says_so(tmp_path):
+    sdp = dict(coverage_schedule=GROWS)
+    (losses, coverage, warned), _ = run_workers(train_to, tmp_path / "short", sdp, 4, world_size=2)
+    assert coverage == [0.5, 0.5, 1, 1] and not warned
+    for folder in ("long", "half"):
+        shutil.copytree(tmp_path / "short" / "checkpoint-3", tmp_path / folder / "checkpoint-3")
+    longer, of_rank_1 = run_workers(train_to, tmp_path / "long", sdp, 8, True, world_size=2)
+    assert longer[1] == [0.5, 0.5, 1, 0.5, 1, 1, 1, 1] and of_rank_1[2] == []
+    assert longer[2] == [
+        "The checkpoint is of phase 1 of the coverage schedule. Step 3 of 8 is of phase 0, to which the training goes "
+        "back: it has more steps than it had."
+    ]
+    (half, _, _), _ = run_workers(train_to, tmp_path / "half", dict(coverage=0.5), 4, True, world_size=2)
+    assert longer[0][:4] == half and half[:3] == losses[:3] and half[3] != losses[3]
+
+
 def train_twice(folder, sdp, arguments=None):
     """Without a checkpoint: the second training begins in the first phase again."""
     trainer = make_trainer(folder, sdp, dict(max_steps=4, optim="sgd", learning_rate=0.0, **(arguments or {})))
