@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, global_norm, patch_model
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
 
@@ -79,6 +79,9 @@ def without_the_optimizer():
         with pytest.raises(SDPStateError, match="Take model.parameters"):
             clip(parameters, 0.5)
         clip(model.parameters(), 0.5)
+    assert global_norm(list(model.parameters())) > 0
+    with pytest.raises(SDPStateError, match="Take model.parameters"):
+        global_norm(parameters)  # of tensors that are freed it would be zero
     copies = [torch.zeros_like(p) for p in model.parameters()]
     with pytest.raises(RuntimeError):  # as a callback does that averages weights; not the end of the process
         for copy, p in zip(copies, parameters, strict=False):
