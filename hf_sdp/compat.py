@@ -46,6 +46,7 @@ __all__ = [
     "has_unreduced_gradients",
     "is_compiled",
     "is_connection_error",
+    "is_forgotten",
     "is_in_ddp",
     "is_within_backward",
     "let_meshes_forget_their_groups",
@@ -116,8 +117,13 @@ def forget_fsdp(model: nn.Module) -> None:
 
 
 def forget_values(parameter: nn.Parameter) -> None:
-    """A sharded parameter no longer refers to its shard, and has an empty one."""
+    """A sharded parameter no longer refers to its shard, and has an empty one: :func:`is_forgotten`."""
     parameter._local_tensor = parameter._local_tensor.new_empty(0)  # type: ignore[attr-defined]
+    parameter._sdp_is_forgotten = True  # type: ignore[attr-defined]
+
+
+def is_forgotten(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "_sdp_is_forgotten", False)
 
 
 def reduce_missing_gradients(model: "FSDPModule") -> None:

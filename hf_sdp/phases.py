@@ -18,11 +18,13 @@ from .engine.fsdp import reshard
 from .engine.handover import Handover, refuse_gradients
 from .engine.presence import come_to
 from .engine.shard import shard
-from .engine.sharded import Sharded, get_sharded
+from .engine.sharded import Sharded, control_group, find_sharded, get_sharded
 from .engine.statistics import average_statistics
+from .errors import SDPStateError
 from .model.phases import Schedule
 from .model.state import find_state, get_state, local_tensor, unwrap
 from .patch import become_subnetwork
+from .world.agreement import is_raised_by_all, raised_by_all, together
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,11 @@ def follow_schedule(
     Args:
         step: number of the step, counted from 0, of ``num_steps`` in all.
         optimizers: all that train the model. They keep their groups, state and schedulers.
-    Returns: whether the model was rebuilt; then it was a collective. Without a schedule it is False.
+    Returns: whether the model was rebuilt; then it was a collective, as at the second step. Without a schedule it is
+        False.
     Raises: SDPStateError on every worker before the model is prepared, or while it has gradients or its parameters have
-        hooks; SDPConfigError when a phase has no step.
+        hooks; SDPConfigError when a phase has no step. Nothing is changed then. SDPStateError, too, when something
+        fails on the way (memory): then the model is lost.
     """
     model = unwrap(model)
     state = find_state(model)
@@ -48,6 +52,15 @@ def follow_schedule(
     if schedule is None:
         return False
     number = schedule.phase_at(step, num_steps)
+    if number == schedule.number and schedule.asked not in (None, step) and not schedule.is_between_steps:
+        _refuse_gradients_in_time(model, schedule)
+    schedule.asked = step
+    if schedule.resumed is not None and number < schedule.resumed:
+        logger.warning(
+            "The checkpoint is of phase %d of the coverage schedule. Step %d of %d is of phase %d, to which the "
+            "training goes back: it has more steps than it had.", schedule.resumed, step, num_steps, number,
+        )  # fmt: skip
+    schedule.resumed = None
     if number == schedule.number:
         return False
     assert state is not None
@@ -71,12 +84,47 @@ def follow_schedule(
     return True
 
 
+def _refuse_gradients_in_time(model: nn.Module, schedule: Schedule) -> None:
+    """What would be an error when the next phase begins is one at the second step, hours before. Collective."""
+    sharded = find_sharded(model)
+    come_to(model, "the second step of the coverage schedule")
+    with together(control_group(model)):
+        refuse_gradients(model, dict(model.named_parameters()) if sharded is None else sharded.parameters)
+    schedule.is_between_steps = True
+
+
+def refuse_schedule_unfollowed(model: nn.Module) -> None:
+    """Raises SDPStateError for a model whose ``coverage_schedule`` was never followed, when it begins to learn: it
+    would stay in its first phase. To be called on all workers."""
+    state = find_state(model)
+    schedule = None if state is None else state.schedule
+    if state is None or schedule is None or schedule.asked is not None or len(schedule.phases) == 1:
+        return
+    raise raised_by_all(
+        SDPStateError(
+            f"{state.held.model_name} has a coverage_schedule that nobody follows: it would stay in its first phase. "
+            "A Trainer needs SDPCallback(). A loop of your own, or of a script, has to call "
+            "accelerator.follow_schedule(step, num_steps) before each step."
+        )
+    )
+
+
 def _hand_over(model: nn.Module, schedule: Schedule, number: int, sharded: Sharded, handover: Handover) -> None:
     device = local_tensor(next(iter(sharded.parameters.values())).detach()).device
     sharded.parameters.clear()
-    _patch_again(model, schedule, number, handover)
-    held = get_state(model).held
-    shard(model, device, functools.partial(handover.give, held=held, device=device))
+    try:
+        _patch_again(model, schedule, number, handover)
+        held = get_state(model).held
+        shard(model, device, functools.partial(handover.give, held=held, device=device))
+    except Exception as cause:
+        # Without its words: hosts begin anew, with this model, when they read that memory was short.
+        error = SDPStateError(
+            f"Phase {number} of the coverage schedule could not begin ({type(cause).__name__}). Weights were on their "
+            "way, and this model cannot be used any more: make it anew, and continue from the newest checkpoint."
+        )
+        if is_raised_by_all(cause):
+            raised_by_all(error)
+        raise error from cause
 
 
 def _patch_again(model: nn.Module, schedule: Schedule, number: int, handover: Handover | None = None) -> None:

@@ -44,6 +44,7 @@ class Training:
         config = small_llama(**sizes)
         model = patch_model(LlamaForCausalLM(config), SDPConfig(**sdp))
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+        self.accelerator.follow_schedule(0, 2)
         self.vocab_size, self.random = config.vocab_size, torch.Generator().manual_seed(dist.get_rank())
 
     def step(self, batch: int, length: int) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from ..world.agreement import from_rank_0, together
 from .adapters import saved_adapters
 from .converted import ConvertedWeights
 from .files import size_of
-from .marker import OPTIMIZER, changes, check_together, read_marker
+from .marker import OPTIMIZER, changes, check_together, phase_of_schedule, read_marker
 from .optimizer_state import check_optimizer
 from .saved_optimizer import SavedByTorch, SavedOptimizer
 from .weights import RenamedWeights, Weights
@@ -141,10 +141,13 @@ def open_optimizer_state(
 
 
 def tell_changes(model: nn.Module, folder: str | Path, world_size: int, rank: int) -> None:
-    """Warn, on rank 0, of what is different from the run that wrote the checkpoint."""
+    """Warn, on rank 0, of what is different from the run that wrote the checkpoint. Whether its phase is, is known at
+    the next step."""
     if rank != 0:
         return
-    state = find_state(model)
-    differences = changes(read_marker(Path(folder)), state, world_size)
+    state, saved = find_state(model), read_marker(Path(folder))
+    if state is not None and state.schedule is not None:
+        state.schedule.resumed = phase_of_schedule(saved, state.config)
+    differences = changes(saved, state, world_size)
     if differences:
         logger.warning("Continuing from %s. Different: %s.", folder, "; ".join(differences))

@@ -198,6 +198,12 @@ def changes(saved: dict | None, state: SDPState | None, world_size: int) -> list
     return result
 
 
+def phase_of_schedule(saved: dict | None, config: SDPConfig) -> int | None:
+    """Number of the phase that a checkpoint is of, if its run had the ``coverage_schedule`` of ``config``."""
+    phases = None if saved is None else saved["sdp_config"].get("coverage_schedule")
+    return saved["phase"] if saved is not None and phases == _as_saved(config)["coverage_schedule"] else None
+
+
 def _as_saved(config: SDPConfig) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -22,6 +22,7 @@ from .stored import full_shapes, stored_parameters
 from .tensors import Boxes
 
 _OF_THIS_RUN = ("foreach", "fused", "capturable", "differentiable")  # how to step, not what the step is
+_OF_THIS_WORKER = ("params", "param_names")
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
                     numbers.setdefault(s.name, {})[key] = _to_json(value)
         groups = [
             {
-                **{key: _to_json(value) for key, value in g.items() if key != "params"},
+                **{key: _to_json(value) for key, value in g.items() if key not in _OF_THIS_WORKER},
                 "params": list(dict.fromkeys(stored[p].name for p in g["params"])),
             }
             for g in optimizer.param_groups
@@ -119,7 +120,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
         names = [stored[p].name for p in optimizer.param_groups[number]["params"]]
         options = saved_group[names[0]] if names else saved.groups[min(number, len(saved.groups) - 1)]
         for key, value in options.items():
-            if key not in ("params", *_OF_THIS_RUN):
+            if key not in (*_OF_THIS_WORKER, *_OF_THIS_RUN):
                 g[key] = from_json(value, like=g.get(key)) if not isinstance(value, torch.Tensor) else value
     with local_shards(optimizer):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -176,7 +177,7 @@ def _check_whole(saved: SavedOptimizer | SavedByTorch) -> None:
 def _check_options(now: dict, then: dict, optimizer: str) -> None:
     """A plain optimizer's file does not say its class: another one has other options. (A newer version of the same one
     has more of them.)"""
-    ignored = {"params", "initial_lr", *_OF_THIS_RUN}
+    ignored = {"initial_lr", *_OF_THIS_WORKER, *_OF_THIS_RUN}
     unknown, missing = then.keys() - now.keys() - ignored, now.keys() - then.keys() - ignored
     if unknown and missing:
         raise SDPStateError(

@@ -16,6 +16,7 @@ from ..errors import SDPStateError
 from ..model.state import local_tensor
 from ..world.agreement import together
 from .optimizer import local_shards, model_of
+from .sharded import refuse_forgotten
 
 
 @torch.no_grad()
@@ -45,10 +46,11 @@ def global_norm(tensors: Iterable[torch.Tensor], norm_type: float = 2.0) -> torc
         tensors: parameters of a prepared model, their gradients, or tensors computed from them.
         norm_type: p of the p-norm, above 0; ``math.inf`` is the largest absolute value.
     Raises: SDPStateError on a tensor that is not sharded (between a forward and its backward a model's parameters are
-        gathered).
+        gathered), and on parameters of before a phase began, which have no values any more.
     """
     tensors = list(tensors)
     with together():
+        refuse_forgotten(tensors)
         plain = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, DTensor)]
         if plain:
             raise SDPStateError(

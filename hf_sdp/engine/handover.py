@@ -92,7 +92,7 @@ class Handover:
         for name, kind in sorted(place for place in self.dtypes if place[1] is not None):
             self.kinds.setdefault(name, []).append(kind)
         for optimizer in self.optimizers:
-            train_from_now_on(optimizer, [[] for _ in optimizer.param_groups], {})
+            train_from_now_on(optimizer, [{} for _ in optimizer.param_groups], {})
 
     def _take(self, local_name: str, kind: _Kind, tensor: torch.Tensor) -> None:
         local = self.held.subnetwork.tensors[local_name]
@@ -141,7 +141,7 @@ class Handover:
         for optimizer, groups, state in zip(self.optimizers, self.groups, states, strict=True):
             local_names = held.subnetwork.local_names
             of_groups = [
-                [parameters[n] for name in held.plan.shapes if name in names for n in local_names[name]]
+                {n: parameters[n] for name in held.plan.shapes if name in names for n in local_names[name]}
                 for names in groups
             ]
             train_from_now_on(optimizer, of_groups, state)

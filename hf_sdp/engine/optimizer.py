@@ -88,8 +88,9 @@ def repoint(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         refuse_unless_elementwise(optimizer)
         groups = _new_groups(optimizer, sharded)
     agree_on_groups(groups, sharded)
+    name_of = {id(p): name for name, p in sharded.parameters.items()}
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = parameters
+        _fill(group, {name_of[id(p)]: p for p in parameters})
     if _is_new_adagrad(optimizer):
         _make_adagrads_state(optimizer)
     setattr(optimizer, _ATTRIBUTE, _Repointed(model))
@@ -110,16 +111,23 @@ def owner_of(optimizer: torch.optim.Optimizer, models: Sequence[nn.Module]) -> n
 
 def train_from_now_on(
     optimizer: torch.optim.Optimizer,
-    groups: Sequence[Sequence[nn.Parameter]],
+    groups: Sequence[Mapping[str, nn.Parameter]],
     state: Mapping[nn.Parameter, dict[str, Any]],
 ) -> None:
-    """Give an optimizer other parameters, and their state. Its groups keep their options, and stay the objects that a
-    scheduler has."""
+    """Give an optimizer other parameters, by their names, and their state. Its groups keep their options, and stay the
+    objects that a scheduler has."""
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = list(parameters)
+        _fill(group, parameters)
     optimizer.state.clear()
     for parameter, of_parameter in state.items():
         optimizer.state[parameter] = of_parameter
+
+
+def _fill(group: dict[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    """``parameters``: by their names, which the group has if it was made from ``model.named_parameters()``."""
+    group["params"] = list(parameters.values())
+    if "param_names" in group:
+        group["param_names"] = list(parameters)
 
 
 def _new_groups(optimizer: torch.optim.Optimizer, sharded: Sharded) -> list[list[nn.Parameter]]:

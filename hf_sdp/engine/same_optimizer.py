@@ -10,7 +10,8 @@ from ..errors import SDPConfigError
 from ..world.agreement import agree, raised_by_all
 from .sharded import Sharded
 
-_HOW_TO_STEP = ("params", "foreach", "fused", "capturable", "differentiable")
+_NOT_COMPARED = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
+"""How to step, and what every worker has of its own."""
 
 
 def agree_on_options(optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -26,7 +27,7 @@ def agree_on_options(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def _options_of(group: dict) -> dict[str, object]:
-    return {key: _plain(value) for key, value in group.items() if key not in _HOW_TO_STEP}
+    return {key: _plain(value) for key, value in group.items() if key not in _NOT_COMPARED}
 
 
 def _plain(value: object) -> object:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..compat import is_forgotten
 from ..errors import SDPStateError
 from ..model.state import Held, Run, get_state, local_tensor, unwrap
 from ..plan.region import Region
@@ -93,10 +94,20 @@ def refuse_parameters_of_before(parameters: Iterable[torch.Tensor], models: Iter
     """Raises SDPStateError for sharded parameters that are of none of these models: of one before its phase began."""
     ours = {id(p) for sharded in models for p in sharded.parameters.values()}
     if any(isinstance(p, DTensor) and id(p) not in ours for p in parameters):
-        raise SDPStateError(
-            "These parameters are not the model's any more: a phase of its coverage_schedule has begun. Take "
-            "model.parameters() again, and give follow_schedule all optimizers that train the model."
-        )
+        raise _of_before()
+
+
+def refuse_forgotten(tensors: Iterable[torch.Tensor]) -> None:
+    """Raises SDPStateError for parameters whose values went on to the next phase of their model."""
+    if any(map(is_forgotten, tensors)):
+        raise _of_before()
+
+
+def _of_before() -> SDPStateError:
+    return SDPStateError(
+        "These parameters are not the model's any more: a phase of its coverage_schedule has begun. Take "
+        "model.parameters() again, and give follow_schedule all optimizers that train the model."
+    )
 
 
 def weights_changed(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from ..engine.vote import Watch
 from ..errors import SDPConfigError
 from ..model.state import find_state, get_state, unwrap
 from ..patch import patch_model
-from ..phases import follow_schedule
+from ..phases import follow_schedule, refuse_schedule_unfollowed
 from ..world.agreement import together
 from ..world.groups import end_groups
 from .accelerator_state import SavesState
@@ -105,6 +105,8 @@ class SDPAccelerator(SavesState):
         return prepared
 
     def backward(self, loss, **kwargs):
+        for model in self._models:
+            refuse_schedule_unfollowed(model)
         if self._has_sharded_model():
             self._watch.saw_loss(loss)
         super().backward(loss, **kwargs)
@@ -140,7 +142,9 @@ class SDPAccelerator(SavesState):
     def follow_schedule(self, step: int, num_steps: int) -> bool:
         """Begin the phase of a ``coverage_schedule`` that the next step belongs to: call it before each step.
 
-        Collective where a phase begins. Parameters are new ones after it: take ``model.parameters()`` again.
+        Collective where a phase begins, and at the second step. Where one begins parameters are new ones: take
+        ``model.parameters()`` again.
+
         Args:
             step: counted from 0, of ``num_steps`` optimizer steps in all.
         Returns: whether a model was rebuilt.

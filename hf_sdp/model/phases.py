@@ -34,6 +34,9 @@ class Schedule:
         number: of the phase that the model is in.
         changes: what was done to its modules for this phase, newest last.
         recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
+        asked: for which step anybody has asked for the phase last; None: for none.
+        resumed: phase of the checkpoint of this schedule that was loaded last, on rank 0, until the next step.
+        is_between_steps: whether it was seen that a step leaves no gradients to the next one.
     """
 
     config: SDPConfig
@@ -41,6 +44,9 @@ class Schedule:
     number: int = 0
     changes: list[Changes] = field(default_factory=list)
     recomputes: Any = None
+    asked: int | None = None
+    resumed: int | None = None
+    is_between_steps: bool = False
 
     @property
     def current(self) -> Planned:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, global_norm, patch_model
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
 
@@ -14,7 +14,9 @@ GROWS = [(0.0, 0.5), (0.5, 1.0)]
 def prepared(**options):
     accelerator = SDPAccelerator(**options)
     model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
-    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert not accelerator.follow_schedule(0, 2)
+    return accelerator, model, optimizer
 
 
 def backward(accelerator, model) -> None:
@@ -39,6 +41,23 @@ def in_the_middle_of_a_window():
     assert accelerator.follow_schedule(1, 2)
 
 
+def with_gradients_that_are_zeroed_too_late():
+    """Many loops begin a step so. It is an error at the second step, not after hours, when the phase begins."""
+    accelerator, model, optimizer = prepared()
+    for number in range(2):
+        if number == 1:
+            for _ in range(2):
+                with pytest.raises(SDPStateError, match="has a gradient, which would be lost"):
+                    accelerator.follow_schedule(number, 100)
+            optimizer.zero_grad()
+        assert not accelerator.follow_schedule(number, 100)
+        optimizer.zero_grad()
+        for _ in range(2):  # micro-batches: of the second one there are gradients
+            assert not accelerator.follow_schedule(number, 100)
+            backward(accelerator, model)
+        optimizer.step()
+
+
 def with_zero_gradients():
     accelerator, model, optimizer = prepared()
     backward(accelerator, model)
@@ -60,6 +79,9 @@ def without_the_optimizer():
         with pytest.raises(SDPStateError, match="Take model.parameters"):
             clip(parameters, 0.5)
         clip(model.parameters(), 0.5)
+    assert global_norm(list(model.parameters())) > 0
+    with pytest.raises(SDPStateError, match="Take model.parameters"):
+        global_norm(parameters)  # of tensors that are freed it would be zero
     copies = [torch.zeros_like(p) for p in model.parameters()]
     with pytest.raises(RuntimeError):  # as a callback does that averages weights; not the end of the process
         for copy, p in zip(copies, parameters, strict=False):
@@ -88,6 +110,7 @@ def frozen_since_it_was_patched():
     model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
     model.model.layers[1].mlp.requires_grad_(False)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.follow_schedule(0, 2)
     step(accelerator, model, optimizer)
     assert accelerator.follow_schedule(1, 2)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -108,6 +131,7 @@ def with_a_forward_of_its_own():
     mlp.forward = counted
     patch_model(full, SDPConfig(coverage_schedule=GROWS))
     model, optimizer = accelerator.prepare(full, torch.optim.SGD(full.parameters(), lr=0.1))
+    accelerator.follow_schedule(0, 2)
     step(accelerator, model, optimizer)
     assert len(calls) == 1
     assert accelerator.follow_schedule(1, 2)
@@ -139,7 +163,15 @@ def on_one_worker():
 
 
 @pytest.mark.parametrize(
-    "misuse", [in_the_middle_of_a_window, with_zero_gradients, without_the_optimizer, with_a_hook, on_one_worker]
+    "misuse",
+    [
+        in_the_middle_of_a_window,
+        with_gradients_that_are_zeroed_too_late,
+        with_zero_gradients,
+        without_the_optimizer,
+        with_a_hook,
+        on_one_worker,
+    ],
 )
 def test_misuse_is_an_error(misuse):
     run_workers(misuse, world_size=2)

@@ -78,6 +78,7 @@ def counts_at_a_boundary(optimizer: str):
             assert all(state[key].device == device for key in ("exp_avg", "exp_avg_sq"))
         return {(state["step"].device.type, state["step"].item()) for state in states.values()}
 
+    follow_schedule(model, 0, 2, [prepared])
     step(0)
     found = [counts()]
     assert follow_schedule(model, 1, 2, [prepared])

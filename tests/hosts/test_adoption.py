@@ -162,6 +162,31 @@ def test_which_of_several_models_is_not_guessed(second):
         run_workers(prepare_two, None, second, world_size=2)
 
 
+def loop_of_a_script(follows: bool):
+    """A script is not edited, and knows nothing of phases; one that is follows them."""
+    hf_sdp.enable(SDPConfig(coverage_schedule=[(0.0, 0.5), (0.5, 1.0)]))
+    try:
+        accelerator, model = accelerate.Accelerator(), tiny_model()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for step in range(2):
+            if follows:
+                accelerator.follow_schedule(step, 2)
+            accelerator.backward(model(**batch(accelerator.process_index)).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        hf_sdp.disable()
+
+
+def test_a_loop_of_a_script_that_would_stay_in_the_first_phase_is_an_error():
+    run_workers(loop_of_a_script, True, world_size=2)
+    with pytest.raises(
+        AssertionError,
+        match="has a coverage_schedule that nobody follows.*accelerator.follow_schedule",
+    ):
+        run_workers(loop_of_a_script, False, world_size=2)
+
+
 def prepare_on_rank_0_alone(what: str):
     from accelerate import Accelerator
 

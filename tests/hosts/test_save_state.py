@@ -299,3 +299,30 @@ def save_on_one_rank(folder):
 def test_saving_on_one_rank_only_is_an_error_there(tmp_path):
     run_workers(save_on_one_rank, tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def with_names(folder, made: str):
+    """An optimizer of ``model.named_parameters()``: its groups have the names of what this worker trains."""
+    accelerator, model = SDPAccelerator(), tiny_model()
+    names_of_full = list(model.named_parameters())
+    model = patch_model(model, SDPConfig(level="block", coverage_schedule=[(0.0, 0.5), (0.5, 1.0)]))
+    named = names_of_full if made == "before patching" else model.named_parameters()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(named, lr=1e-2))
+    for phase in range(2):
+        accelerator.follow_schedule(phase, 2)
+        accelerator.backward(model(**batch(dist.get_rank())).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.save_state(folder / str(phase))
+        before = [state["exp_avg"].clone() for state in optimizer.state.values()]
+        accelerator.load_state(folder / str(phase))
+        after = [state["exp_avg"] for state in optimizer.state.values()]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        (group,) = optimizer.param_groups
+        found = zip(group["param_names"], group["params"], strict=True)
+        assert [(name, id(p)) for name, p in found] == [(name, id(p)) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("made", ["after patching", pytest.param("before patching", marks=pytest.mark.long)])
+def test_an_optimizer_of_named_parameters_has_the_names_of_what_it_trains(tmp_path, made):
+    run_workers(with_names, tmp_path, made, world_size=2)

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 import hf_sdp
-from hf_sdp import SDPConfig, SDPConfigError, patch_model, verify
+from hf_sdp import SDPCallback, SDPConfig, SDPConfigError, SDPStateError, patch_model, verify
+from hf_sdp.engine import handover
 from tests.support.models import tiny_model
 from tests.support.resume import assert_equal, optimizer_of, train, weights_of
 from tests.support.runs import train_resume_and_reload
@@ -62,6 +63,33 @@ def test_another_world_goes_on_in_the_phase(tmp_path):
     sdp = THREE | dict(coverage_schedule=["0:0.5", "0.3:0.5:masking=backward", "0.7:1.0"])
     losses, _ = run_workers(train, tmp_path / "two", sdp, options, True, world_size=2)[0]
     assert len(losses) == 6
+
+
+def train_to(folder, sdp: dict, max_steps: int, resume: bool = False):
+    with pytest.MonkeyPatch.context() as patch:
+        warned: list[str] = []
+        patch.setattr(hf_sdp.phases.logger, "warning", lambda message, *values: warned.append(message % values))
+        hf_sdp.enable()
+        trainer = make_trainer(folder, sdp, dict(max_steps=max_steps, save_strategy="steps", save_steps=1))
+        trainer.train(resume_from_checkpoint=resume)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return losses_of(logged), [entry.get("sdp/coverage") for entry in logged], warned
+
+
+def test_a_longer_training_goes_back_to_the_phase_before_and_says_so(tmp_path):
+    sdp = dict(coverage_schedule=GROWS)
+    (losses, coverage, warned), _ = run_workers(train_to, tmp_path / "short", sdp, 4, world_size=2)
+    assert coverage == [0.5, 0.5, 1, 1] and not warned
+    for folder in ("long", "half"):
+        shutil.copytree(tmp_path / "short" / "checkpoint-3", tmp_path / folder / "checkpoint-3")
+    longer, of_rank_1 = run_workers(train_to, tmp_path / "long", sdp, 8, True, world_size=2)
+    assert longer[1] == [0.5, 0.5, 1, 0.5, 1, 1, 1, 1] and of_rank_1[2] == []
+    assert longer[2] == [
+        "The checkpoint is of phase 1 of the coverage schedule. Step 3 of 8 is of phase 0, to which the training goes "
+        "back: it has more steps than it had."
+    ]
+    (half, _, _), _ = run_workers(train_to, tmp_path / "half", dict(coverage=0.5), 4, True, world_size=2)
+    assert longer[0][:4] == half and half[:3] == losses[:3] and half[3] != losses[3]
 
 
 def train_twice(folder, sdp, arguments=None):
@@ -210,3 +238,37 @@ def too_short(folder):
 
 def test_a_phase_without_a_step_is_an_error_before_training(tmp_path):
     assert run_workers(too_short, tmp_path, world_size=2) == [0, 0]
+
+
+def without_its_callback(folder):
+    trainer = make_trainer(folder, dict(coverage_schedule=GROWS))
+    trainer.remove_callback(SDPCallback)
+    with pytest.raises(SDPStateError, match="has a coverage_schedule that nobody follows.*SDPCallback"):
+        trainer.train()
+    return trainer.state.global_step
+
+
+def test_a_trainer_that_would_stay_in_the_first_phase_is_an_error(tmp_path):
+    assert run_workers(without_its_callback, tmp_path, world_size=2) == [0, 0]
+
+
+def fail_at_the_boundary(folder):
+    """Memory is short for the sixth tensor that goes to other workers: the host would begin anew with what is left."""
+    trainer = make_trainer(folder, dict(coverage_schedule=GROWS), dict(auto_find_batch_size=True))
+    moved, real_move = [], handover.move
+
+    def move(*args):
+        moved.append(args)
+        if len(moved) == 6:
+            raise RuntimeError("CUDA out of memory.")
+        real_move(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handover, "move", move)
+        with pytest.raises(SDPStateError, match=r"Phase 1 .* could not begin \(RuntimeError\).* newest checkpoint"):
+            trainer.train()
+    return trainer.state.global_step
+
+
+def test_what_fails_at_a_boundary_is_no_new_beginning_with_half_of_the_weights(tmp_path):
+    assert run_workers(fail_at_the_boundary, tmp_path, world_size=2) == [2, 2]

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, patch_model
+from hf_sdp import SDPAccelerator, SDPConfig, follow_schedule, patch_model
 from tests.support.models import batch, tiny_model
 
 EVERYTHING = dict(
@@ -15,6 +15,7 @@ def prepared(config: dict, model_options: dict | None = None, optimizer=torch.op
     accelerator = SDPAccelerator(**accelerator_options)
     model = patch_model(tiny_model(**(model_options or {})), SDPConfig(**config))
     model, optimizer = accelerator.prepare(model, optimizer(model.parameters(), lr=1e-2))
+    follow_schedule(model, 0, 100)
     return accelerator, model, optimizer
 
 
