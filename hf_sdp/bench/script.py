@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..config import SDPConfig
 from ..engine.metrics import STATE_KINDS, StepMeter
 from ..engine.sharded import find_sharded
-from ..engine.traffic import BOTH_WAYS, sent_in_ring
+from ..world.ring import BOTH_WAYS, sent_in_ring
 
 STEPS = 20
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "sdp": "SDP"}

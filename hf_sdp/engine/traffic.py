@@ -13,15 +13,8 @@ from torch import nn
 
 from ..compat import DefaultAllGather, DefaultReduceScatter, fsdp_groups
 from ..model.state import unwrap
+from ..world.ring import BOTH_WAYS, sent_in_ring
 from .fsdp import fsdp_modules
-
-ONE_WAY, BOTH_WAYS = 1, 2
-"""Times around the ring: an all-gather or reduce-scatter, and an all-reduce."""
-
-
-def sent_in_ring(nbytes, members, rounds):
-    """Bytes that each of ``members`` sends, for ``nbytes`` in all and ``rounds`` around the ring; numbers or arrays."""
-    return rounds * nbytes * (members - 1) / members
 
 
 class BytesSent(Protocol):

@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..engine.traffic import BOTH_WAYS, ONE_WAY, sent_in_ring
 from ..plan.groups import ROOT
 from ..workload import DTYPES, OPTIMIZER_STATES, Workload
+from ..world.ring import BOTH_WAYS, ONE_WAY, sent_in_ring
 from .groups import StoredGroup
 from .shapes import ModelShapes
 from .trace import TRACED_LAYERS

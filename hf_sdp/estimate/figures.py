@@ -7,13 +7,13 @@ import numpy as np
 from torch import nn
 
 from ..config import SDPConfig
-from ..engine.traffic import BOTH_WAYS, sent_in_ring
 from ..families import structure_of
 from ..families.flops import ModelFlops, flops_of
 from ..plan.flops import forward_flops, training_flops
 from ..plan.holdings import Holdings
 from ..plan.plan import Plan
 from ..plan.worker_graph import components, spectral_gap
+from ..world.ring import BOTH_WAYS, sent_in_ring
 
 SHARED = "shared"
 

@@ -1,1 +1,2 @@
-"""Nobody waits for ever: what goes wrong on one worker is an error on all of them. And process groups."""
+"""Nobody waits for ever: what goes wrong on one worker is an error on all of them. And process groups, and what their
+collectives send."""

@@ -109,7 +109,9 @@ def give_options_of_ddp(folder):
     handler.emit = lambda record: records.append(record.getMessage())
     logging.getLogger("hf_sdp").addHandler(handler)
     try:
-        make_trainer(folder, dict(), dict(ddp_find_unused_parameters=False, ddp_bucket_cap_mb=1, ddp_timeout=60))
+        make_trainer(
+            folder, dict(coverage=1.0), dict(ddp_find_unused_parameters=False, ddp_bucket_cap_mb=1, ddp_timeout=60)
+        )
     finally:
         logging.getLogger("hf_sdp").removeHandler(handler)
     return records
