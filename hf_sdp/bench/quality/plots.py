@@ -30,10 +30,11 @@ def plot_curves(runs: dict[str, dict[str, dict]], path: Path, *, reference: str)
             panels.setdefault(_panel(method), []).append(method)
     columns = min(3, max(1, len(panels)))
     lines = -(-len(panels) // columns) or 1
+    most = 1 + max(map(len, panels.values()), default=0)  # lines of a legend
     figure, axes = plt.subplots(
         lines,
         columns,
-        figsize=(0.6 + 4.2 * columns, 3.6 * lines),
+        figsize=(0.6 + 4.2 * columns, (3.6 + 0.17 * most) * lines),
         dpi=130,
         squeeze=False,
         sharex=True,
@@ -43,10 +44,11 @@ def plot_curves(runs: dict[str, dict[str, dict]], path: Path, *, reference: str)
     for axis, (panel, methods) in zip(axes.flat, panels.items() or [(reference, [])], strict=False):
         if reference in runs:
             _band(axis, runs[reference], budget, GRAY, reference)
-        for method, color in zip(methods, COLORS * len(methods), strict=False):
-            _band(axis, runs[method], budget, color, method)
+        for number, method in enumerate(methods):
+            again, color = divmod(number, len(COLORS))
+            _band(axis, runs[method], budget, COLORS[color], method, "--" if again else "-")
         axis.set_title(panel, loc="left", fontsize=10)
-        axis.legend(fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)  # beside no curve
         axis.tick_params(labelbottom=True)
     for axis in axes.flat:
         _plain(axis)
@@ -68,13 +70,13 @@ def _panel(method: str) -> str:
     return f"{masking} masking, {level} level"
 
 
-def _band(axis, seeds: dict[str, dict], budget: float, color: str, label: str) -> None:
+def _band(axis, seeds: dict[str, dict], budget: float, color: str, label: str, line: str = "-") -> None:
     by_seed = [run["curve"] for run in seeds.values()]
     first = next(iter(seeds.values()))
     flops = [flops_after(first, step) / budget for step, _ in by_seed[0]]
     points = [[loss for _, loss in same] for same in zip(*by_seed, strict=True)]
     means = [statistics.mean(p) for p in points]
-    axis.plot(flops, means, color=color, marker="o", ms=2.5, lw=1.3, label=f"{label}: {means[-1]:.3f}")
+    axis.plot(flops, means, color=color, ls=line, marker="o", ms=2.5, lw=1.3, label=f"{label}: {means[-1]:.3f}")
     axis.fill_between(flops, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.2, lw=0)
 
 
