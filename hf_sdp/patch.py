@@ -186,7 +186,7 @@ def _warn_of_units_apart(held: Held) -> None:
     groups = groups_that_share(held.plan)
     if len(groups) > 1:
         logger.warning(
-            f"{held.model_name}: at coverage {held.config.coverage} of {held.plan.num_subnetworks} subnetworks there "
+            f"{held.model_name}: at coverage {held.plan.coverage:.3g} of {held.plan.num_subnetworks} subnetworks there "
             f"are {len(groups)} groups that share no unit, so a unit learns from the batches of its group alone. A "
             "higher coverage or more workers connect them (hf-sdp plan shows it)."
         )
