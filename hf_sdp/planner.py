@@ -158,7 +158,7 @@ def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
         modules=tuple(modules),
         unit_holders=unit_holders,
     )
-    _check_connected(plan, config)
+    _check_connected(plan)
     return plan
 
 
@@ -224,7 +224,7 @@ def _always_held(config: SDPConfig, num_layers: int) -> tuple[int, ...]:
 def _check_evenly(stacks: list[Stack], config: SDPConfig, num_subnetworks: int, r: int) -> None:
     if r < config.min_replication:
         raise SDPConfigError(
-            f"coverage={config.coverage} of {num_subnetworks} subnetworks gives {r} holders per unit, "
+            f"coverage={r / num_subnetworks:g} of {num_subnetworks} subnetworks gives {r} holders per unit, "
             f"{config.min_replication - r} less than min_replication={config.min_replication}. "
             f"Nearest coverage that can be met: {min(config.min_replication / num_subnetworks, 1):g}."
         )
@@ -322,7 +322,7 @@ def _check_every_worker_gets_some(config: SDPConfig, stack: Stack, share: float,
     raise SDPConfigError(f"coverage={share:g} of {what} is less than one unit per worker. {remedy}")
 
 
-def _check_connected(plan: Plan, config: SDPConfig) -> None:
+def _check_connected(plan: Plan) -> None:
     if plan.replication[0] < 2:
         return
     groups = groups_that_share(plan)
@@ -330,7 +330,7 @@ def _check_connected(plan: Plan, config: SDPConfig) -> None:
         shown = [f"{sorted(group)[:8]}{'...' * (len(group) > 8)}" for group in sorted(groups, key=min)[:8]]
         raise SDPConfigError(
             f"{len(plan.modules)} maskable modules are too few to connect {plan.num_subnetworks} subnetworks at "
-            f"coverage {config.coverage}: {', '.join(shown)} would share no unit and drift apart. Use a higher "
+            f"coverage {plan.coverage:.3g}: {', '.join(shown)} would share no unit and drift apart. Use a higher "
             "coverage, fewer subnetworks (num_subnetworks), or level='neuron'."
         )
 

@@ -44,7 +44,7 @@ def refuse_reordered_recomputation(config: SDPConfig, plan: Plan) -> None:
     if config.reshard_after_forward and recomputation_reorders(plan):
         raise SDPConfigError(
             "Gradient checkpointing with reshard_after_forward=True and "
-            f"coverage={config.coverage} would hang: some workers hold modules in several parts. "
+            f"coverage={plan.coverage:.3g} would hang: some workers hold modules in several parts. "
             "Use reshard_after_forward=False, or a coverage of 1/k for all."
         )
 
