@@ -1,7 +1,7 @@
 """Fine-tune a language model with LoRA (PEFT) and SDP under the Trainer; what is saved is a standard adapter.
 
     accelerate launch --config_file configs/accelerate/cpu_4.yaml examples/finetune_lora.py \\
-        --model_name_or_path MODEL --text_file FILE --sdp_level block --sdp_masking backward --max_steps 100
+        --model_name_or_path MODEL --text_file FILE --sdp_masking backward --sdp_reshard_after_forward --max_steps 100
 
 As it is, without options, it pretrains a small Llama on the source of Python's standard library for a minute, and
 fine-tunes that on the topics of Python's help. Options: the adapters, the data, every field of ``SDPConfig`` as

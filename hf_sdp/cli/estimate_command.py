@@ -62,8 +62,9 @@ def estimate(
 ) -> None:
     """Memory, traffic and step time, beside DDP, ZeRO and FSDP2. Nothing is allocated.
 
-    A step is one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is
-    what the device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
+    MODEL is a local folder or config.json, a name on the hub, or llama-134m, llama-500m, llama-1b, llama-7b. A step is
+    one micro-batch and the optimizer. The step time is a model of two queues, not a measurement: --flops is what the
+    device reaches on matrix products, a collective takes the bytes a worker sends divided by --bandwidth.
     """
     if (bandwidth is None) != (flops is None):
         raise click.UsageError("The step time needs both --bandwidth and --flops.")
