@@ -41,10 +41,6 @@ class WorkerMemory:
     gradients_at_peak: int
     peak: int
 
-    @property
-    def state(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
-
 
 @dataclass(frozen=True)
 class Action:
