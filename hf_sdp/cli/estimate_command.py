@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import make_plan
 from ..estimate.allocations import WorkerMemory
+from ..estimate.capacity import GIB
 from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, rows_of_phases, subnetworks
 from ..estimate.time import StepTime, step_time
 from ..model.phases import Planned
@@ -31,7 +32,6 @@ from .options import (
     workload_options,
 )
 
-GIB = 2**30
 _KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
 
 

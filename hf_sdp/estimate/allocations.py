@@ -258,7 +258,7 @@ class FullyShard(Allocator):
         self._gradients[index] = 0
         self.gradients += shard
         self.note()
-        sent = (group.members - 1) * shard + 2 * (group.replicas - 1) * shard // group.replicas
+        sent = (group.members - 1) * shard + int(sent_in_ring(shard, group.replicas, BOTH_WAYS))
         self.actions.append(Action("reduce", sent, index))
         if self.stored_bytes != self.computed_bytes:
             self.gradients += group.reduced_numel * self.stored_bytes

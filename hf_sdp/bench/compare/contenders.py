@@ -31,6 +31,7 @@ from ...hosts.accelerator import SDPAccelerator
 from ...hosts.optimizer import VotingOptimizer
 from ...patch import patch_model
 from ...planner import make_plan
+from ...world.ring import BOTH_WAYS, sent_in_ring
 
 BASELINES = {
     "ddp": "DDP",
@@ -182,9 +183,8 @@ class Contender:
 
 
 class DDPTraffic:
-    """Counts the bytes a worker sends for gradients, bucket by bucket: a ring all-reduce sends each one twice,
-    but for the share that stays. ``buffer_bytes``: what the buckets occupy, for as long as the model lives.
-    While ``silent`` nothing is sent."""
+    """Counts the bytes a worker sends for gradients: each bucket is all-reduced. ``buffer_bytes``: what the buckets
+    occupy, for as long as the model lives. While ``silent`` nothing is sent."""
 
     def __init__(self, model: DistributedDataParallel):
         self.bytes_sent, self.num_collectives, self.silent = 0, 0, False
@@ -203,7 +203,7 @@ class DDPTraffic:
         if self.silent:
             bucket.buffer().div_(num_workers)  # as the other hook does
             return noop_hook(process_group, bucket)
-        self.bytes_sent += 2 * (num_workers - 1) * size // num_workers
+        self.bytes_sent += int(sent_in_ring(size, num_workers, BOTH_WAYS))
         self.num_collectives += 1
         return allreduce_hook(process_group, bucket)
 
