@@ -42,8 +42,8 @@ from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference,
 from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.subnetwork import Subnetwork, subnetwork_of, whole_model
-from .planner import groups_that_share, make_plans
-from .world.agreement import agree, process_group_is_up, together
+from .planner import groups_that_share, make_plans, num_subnetworks_of
+from .world.agreement import agree, launched_workers, process_group_is_up, together
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) -> tuple[int, int]:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_workers()
     if process_group_is_up():
         actual = (dist.get_rank(), dist.get_world_size())
         if (rank, world_size) not in ((None, None), actual):
@@ -306,14 +306,7 @@ def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> 
     refuse_reentrant_checkpointing(model)
     if not batch_norms(model):
         refuse_options_of_norms(config, type(model).__name__)
-    num_subnetworks = config.simulate or config.num_subnetworks or world_size
-    if not config.simulate and world_size % num_subnetworks:
-        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        raise SDPConfigError(
-            f"num_subnetworks={num_subnetworks} does not divide the world of {world_size} workers. "
-            f"Use one of {divisors}."
-        )
-    return num_subnetworks
+    return config.simulate or num_subnetworks_of(config, world_size)
 
 
 def _send_values_of_rank_0(model: nn.Module) -> None:

@@ -105,6 +105,17 @@ def make_plans(model_or_config, config: SDPConfig, num_subnetworks: int) -> tupl
     return phases
 
 
+def num_subnetworks_of(config: SDPConfig, num_workers: int) -> int:
+    """N of a world of so many workers. Raises: SDPConfigError when it does not divide them."""
+    number = config.num_subnetworks or num_workers
+    if num_workers % number:
+        divisors = [d for d in range(1, num_workers + 1) if num_workers % d == 0]
+        raise SDPConfigError(
+            f"num_subnetworks={number} does not divide the world of {num_workers} workers. Use one of {divisors}."
+        )
+    return number
+
+
 def plan_of(model: nn.Module, config: SDPConfig, coverages: np.ndarray) -> Plan:
     """The plan in which subnetwork w holds the share ``coverages[w]``, whatever ``config`` says of it."""
     num_subnetworks = len(coverages)

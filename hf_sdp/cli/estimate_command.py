@@ -14,7 +14,7 @@ from ..estimate.capacity import GIB
 from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, rows_of_phases, subnetworks
 from ..estimate.time import StepTime, step_time
 from ..model.phases import Planned
-from ..planner import make_plans
+from ..planner import make_plans, num_subnetworks_of
 from ..quantities import bytes_per_second, flops_per_second
 from ..workload import Workload
 from .adapters import lora_options, with_lora
@@ -24,7 +24,6 @@ from .options import (
     Text,
     json_option,
     model_argument,
-    num_subnetworks,
     pop_workload,
     sdp_config,
     sdp_options,
@@ -69,7 +68,7 @@ def estimate(
         raise click.UsageError("The step time needs both --bandwidth and --flops.")
     workload = pop_workload(options)
     config = sdp_config(workload=workload, **options)
-    n = num_subnetworks(config, workers)
+    n = num_subnetworks_of(config, workers)
     full = with_lora(load_meta_model(model), lora_r, lora_targets)
     phases = make_plans(full, config, n)
     with running(model):
