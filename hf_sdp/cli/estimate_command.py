@@ -11,7 +11,7 @@ from rich.table import Table
 from .. import make_plan
 from ..estimate.allocations import WorkerMemory
 from ..estimate.capacity import GIB
-from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, rows_of_phases, subnetworks
+from ..estimate.side_by_side import Row, largest_coverage, other_rows, rows_of_phases, subnetworks
 from ..estimate.time import StepTime, step_time
 from ..model.phases import Planned
 from ..planner import make_plans, num_subnetworks_of
@@ -78,10 +78,11 @@ def estimate(
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
     coverages = None
     if gib is not None and n == workers and len(phases) == 1:
+        phase = phases[0].phase
         coverages = largest_coverage(
-            lambda coverage: make_plan(full, config_of(config, coverage), workers),
+            lambda coverage: make_plan(full, config.of_phase(dataclasses.replace(phase, coverage=coverage)), workers),
             full,
-            workload,
+            phase.workload_of(workload),
             workers,
             int(gib * GIB),
         )

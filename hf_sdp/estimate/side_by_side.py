@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..model.phases import Planned
 from ..model.recomputation import recomputation_reorders
@@ -55,13 +54,12 @@ def sdp_rows(model: Model, plan: Plan, workload: Workload, world_size: int) -> l
 
 
 def rows_of_phases(model: Model, phases: Sequence[Planned], workload: Workload, world_size: int) -> list[Row]:
-    """Those of each phase, whose names say where it begins; of one phase as :func:`sdp_rows`."""
-    if len(phases) == 1:
-        return sdp_rows(model, phases[0].plan, workload, world_size)
+    """Those of each phase; of several their names say where it begins."""
     rows = []
     for planned in phases:
+        start = f", from {planned.phase.start:g}" if len(phases) > 1 else ""
         for row in sdp_rows(model, planned.plan, planned.phase.workload_of(workload), world_size):
-            rows.append(dataclasses.replace(row, engine=f"{row.engine}, from {planned.phase.start:g}"))
+            rows.append(dataclasses.replace(row, engine=row.engine + start))
     return rows
 
 
@@ -126,8 +124,3 @@ def largest_coverage(
                 high = middle
         found[name] = low / world_size if low and plan_of(low) is not None else None
     return found
-
-
-def config_of(config: SDPConfig, coverage: float) -> SDPConfig:
-    """``config`` with one coverage for all."""
-    return dataclasses.replace(config, coverage=coverage, memory_gib=None, workload=None)

@@ -57,6 +57,23 @@ def test_each_phase_of_a_schedule_is_estimated(capsys, tmp_path):
         assert bool(printed.out) == enough and ("is too little for the phase" in printed.err) != enough
 
 
+def test_a_schedule_of_one_phase_is_estimated_with_its_options(capsys, tmp_path):
+    tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
+    arguments = [tmp_path, "--workers", "4", "--batch", "2", "--seq", "64", "--gib", "1", "--json"]
+    found = run(capsys, *arguments, "--coverage-schedule", "0:0.5:gradient_checkpointing=true")
+    same = run(capsys, *arguments, "--coverage", "0.5", "--gradient-checkpointing")
+    assert peaks_of_sdp(found) == peaks_of_sdp(same)
+    of_shardings = json.loads(found)["largest_coverage_that_fits"]
+    assert of_shardings == json.loads(same)["largest_coverage_that_fits"] and set(of_shardings.values()) == {1.0}
+
+
+def test_the_largest_coverage_is_also_found_of_a_depth_profile_which_ends_at_1(capsys, tmp_path):
+    tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
+    arguments = ["--workers", "4", "--depth-profile", "linear", "--batch", "2", "--seq", "64", "--gib", "1", "--json"]
+    report = json.loads(run(capsys, tmp_path, *arguments))
+    assert set(report["largest_coverage_that_fits"].values()) == {1.0}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
