@@ -2,6 +2,7 @@
 
 from ..config import SDPConfig
 from ..estimate.memory import Step, fsdp_step, replicated_step, sdp_step
+from ..estimate.names import DDP, FSDP2
 from ..estimate.shapes import Model
 from ..planner import make_plan, num_subnetworks_of
 from ..workload import Workload
@@ -9,10 +10,10 @@ from ..workload import Workload
 
 def predicted_step(model: Model, engine: SDPConfig | str, workload: Workload, world_size: int, rank: int = 0) -> Step:
     """A step of worker ``rank``. ``engine``: as in ``fake_world.parallelize``; ``model``: full, not patched."""
-    if engine == "DDP":
+    if engine == DDP:
         return replicated_step(model, workload, world_size, zero_stage=0)
     if isinstance(engine, str):
-        return fsdp_step(model, workload, world_size, reshard_after_forward=engine == "FSDP2")
+        return fsdp_step(model, workload, world_size, reshard_after_forward=engine == FSDP2)
     num_subnetworks = num_subnetworks_of(engine, world_size)
     return sdp_step(
         model,

@@ -171,6 +171,10 @@ def _print_notes(console, workers, workload, phases: Sequence[Planned], gib, cov
         "buffers of collectives, and what of it all lives at one moment (--json: at_peak).",
         highlight=False,
     )
+    console.print(
+        "FSDP2 (ZeRO-3) reshards after forward where nothing is said, as Accelerate's default does; SDP does not.",
+        highlight=False,
+    )
     plan = phases[0].plan
     if len(subnetworks(plan)) < plan.num_subnetworks:
         console.print(

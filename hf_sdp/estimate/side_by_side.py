@@ -10,13 +10,14 @@ from ..model.recomputation import recomputation_reorders
 from ..plan.plan import Plan
 from ..workload import Workload
 from .memory import Step, fsdp_step, replicated_step, sdp_step
+from .names import DDP, DDP_CHECKPOINTING, FSDP2, FSDP2_NO_RESHARD, RESHARD, SDP, SHARDING_NONE, ZERO_1, ZERO_2
 from .shapes import Model, shapes_of
 
 MAX_WORKERS = 64
 SHARDINGS: dict[str, dict] = {
-    "SDP, sharding full": dict(sharding="full"),
-    "SDP, sharding full, reshard": dict(sharding="full", reshard_after_forward=True),
-    "SDP, sharding none": dict(sharding="none"),
+    SDP: dict(sharding="full"),
+    f"{SDP}, {RESHARD}": dict(sharding="full", reshard_after_forward=True),
+    f"{SDP}, {SHARDING_NONE}": dict(sharding="none"),
 }
 
 
@@ -75,12 +76,12 @@ def other_rows(model: Model, workload: Workload, world_size: int) -> list[Row]:
     saves_all, recomputes = (dataclasses.replace(workload, gradient_checkpointing=on) for on in (False, True))
     can_recompute = shapes_of(model).model.supports_gradient_checkpointing
     return [
-        Row("DDP", replicated(0, saves_all)),
-        *([Row("DDP, activation checkpointing", replicated(0, recomputes))] if can_recompute else []),
-        Row("ZeRO-1", replicated(1)),
-        Row("ZeRO-2", replicated(2)),
-        Row("FSDP2 (ZeRO-3), reshard", sharded(True)),
-        Row("FSDP2 (ZeRO-3)", sharded(False)),
+        Row(DDP, replicated(0, saves_all)),
+        *([Row(DDP_CHECKPOINTING, replicated(0, recomputes))] if can_recompute else []),
+        Row(ZERO_1, replicated(1)),
+        Row(ZERO_2, replicated(2)),
+        Row(FSDP2, sharded(True)),
+        Row(FSDP2_NO_RESHARD, sharded(False)),
     ]
 
 

@@ -26,14 +26,14 @@ def test_command_as_table_and_json(capsys, tmp_path):
     arguments += ["--bandwidth", "1Gbit", "--flops", "1TFLOPS", "--json"]
     engines = {e["engine"]: e for e in json.loads(run(capsys, tmp_path, *arguments))["engines"]}
     assert len(engines) == 9
-    ddp, full, none = (engines[name] for name in ("DDP", "SDP, sharding full", "SDP, sharding none"))
+    ddp, full, none = (engines[name] for name in ("DDP", "SDP", "SDP, sharding none"))
     assert full["peak_bytes"]["max"] < none["peak_bytes"]["max"] < ddp["peak_bytes"]["max"]
     assert ddp["step_time_s"]["total"] == pytest.approx(ddp["step_time_s"]["compute"] + ddp["step_time_s"]["exposed"])
     between = (full["peak_bytes"]["max"] + none["peak_bytes"]["max"]) / 2
     report = json.loads(run(capsys, tmp_path, *arguments, "--gib", between / 2**30))
     assert [e["fits"] for e in report["engines"] if e["engine"].startswith("SDP")] == [True, True, False]
     largest = report["largest_coverage_that_fits"]
-    assert largest["SDP, sharding none"] == 0.25 and largest["SDP, sharding full"] >= 0.5
+    assert largest["SDP, sharding none"] == 0.25 and largest["SDP"] >= 0.5
 
 
 def peaks_of_sdp(report: str) -> dict[str, int]:
@@ -49,7 +49,7 @@ def test_each_phase_of_a_schedule_is_estimated(capsys, tmp_path):
     whole = peaks_of_sdp(run(capsys, *arguments, "--coverage", "1", "--gradient-checkpointing"))
     assert found == {f"{name}, from 0": n for name, n in half.items()} | {f"{n}, from 0.6": whole[n] for n in whole}
     for enough in (False, True):
-        limit = max(half["SDP, sharding full"], whole["SDP, sharding full"]) / 2**30 * (1.01 if enough else 0.99)
+        limit = max(half["SDP"], whole["SDP"]) / 2**30 * (1.01 if enough else 0.99)
         memory = ["--memory-gib", ",".join([str(limit)] * 4)]
         with contextlib.suppress(SystemExit):
             main(["estimate", *map(str, arguments), *schedule, *memory])
