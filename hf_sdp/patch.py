@@ -42,7 +42,8 @@ from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference,
 from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
 from .plan.placement import Placement
 from .plan.subnetwork import Subnetwork, subnetwork_of, whole_model
-from .planner import groups_that_share, make_plans, num_subnetworks_of
+from .plan.worker_graph import groups_that_share
+from .planner import make_plans, num_subnetworks_of, refuse_what_is_no_config
 from .world.agreement import agree, launched_workers, process_group_is_up, together
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,7 @@ def _agree(
     is wrong on one worker is an error on all, and every worker must have the same model (its values aside) and the same
     config."""
     with together():
-        if not isinstance(config, SDPConfig):
-            raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
+        refuse_what_is_no_config(config)
         rank, world_size = _resolve_world(config, rank, world_size)
         phases = make_plans(model, config, _check(model, config, world_size, meta))
         hashes = [phase.plan.hash for phase in phases]
