@@ -1,7 +1,7 @@
-"""What :func:`hf_sdp.enable` puts under the Trainer's saving and resuming. Source: transformers/trainer.py.
+"""What ``trainer.install`` puts under the Trainer's saving and resuming. Source: transformers/trainer.py.
 
 Every wrap leaves a Trainer whose model is not sharded by SDP to the host, but for resuming from a checkpoint that SDP
-wrote. Names and signatures are those of the methods they wrap; ``enable`` compares them.
+wrote. Names and signatures are those of the methods they wrap; ``install`` compares them.
 """
 
 import contextlib
