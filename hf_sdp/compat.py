@@ -8,7 +8,7 @@ import functools
 import gc
 import importlib.metadata
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ __all__ = [
     "is_compiled",
     "is_connection_error",
     "is_forgotten",
+    "is_hook_of_fsdp",
     "is_in_ddp",
     "is_within_backward",
     "let_meshes_forget_their_groups",
@@ -112,8 +113,12 @@ def forget_fsdp(model: nn.Module) -> None:
         _module_state_mapping.pop(module, None)
         for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.distributed.fsdp"):
+                if is_hook_of_fsdp(getattr(hook, "hook", hook)):
                     del hooks[key]
+
+
+def is_hook_of_fsdp(hook: Callable) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 def forget_values(parameter: nn.Parameter) -> None:

@@ -157,7 +157,7 @@ class SDPConfig:
     def _check_phases(self):
         for phase in self.coverage_schedule or ():
             try:
-                self._of_phase(phase)
+                self.of_phase(phase)
             except SDPConfigError as error:
                 raise SDPConfigError(f"The phase of coverage_schedule from {phase.start:g}: {error}") from None
         for name in ("depth_profile", "always_held"):
@@ -165,7 +165,8 @@ class SDPConfig:
             if value != _DEFAULTS[name] and all(getattr(config, name) != value for _, config in self.phases):
                 raise SDPConfigError(f"{name}={value!r} has no effect in any phase of coverage_schedule. Leave it out.")
 
-    def _of_phase(self, phase: Phase) -> "SDPConfig":
+    def of_phase(self, phase: Phase) -> "SDPConfig":
+        """The config of a phase's plan, which has no schedule. Raises: SDPConfigError when there is none."""
         values = {**phase.changes, "coverage_schedule": None, "coverage_schedule_unit": "steps", "memory_gib": None}
         if self.balance == "memory":
             values["workload"] = None
@@ -180,7 +181,7 @@ class SDPConfig:
         """Each phase of the training with the config of its plan, which has no schedule; without one there is one."""
         if self.coverage_schedule is None:
             return ((Phase(0.0), self),)
-        return tuple((phase, self._of_phase(phase)) for phase in self.coverage_schedule)
+        return tuple((phase, self.of_phase(phase)) for phase in self.coverage_schedule)
 
     def _check_coverage(self):
         shares = _shares(self.coverage)

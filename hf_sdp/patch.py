@@ -2,48 +2,36 @@
 
 import dataclasses
 import logging
-import os
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .checkpoint.adapters import SavesAdapters, refuse_what_is_not_saved
+from .checkpoint.adapters import SavesAdapters
 from .checkpoint.save import SavesFullModel
-from .config import MAX_WORLD, SDPConfig
+from .config import SDPConfig
 from .engine.presence import open_roll_call
 from .errors import SDPConfigError
 from .families import structure_of
 from .families.adapters import adapters_in_use, is_peft_model, without_peft
-from .families.model_config import architecture
 from .model.backward_masking import mask_weight_gradients
 from .model.changes import recorded
 from .model.cut import cut
-from .model.fitness import (
-    refuse_adapters,
-    refuse_layers_at_random,
-    refuse_mixed_groups,
-    refuse_unlike_its_config,
-    refuse_what_fsdp_refuses,
-    refuse_what_is_no_model,
-)
+from .model.fitness import refuse_mixed_groups
 from .model.forward import install_forward
 from .model.mixin import mix_in
 from .model.numbers import CountsFullAdapters, CountsFullModel, full_parameters
-from .model.packed import is_packed, let_storage_be_sharded, refuse_quantized
+from .model.packed import let_storage_be_sharded
 from .model.phases import Planned, Schedule
-from .model.recomputation import (
-    recompute_as_the_phase_says,
-    refuse_reentrant_checkpointing,
-    refuse_reordered_recomputation,
-)
+from .model.recomputation import recompute_as_the_phase_says, refuse_reordered_recomputation
 from .model.simulation import simulate
-from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference, find_state, set_state
-from .model.statistics import batch_norms, refuse_cast_norms, refuse_options_of_norms, refuse_synced_norms
+from .model.state import Cursor, FullParameter, Held, Run, SDPState, difference, set_state
+from .model.statistics import batch_norms
 from .plan.placement import Placement
 from .plan.subnetwork import Subnetwork, subnetwork_of, whole_model
-from .planner import groups_that_share, make_plans
-from .world.agreement import agree, process_group_is_up, together
+from .plan.worker_graph import groups_that_share
+from .preflight import preflight, tied_parameters
+from .world.agreement import process_group_is_up, together
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +53,7 @@ def patch_model(
     Collective when a process group is up: rank 0's full values are sent to all workers tensor by tensor, so that
         different seeds do not matter.
     """
-    rank, world_size, phases = _agree(model, config, rank, world_size, meta=False)
+    rank, world_size, phases = preflight(model, config, rank, world_size, meta=False)
     parameters = full_parameters(without_peft(model))
     if not config.simulate:
         let_storage_be_sharded(without_peft(model))
@@ -76,7 +64,7 @@ def patch_model(
 
 def patch_meta_model(model: nn.Module, config: SDPConfig, *, rank: int | None, world_size: int | None) -> nn.Module:
     """As :func:`patch_model`, for a model whose values come later (``pretrained.py``)."""
-    agreed = _agree(model, config, rank, world_size, meta=True)
+    agreed = preflight(model, config, rank, world_size, meta=True)
     return _patch(model, config, *agreed, full_parameters(without_peft(model)))
 
 
@@ -102,7 +90,7 @@ def _patch(
             model_name=type(base).__name__,
             full_config=base.config,
             parameters=parameters,
-            tied=_tied(base),
+            tied=tied_parameters(base),
             adapters=adapters_in_use(base),
         )
         for planned in phases:  # those that come later, too
@@ -190,130 +178,6 @@ def _warn_of_units_apart(held: Held) -> None:
             f"are {len(groups)} groups that share no unit, so a unit learns from the batches of its group alone. A "
             "higher coverage or more workers connect them (hf-sdp plan shows it)."
         )
-
-
-def _agree(
-    model: nn.Module, config: SDPConfig, rank: int | None, world_size: int | None, *, meta: bool
-) -> tuple[int, int, tuple[Planned, ...]]:
-    """Rank, world size and the phases with their plans, after all checks. Collective when a process group is up: what
-    is wrong on one worker is an error on all, and every worker must have the same model (its values aside) and the same
-    config."""
-    with together():
-        if not isinstance(config, SDPConfig):
-            raise SDPConfigError(f"config must be an SDPConfig, got {type(config).__name__}.")
-        rank, world_size = _resolve_world(config, rank, world_size)
-        phases = make_plans(model, config, _check(model, config, world_size, meta))
-        hashes = [phase.plan.hash for phase in phases]
-        same = {"the SDPConfig": vars(config), **_description(without_peft(model)), "the plan": {"hash": hashes}}
-    agree(same, "Give every worker the same model and SDPConfig.")
-    return rank, world_size, phases
-
-
-def _description(model: nn.Module) -> dict[str, dict[str, object]]:
-    """What must be the same on all workers: what is compared -> key -> value."""
-    result: dict[str, dict[str, object]] = {
-        "the model": {"class": type(model).__name__, "tied": sorted(_tied(model).items())},
-        "the model's config": architecture(model.config),
-    }
-    for name, p in model.named_parameters():
-        result[f"parameter {name}"] = {**_kind_of(p), "requires_grad": p.requires_grad}
-    for name, buffer in model.named_buffers():
-        result[f"buffer {name}"] = _kind_of(buffer)
-    return result
-
-
-def _kind_of(tensor: torch.Tensor) -> dict[str, object]:
-    return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "device": tensor.device.type}
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Alias -> name of parameters that have several."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {alias: names[id(p)] for alias, p in every if alias != names[id(p)]}
-
-
-def _resolve_world(config: SDPConfig, rank: int | None, world_size: int | None) -> tuple[int, int]:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if process_group_is_up():
-        actual = (dist.get_rank(), dist.get_world_size())
-        if (rank, world_size) not in ((None, None), actual):
-            raise SDPConfigError(
-                f"rank={rank}, world_size={world_size} contradict the process group (rank {actual[0]} of {actual[1]}). "
-                "Leave them out."
-            )
-        rank, world_size = actual
-    elif rank is None and world_size is None:
-        if launched > 1 or not config.simulate:
-            raise SDPConfigError(
-                f"No process group is up (WORLD_SIZE={os.environ.get('WORLD_SIZE', 'not set')}). Create "
-                "TrainingArguments or an Accelerator before patch_model, launch with one of "
-                "configs/accelerate/*.yaml, or pass rank and world_size; for one process use SDPConfig(simulate=N)."
-            )
-        rank, world_size = 0, 1
-    elif type(rank) is not int or type(world_size) is not int or not 0 <= rank < world_size <= MAX_WORLD:
-        raise SDPConfigError(
-            "rank and world_size must be given together, as integers with 0 <= rank < world_size <= "
-            f"{MAX_WORLD}, got {rank!r}, {world_size!r}."
-        )
-    if process_group_is_up() and launched not in (1, world_size):
-        raise SDPConfigError(f"WORLD_SIZE={launched} was launched but the process group has {world_size} workers.")
-    if config.simulate and world_size > 1:
-        raise SDPConfigError(
-            f"simulate={config.simulate} runs virtual workers in one process, but {world_size} workers were launched. "
-            "Leave simulate out, or launch one process."
-        )
-    if world_size == 1 and not config.simulate:
-        raise SDPConfigError(
-            "SDP needs at least 2 workers, the world has 1. `accelerate launch --cpu --num_processes N` starts one "
-            "process: use a file of configs/accelerate/ instead, or SDPConfig(simulate=N) to train N virtual workers."
-        )
-    return rank, world_size
-
-
-def _check(model: nn.Module, config: SDPConfig, world_size: int, meta: bool) -> int:
-    """All checks of the model. Returns the number of subnetworks."""
-    if find_state(model) is not None:
-        raise SDPConfigError("This model is already patched. Patch a newly made model.")
-    refuse_what_is_no_model(model)
-    refuse_adapters(model)
-    is_adapted = is_peft_model(model)
-    if is_adapted:
-        refuse_what_is_not_saved(model)
-    model = without_peft(model)
-    for _, of_phase in config.phases:
-        refuse_quantized(model, of_phase, is_adapted=is_adapted)
-    for name, p in model.named_parameters():
-        if p.is_meta and not meta:
-            raise SDPConfigError(
-                f"{name} is on the meta device: there are no values to keep. Use hf_sdp.from_pretrained or "
-                "from_config, or load or initialize the model."
-            )
-        if not config.simulate and (p._backward_hooks or p._post_accumulate_grad_hooks):
-            raise SDPConfigError(
-                f"{name} has a hook for its gradient. Patching and sharding make new parameters, on which it would "
-                "never be called. Register it after the model has been prepared."
-            )
-        if type(p) is not nn.Parameter and not is_packed(p):
-            raise SDPConfigError(f"{name} is a {type(p).__name__}: the model is already sharded. Patch it before.")
-    refuse_unlike_its_config(model)
-    if not config.simulate:
-        refuse_what_fsdp_refuses(model)
-        refuse_layers_at_random(model)
-        refuse_cast_norms(model, config.param_dtype)
-        if any(of_phase.masking == "forward" for _, of_phase in config.phases):
-            refuse_synced_norms(model)
-    refuse_reentrant_checkpointing(model)
-    if not batch_norms(model):
-        refuse_options_of_norms(config, type(model).__name__)
-    num_subnetworks = config.simulate or config.num_subnetworks or world_size
-    if not config.simulate and world_size % num_subnetworks:
-        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        raise SDPConfigError(
-            f"num_subnetworks={num_subnetworks} does not divide the world of {world_size} workers. "
-            f"Use one of {divisors}."
-        )
-    return num_subnetworks
 
 
 def _send_values_of_rank_0(model: nn.Module) -> None:

@@ -14,10 +14,13 @@ from typing import Any, NoReturn
 
 import click
 
+from .cli.errors import CommandError, refuse
 from .cli.options import add_options, option_of
 from .config import SDPConfig
 from .errors import SDPConfigError
 from .options import kind_of
+
+_NAME = "hf_sdp.run"
 
 
 def _options() -> list:
@@ -127,23 +130,27 @@ def _measure(is_patched: bool, file: Path, model: Any, arguments: Any) -> bool:
 
 
 def _stop(config: SDPConfig, sequence: int | None, model: Any, arguments: Any) -> NoReturn:
-    """Instead of patching a model, rank 0 prints what it would take; the script ends on all workers."""
+    """Instead of patching a model, rank 0 prints what it would take, or why it cannot be; the script ends on all
+    workers."""
     if os.environ.get("RANK", "0") == "0":
         from .cli.dry_run import show
+        from .world.agreement import launched_workers
 
-        show(model, config, config.simulate or int(os.environ.get("WORLD_SIZE", "1")), arguments, sequence)
+        try:
+            show(model, config, config.simulate or launched_workers(), arguments, sequence)
+        except (SDPConfigError, CommandError) as error:
+            refuse(_NAME, str(error))
     sys.exit(0)
 
 
 def main() -> None:
     """Bad options are one line on stderr and exit code 2; an error of the script is its own."""
     try:
-        run.main(prog_name="python -m hf_sdp.run", standalone_mode=False)
+        run.main(prog_name=f"python -m {_NAME}", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
     except click.ClickException as error:
-        print(f"hf_sdp.run: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
+        refuse(_NAME, error.format_message())
 
 
 if __name__ == "__main__":

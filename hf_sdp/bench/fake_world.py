@@ -21,6 +21,7 @@ from ..engine.metrics import measured_peak, state_bytes
 from ..engine.optimizer import repoint
 from ..engine.shard import shard
 from ..engine.sharded import find_sharded
+from ..estimate.names import DDP, FSDP2
 from ..patch import patch_model
 
 _WARM_UP, _TIMED = 3, 10  # steps
@@ -44,18 +45,17 @@ def parallelize(
     """The model as this worker has it, and its AdamW. To be called within a world.
 
     Args:
-        engine: an SDPConfig; or "DDP", "FSDP2" (reshards after forward, as Accelerate's default does), or "FSDP2, no
-            reshard".
+        engine: an SDPConfig; or DDP, FSDP2 or FSDP2_NO_RESHARD of ``estimate.names``.
         param_dtype: FSDP2's mixed precision, for plain FSDP2; an SDPConfig has its own.
     """
     if isinstance(engine, SDPConfig):
         shard(patch_model(model, engine), device)
-    elif engine == "DDP":
+    elif engine == DDP:
         model = DistributedDataParallel(model.to(device))
         model.register_comm_hook(None, _finished)  # the reducer cannot wait for fake collectives
     else:
         policy = mixed_precision_policy(param_dtype)
-        reshards = engine == "FSDP2"
+        reshards = engine == FSDP2
         fully_shard_plainly(model.to(device), device.type, reshard_after_forward=reshards, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if isinstance(engine, SDPConfig):

@@ -23,10 +23,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..config import SDPConfig
 from ..engine.metrics import STATE_KINDS, StepMeter
 from ..engine.sharded import find_sharded
+from ..estimate.names import DDP, FSDP2, SDP
 from ..world.ring import BOTH_WAYS, sent_in_ring
 
 STEPS = 20
-ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "sdp": "SDP"}
+ENGINES = {"ddp": DDP, "fsdp2": FSDP2, "sdp": SDP}
 _MIB = 2**20
 _ROWS = {
     **{f"state_bytes_{kind}_max": (f"{kind}, MiB", _MIB, "{:.1f}") for kind in STATE_KINDS},
@@ -137,8 +138,8 @@ def table(results: dict[str, dict]) -> Table:
     """One column for each engine; of the workers the one that stores or sends most."""
     grid = Table(
         title=f"{os.environ.get('WORLD_SIZE', '1')} workers, {STEPS} optimizer steps",
-        caption="FSDP2: SDP with coverage 1. With forward masking SDP's training loss is of the subnetworks. So few "
-        "steps compare costs, not quality.",
+        caption="FSDP2: SDP with coverage 1, resharded as SDP is. With forward masking SDP's training loss is of the "
+        "subnetworks. So few steps compare costs, not quality.",
     )
     grid.add_column("per worker")
     for engine in results:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..engine.optimizer import local_shards
+from ..engine.optimizer import inner_optimizer, local_shards
+from ..engine.same_optimizer import HOW_TO_STEP, OF_THIS_WORKER
 from ..engine.sharded import control_group
 from ..errors import SDPStateError
 from ..model.state import local_tensor
@@ -21,9 +22,6 @@ from .saved_optimizer import GROUPS, TENSORS, SavedByTorch, SavedOptimizer, Want
 from .stored import full_shapes, stored_parameters
 from .tensors import Boxes
 
-_OF_THIS_RUN = ("foreach", "fused", "capturable", "differentiable")  # how to step, not what the step is
-_OF_THIS_WORKER = ("params", "param_names")
-
 
 @torch.no_grad()
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
@@ -32,7 +30,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     Raises: SDPStateError for state that is neither a number nor of its parameter's shape; on all workers when any of
         them cannot write.
     """
-    optimizer, group = getattr(optimizer, "optimizer", optimizer), control_group(model)
+    optimizer, group = inner_optimizer(optimizer), control_group(model)
     stored = stored_parameters(model)
     tensors: dict[str, Boxes] = {}
     numbers: dict[str, dict] = {}
@@ -53,7 +51,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
                     numbers.setdefault(s.name, {})[key] = _to_json(value)
         groups = [
             {
-                **{key: _to_json(value) for key, value in g.items() if key not in _OF_THIS_WORKER},
+                **{key: _to_json(value) for key, value in g.items() if key not in OF_THIS_WORKER},
                 "params": list(dict.fromkeys(stored[p].name for p in g["params"])),
             }
             for g in optimizer.param_groups
@@ -96,7 +94,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
 
     ``saved`` must have passed :func:`check_optimizer`.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = inner_optimizer(optimizer)
     stored = stored_parameters(model)
     wanted: list[Wanted] = []
     state: dict[int, dict] = {}
@@ -120,7 +118,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
         names = [stored[p].name for p in optimizer.param_groups[number]["params"]]
         options = saved_group[names[0]] if names else saved.groups[min(number, len(saved.groups) - 1)]
         for key, value in options.items():
-            if key not in (*_OF_THIS_WORKER, *_OF_THIS_RUN):
+            if key not in (*OF_THIS_WORKER, *HOW_TO_STEP):
                 g[key] = from_json(value, like=g.get(key)) if not isinstance(value, torch.Tensor) else value
     with local_shards(optimizer):
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -129,7 +127,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Sa
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptimizer | SavedByTorch) -> None:
     """Raises SDPStateError on every worker for state of another optimizer, model or grouping. Collective."""
     with together(control_group(model)):
-        _check(getattr(optimizer, "optimizer", optimizer), model, saved)
+        _check(inner_optimizer(optimizer), model, saved)
 
 
 def _check(optimizer: torch.optim.Optimizer, model: nn.Module, saved: SavedOptimizer | SavedByTorch) -> None:
@@ -177,7 +175,7 @@ def _check_whole(saved: SavedOptimizer | SavedByTorch) -> None:
 def _check_options(now: dict, then: dict, optimizer: str) -> None:
     """A plain optimizer's file does not say its class: another one has other options. (A newer version of the same one
     has more of them.)"""
-    ignored = {"initial_lr", *_OF_THIS_WORKER, *_OF_THIS_RUN}
+    ignored = {"initial_lr", *OF_THIS_WORKER, *HOW_TO_STEP}
     unknown, missing = then.keys() - now.keys() - ignored, now.keys() - then.keys() - ignored
     if unknown and missing:
         raise SDPStateError(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..engine.optimizer import inner_optimizer
 from ..engine.sharded import control_group
 from ..errors import SDPStateError
 from ..plan.region import Region
@@ -148,7 +149,7 @@ class SavedByTorch:
 
 def _names_of_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
     """Full names in every param group over all workers, in the full model's order. Collective."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = inner_optimizer(optimizer)
     stored = stored_parameters(model)
     mine = [list(dict.fromkeys(stored[p].name for p in g["params"])) for g in optimizer.param_groups]
     place = {name: i for i, name in enumerate(full_shapes(model))}

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import click
 
 from ..errors import SDPConfigError, SDPStateError
-from .errors import CommandError
+from .errors import CommandError, refuse
 
+_NAME = "hf-sdp"
 SHORT_HELPS = {
     "compare": "Measure DDP, DDP with activation checkpointing, FSDP2 and SDP on this machine, side by side.",
     "estimate": "Memory, traffic and step time, beside DDP, ZeRO and FSDP2.",
@@ -60,7 +61,7 @@ class LazyGroup(click.Group):
 
 
 commands = LazyGroup(
-    "hf-sdp",
+    _NAME,
     help="Subnetwork Data Parallelism: see it before you launch it.",
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
@@ -72,19 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
     Exits with 1 when what was run or checked failed, with 2 and one line on stderr for bad input.
     """
     try:
-        code = commands.main(args=arguments, prog_name="hf-sdp", standalone_mode=False)
+        code = commands.main(args=arguments, prog_name=_NAME, standalone_mode=False)
         if isinstance(code, int) and code:  # of context.exit(code)
             sys.exit(code)
     except (SDPConfigError, SDPStateError, CommandError) as error:
-        _refuse(str(error))
+        refuse(_NAME, str(error))
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
     except click.ClickException as error:
-        _refuse(error.format_message())
+        refuse(_NAME, error.format_message())
     except click.Abort:
         sys.exit(130)
-
-
-def _refuse(message: str) -> None:
-    print("hf-sdp: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)

@@ -10,9 +10,10 @@ from ..errors import SDPConfigError
 from ..estimate.figures import plan_figures
 from ..estimate.side_by_side import other_rows, rows_of_phases
 from ..families.adapters import without_peft
-from ..planner import make_plans
+from ..planner import make_plans, num_subnetworks_of
 from ..workload import DTYPES, Workload
 from .estimate_command import print_rows
+from .models import running
 from .plan_command import print_figures
 from .tables import console
 
@@ -39,21 +40,26 @@ def workload_of(model: nn.Module, arguments: Any, sequence: int | None) -> Workl
 
 
 def show(model: nn.Module, config: SDPConfig, workers: int, arguments: Any, sequence: int | None) -> None:
-    """Print tables; nothing is changed. Raises: SDPConfigError as ``make_plan``, and for one worker."""
+    """Print tables; nothing is changed.
+
+    Raises: SDPConfigError as ``make_plan``, and for one worker; CommandError when a step cannot be computed.
+    """
     if workers < 2 and not config.simulate:
         raise SDPConfigError(
             f"SDP needs at least 2 workers, the world has {workers}. Launch the dry run as the training, with one of "
             "configs/accelerate/*.yaml or torchrun; hf-sdp plan needs no processes."
         )
-    phases = make_plans(model, config, config.num_subnetworks or workers)
-    workload, name, out = workload_of(model, arguments, sequence), type(without_peft(model)).__name__, console()
+    base, out = without_peft(model), console()
+    phases, name = make_plans(model, config, num_subnetworks_of(config, workers)), type(base).__name__
+    workload = workload_of(model, arguments, sequence)
+    with running(name):
+        rows = other_rows(model, workload, workers) + rows_of_phases(model, phases, workload, workers)
     for planned in phases:
         figures = plan_figures(
-            planned.plan, without_peft(model), planned.config, num_workers=workers, sequence=workload.sequence,
+            planned.plan, base, planned.config, num_workers=workers, sequence=workload.sequence,
             element_bytes=DTYPES[workload.dtype],
         )  # fmt: skip
         start = f", from {planned.phase.start:g} of the training on" if len(phases) > 1 else ""
         print_figures(out, name + start, planned.config, figures)
-    rows = other_rows(model, workload, workers) + rows_of_phases(model, phases, workload, workers)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print_rows(Console(width=max(out.width, 165)), name, workers, workload, phases, learned, rows)

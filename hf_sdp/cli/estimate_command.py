@@ -10,10 +10,11 @@ from rich.table import Table
 
 from .. import make_plan
 from ..estimate.allocations import WorkerMemory
-from ..estimate.side_by_side import Row, config_of, largest_coverage, other_rows, rows_of_phases, subnetworks
+from ..estimate.capacity import GIB
+from ..estimate.side_by_side import Row, largest_coverage, other_rows, rows_of_phases, subnetworks
 from ..estimate.time import StepTime, step_time
 from ..model.phases import Planned
-from ..planner import make_plans
+from ..planner import make_plans, num_subnetworks_of
 from ..quantities import bytes_per_second, flops_per_second
 from ..workload import Workload
 from .adapters import lora_options, with_lora
@@ -23,7 +24,6 @@ from .options import (
     Text,
     json_option,
     model_argument,
-    num_subnetworks,
     pop_workload,
     sdp_config,
     sdp_options,
@@ -31,7 +31,6 @@ from .options import (
     workload_options,
 )
 
-GIB = 2**30
 _KINDS = tuple(field.name for field in dataclasses.fields(WorkerMemory))
 
 
@@ -70,7 +69,7 @@ def estimate(
         raise click.UsageError("The step time needs both --bandwidth and --flops.")
     workload = pop_workload(options)
     config = sdp_config(workload=workload, **options)
-    n = num_subnetworks(config, workers)
+    n = num_subnetworks_of(config, workers)
     full = with_lora(load_meta_model(model), lora_r, lora_targets)
     phases = make_plans(full, config, n)
     with running(model):
@@ -80,10 +79,11 @@ def estimate(
         times = {row.engine: _slowest(row, bandwidth, flops) for row in rows}
     coverages = None
     if gib is not None and n == workers and len(phases) == 1:
+        phase = phases[0].phase
         coverages = largest_coverage(
-            lambda coverage: make_plan(full, config_of(config, coverage), workers),
+            lambda coverage: make_plan(full, config.of_phase(dataclasses.replace(phase, coverage=coverage)), workers),
             full,
-            workload,
+            phase.workload_of(workload),
             workers,
             int(gib * GIB),
         )
@@ -170,6 +170,10 @@ def _print_notes(console, workers, workload, phases: Sequence[Planned], gib, cov
     console.print(
         "Gathered and activations: the most of each over a step. The peak is not their sum: it also has gradients and "
         "buffers of collectives, and what of it all lives at one moment (--json: at_peak).",
+        highlight=False,
+    )
+    console.print(
+        "FSDP2 (ZeRO-3) reshards after forward where nothing is said, as Accelerate's default does; SDP does not.",
         highlight=False,
     )
     plan = phases[0].plan

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from ..config import MAX_WORLD, SDPConfig
-from ..errors import SDPConfigError
 from ..options import kind_of, parse
 from ..workload import SHORT_DTYPES, Workload
 
@@ -127,13 +126,6 @@ def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
             if {workload.param_dtype, workload.dtype_of_frozen} != {workload.dtype}:
                 options["param_dtype"] = workload.dtype  # gathered in the dtype of computation
     return SDPConfig(**{name: value for name, value in options.items() if value is not None})
-
-
-def num_subnetworks(config: SDPConfig, workers: int) -> int:
-    """N of a world. Raises: SDPConfigError when it does not divide the workers."""
-    if workers % (config.num_subnetworks or workers):
-        raise SDPConfigError(f"--num-subnetworks {config.num_subnetworks} does not divide --workers {workers}.")
-    return config.num_subnetworks or workers
 
 
 def refuse_without_memory(context: click.Context, names: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from ..estimate.figures import SHARED, PlanFigures, plan_figures, spread
 from ..model.phases import Planned
 from ..plan.plan import Plan
 from ..plan.worker_graph import MAX_EXACT
-from ..planner import make_plans
+from ..planner import make_plans, num_subnetworks_of
 from ..workload import DTYPES
 from .errors import CommandError
 from .extras import require_bench
@@ -21,7 +21,6 @@ from .models import load_meta_model
 from .options import (
     json_option,
     model_argument,
-    num_subnetworks,
     pop_workload,
     refuse_without_memory,
     sdp_config,
@@ -57,7 +56,7 @@ def plan(context: click.Context, model: str, workers: int, picture: Path | None,
         _check_picture(picture)
     workload = pop_workload(options)
     config = sdp_config(workload=workload, **options)
-    subnetworks = num_subnetworks(config, workers)
+    subnetworks = num_subnetworks_of(config, workers)
     full = load_meta_model(model)
     phases = make_plans(full, config, subnetworks)
     if picture is not None and len(phases) > 1:

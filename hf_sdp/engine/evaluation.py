@@ -17,13 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
+from ..compat import is_hook_of_fsdp
 from ..model.cut import CutModule
 from ..model.recomputation import refuse_unsafe_checkpointing
 from ..model.state import get_state, local_tensor
 from ..plan.placement import Placement
 from ..plan.region import Region
 from .exchange import Route, find_route, move, owned_tensors
-from .fsdp import gathered_modules, is_hook_of_fsdp, reshard
+from .fsdp import gathered_modules, reshard
 from .sharded import Sharded
 from .statistics import average_statistics
 
@@ -133,8 +134,7 @@ class Shadow:
         for name, parameter in self.parameters.items():
             region = Region.whole(name, held.plan.shapes[name])
             local = local_tensor(parameter.detach())
-            padded_rows = -(-region.shape[0] // held.world_size)
-            padded_numel = padded_rows * (parameter.numel() // region.shape[0])
+            padded_numel = region.shard(0, held.world_size).numel  # that of the first one, the largest
             local.untyped_storage().resize_(padded_numel * parameter.element_size())
             if name not in self.routes:
                 self.routes[name] = find_route(held.owners[name], list(placement.owned(region, held.plan.everyone)))

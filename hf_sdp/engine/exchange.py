@@ -1,8 +1,9 @@
 """The canonical layout: full parameters by their standard names. Moves weights between a plan and it.
 
 One primitive, :func:`move`, sends regions of one full parameter from where they are to where they are wanted.
-Consolidation and evaluation are two choices of target. It works tensor by tensor: no worker ever needs memory for more
-than one full parameter besides its own. A worker compares its own pieces with everybody's, not everybody's with all.
+Consolidation, evaluation and the next phase of a schedule differ in their targets. It works tensor by tensor: no worker
+ever needs memory for more than one full parameter besides its own. A worker compares its own pieces with everybody's,
+not everybody's with all.
 """
 
 from collections.abc import Iterator, Sequence

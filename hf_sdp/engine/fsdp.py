@@ -1,7 +1,7 @@
 """FSDP2 on groups of modules: what is said of all models that are sharded, by a plan or plainly."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,10 +117,6 @@ def gather_with_root(model: nn.Module, modules: Iterable[str]) -> None:
             each.unshard()
 
     model.register_forward_pre_hook(gather)
-
-
-def is_hook_of_fsdp(hook: Callable) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 def gathered_modules(model: nn.Module) -> set[FSDPModule]:

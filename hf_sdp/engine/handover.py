@@ -21,7 +21,7 @@ from ..plan.region import Region, rows_of_shard
 from ..world.agreement import of_everyone, together
 from .exchange import Owned, find_route, move
 from .fsdp import fsdp_modules
-from .optimizer import local_shards, train_from_now_on
+from .optimizer import inner_optimizer, local_shards, train_from_now_on
 from .sharded import Sharded
 
 _Kind = tuple[int, str] | None
@@ -49,7 +49,7 @@ class Handover:
     """
 
     def __init__(self, model: nn.Module, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
-        self.optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self.optimizers = [inner_optimizer(optimizer) for optimizer in optimizers]
         self.bytes_sent = 0
         self.old = list(sharded.parameters.values())
         held = self.held = sharded.held

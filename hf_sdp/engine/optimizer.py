@@ -56,6 +56,11 @@ def model_of(optimizer: torch.optim.Optimizer) -> nn.Module | None:
     return _repointed(optimizer).model if _ATTRIBUTE in vars(optimizer) else None
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer that Accelerate, or another host, has wrapped; one that is not wrapped as it is."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def refuse_unless_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Raises SDPConfigError for an optimizer whose class is not known to be element-wise.
 

@@ -10,8 +10,10 @@ from ..errors import SDPConfigError
 from ..world.agreement import agree, raised_by_all
 from .sharded import Sharded
 
-_NOT_COMPARED = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
-"""How to step, and what every worker has of its own."""
+OF_THIS_WORKER = ("params", "param_names")
+"""Keys of a param group of which every worker has its own."""
+HOW_TO_STEP = ("foreach", "fused", "capturable", "differentiable")
+"""Options of a param group that do not decide what a step computes."""
 
 
 def agree_on_options(optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -27,7 +29,7 @@ def agree_on_options(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def _options_of(group: dict) -> dict[str, object]:
-    return {key: _plain(value) for key, value in group.items() if key not in _NOT_COMPARED}
+    return {key: _plain(value) for key, value in group.items() if key not in (*OF_THIS_WORKER, *HOW_TO_STEP)}
 
 
 def _plain(value: object) -> object:

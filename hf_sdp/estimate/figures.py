@@ -16,13 +16,14 @@ from ..plan.worker_graph import components, spectral_gap
 from ..world.ring import BOTH_WAYS, sent_in_ring
 
 SHARED = "shared"
+"""Instead of a kind: what all workers hold and is no part of a maskable module."""
 
 
 @dataclass(frozen=True)
 class PlanFigures:
     """Arrays have one number for each subnetwork, shape ``(N,)``.
 
-    Kinds are "attention", "mlp" (or "layer"), and "shared".
+    Kinds are the names of those in ``families.kinds`` that the plan has, and :data:`SHARED`.
 
     Attributes:
         num_workers: W; worker w holds subnetwork w mod N.

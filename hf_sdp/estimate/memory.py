@@ -1,8 +1,8 @@
 """Memory of one worker over a step: a trace of its computation, and what a sharding engine allocates around it.
 
-The trace (``trace.py``) says what lives between the moments at which FSDP2's hooks run; an engine (``allocations.py``)
-adds at those moments gathered parameters, buffers of collectives, gradients. The same walk gives the order of
-computation and communication for ``time.py``. Every formula with its source: ``FORMULAS.md``.
+The trace (``trace.py``) says what lives between the moments at which FSDP2's hooks run; an engine (``fully_shard.py``,
+``replicated.py``) adds at those moments gathered parameters, buffers of collectives, gradients. The same walk gives the
+order of computation and communication for ``time.py``. Every formula with its source: ``FORMULAS.md``.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ from ..plan.placement import Placement
 from ..plan.plan import Plan
 from ..plan.subnetwork import subnetwork_of, whole_model
 from ..workload import Workload
-from .allocations import Action, Allocator, FullyShard, Replicated, WorkerMemory
+from .allocations import Action, Allocator, WorkerMemory
+from .fully_shard import FullyShard
 from .groups import stored_groups
+from .replicated import Replicated
 from .shapes import Model, shapes_of
 from .trace import Mark, Segment, Trace, trace, trace_subnetwork
 

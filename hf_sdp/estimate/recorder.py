@@ -39,7 +39,8 @@ class Segment:
 @dataclass(frozen=True)
 class Mark:
     """``kind``: pre_forward, post_forward, pre_backward (the gradient of the output is there) or post_backward (that of
-    the inputs is there): the moments at which FSDP2's hooks run. ``module``: its local name."""
+    the inputs is there): the moments at which FSDP2's hooks run. Of the whole step also end_of_forward, and end (of
+    backward). ``module``: its local name."""
 
     kind: str
     module: str

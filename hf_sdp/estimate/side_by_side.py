@@ -4,20 +4,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..model.phases import Planned
 from ..model.recomputation import recomputation_reorders
 from ..plan.plan import Plan
 from ..workload import Workload
 from .memory import Step, fsdp_step, replicated_step, sdp_step
+from .names import DDP, DDP_CHECKPOINTING, FSDP2, FSDP2_NO_RESHARD, RESHARD, SDP, SHARDING_NONE, ZERO_1, ZERO_2
 from .shapes import Model, shapes_of
 
 MAX_WORKERS = 64
 SHARDINGS: dict[str, dict] = {
-    "SDP, sharding full": dict(sharding="full"),
-    "SDP, sharding full, reshard": dict(sharding="full", reshard_after_forward=True),
-    "SDP, sharding none": dict(sharding="none"),
+    SDP: dict(sharding="full"),
+    f"{SDP}, {RESHARD}": dict(sharding="full", reshard_after_forward=True),
+    f"{SDP}, {SHARDING_NONE}": dict(sharding="none"),
 }
 
 
@@ -55,13 +55,12 @@ def sdp_rows(model: Model, plan: Plan, workload: Workload, world_size: int) -> l
 
 
 def rows_of_phases(model: Model, phases: Sequence[Planned], workload: Workload, world_size: int) -> list[Row]:
-    """Those of each phase, whose names say where it begins; of one phase as :func:`sdp_rows`."""
-    if len(phases) == 1:
-        return sdp_rows(model, phases[0].plan, workload, world_size)
+    """Those of each phase; of several their names say where it begins."""
     rows = []
     for planned in phases:
+        start = f", from {planned.phase.start:g}" if len(phases) > 1 else ""
         for row in sdp_rows(model, planned.plan, planned.phase.workload_of(workload), world_size):
-            rows.append(dataclasses.replace(row, engine=f"{row.engine}, from {planned.phase.start:g}"))
+            rows.append(dataclasses.replace(row, engine=row.engine + start))
     return rows
 
 
@@ -77,12 +76,12 @@ def other_rows(model: Model, workload: Workload, world_size: int) -> list[Row]:
     saves_all, recomputes = (dataclasses.replace(workload, gradient_checkpointing=on) for on in (False, True))
     can_recompute = shapes_of(model).model.supports_gradient_checkpointing
     return [
-        Row("DDP", replicated(0, saves_all)),
-        *([Row("DDP, activation checkpointing", replicated(0, recomputes))] if can_recompute else []),
-        Row("ZeRO-1", replicated(1)),
-        Row("ZeRO-2", replicated(2)),
-        Row("FSDP2 (ZeRO-3), reshard", sharded(True)),
-        Row("FSDP2 (ZeRO-3)", sharded(False)),
+        Row(DDP, replicated(0, saves_all)),
+        *([Row(DDP_CHECKPOINTING, replicated(0, recomputes))] if can_recompute else []),
+        Row(ZERO_1, replicated(1)),
+        Row(ZERO_2, replicated(2)),
+        Row(FSDP2, sharded(True)),
+        Row(FSDP2_NO_RESHARD, sharded(False)),
     ]
 
 
@@ -126,8 +125,3 @@ def largest_coverage(
                 high = middle
         found[name] = low / world_size if low and plan_of(low) is not None else None
     return found
-
-
-def config_of(config: SDPConfig, coverage: float) -> SDPConfig:
-    """``config`` with one coverage for all."""
-    return dataclasses.replace(config, coverage=coverage, memory_gib=None, workload=None)

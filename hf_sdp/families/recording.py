@@ -84,7 +84,6 @@ class Output:
 
     operation: int | None
     argument: str | None
-    is_none: bool
 
 
 @dataclass
@@ -210,7 +209,7 @@ class _Recorder(TorchDispatchMode):
             arguments = signature.bind(module, *args, **kwargs).arguments if args or kwargs else {}
             for item in output if call.returns_tuple else (output,):
                 of_argument = next((n for n, v in arguments.items() if v is item and item is not None), None)
-                call.outputs.append(Output(self._operation(item), of_argument, item is None))
+                call.outputs.append(Output(self._operation(item), of_argument))
             self.call = call.outer
 
         return (

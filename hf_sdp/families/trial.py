@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from .absent import Absent
 from .base import Block, CannotCut, Cut, OfHeads, Ranges
 from .columns import columns_and_rows, read_between, refuse_what_is_read_elsewhere
-from .dry_run import DryRun, Narrow, indices
 from .kinds import ATTENTION, CROSS_ATTENTION, EXPERTS, KINDS, MIXER
 from .layers import channel_dim, in_features, is_grouped, is_linear, out_features
 from .recording import Recording
+from .trial_run import Narrow, TrialRun, indices
 
 _HEADS = re.compile(r"heads?$|(?<![a-z])n_heads?|num_.*heads|num_key_value$")
 _WIDTHS = re.compile(r"dim|size|width|inner")
@@ -53,7 +53,7 @@ class Trial:
             raise CannotCut(f"{block.main} has no linear layer after another one")
         self.between = read_between(recording, self.number, self.columns, self.rows)
         given = recording.calls[self.number].given
-        self.run = DryRun(model.get_submodule(layer), layer, self.linears, self.rows, given, others)
+        self.run = TrialRun(model.get_submodule(layer), layer, self.linears, self.rows, given, others)
         self.heads = self._heads()
 
     def _own(self, name: str) -> str:

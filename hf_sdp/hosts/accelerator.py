@@ -9,7 +9,7 @@ from ..compat import reset_after_exception
 from ..config import SDPConfig
 from ..engine.consolidate import consolidate
 from ..engine.gradients import GlobalGradScaler, clip_grad_norm
-from ..engine.optimizer import model_of, owner_of, refuse_unless_elementwise, repoint
+from ..engine.optimizer import inner_optimizer, model_of, owner_of, refuse_unless_elementwise, repoint
 from ..engine.presence import announce
 from ..engine.same_optimizer import agree_on_options
 from ..engine.shard import shard
@@ -69,16 +69,16 @@ class SDPAccelerator(SavesState):
                         self._refuse_optimizer_without_model(optimizer)
                 if models or any(model_of(o) is not None for o in optimizers):
                     for optimizer in optimizers:
-                        refuse_unless_elementwise(_inner(optimizer))
+                        refuse_unless_elementwise(inner_optimizer(optimizer))
         if models:
-            agree_on_options([_inner(optimizer) for optimizer in optimizers])
+            agree_on_options([inner_optimizer(optimizer) for optimizer in optimizers])
         # Models first, whatever the order of the arguments: optimizers are re-pointed to the sharded parameters.
         for model in models:
             self._shard(model)
         sharded = [model for model in models if find_sharded(model) is not None]
         if sharded:
             for optimizer in optimizers:
-                repoint(_inner(optimizer), owner_of(_inner(optimizer), sharded))
+                repoint(inner_optimizer(optimizer), owner_of(inner_optimizer(optimizer), sharded))
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False):
@@ -100,7 +100,7 @@ class SDPAccelerator(SavesState):
                 agree_on_options([optimizer])
                 repoint(optimizer, owner_of(optimizer, models))
         prepared = super().prepare_optimizer(optimizer, device_placement=device_placement)
-        if model_of(_inner(prepared)) is not None and not isinstance(prepared, VotingOptimizer):
+        if model_of(inner_optimizer(prepared)) is not None and not isinstance(prepared, VotingOptimizer):
             VotingOptimizer.take_place(prepared, self._watch)
         return prepared
 
@@ -157,7 +157,7 @@ class SDPAccelerator(SavesState):
         schedules = [schedule for model in scheduled if (schedule := get_state(model).schedule) is not None]
         if any(planned.phase.splits > 1 for schedule in schedules for planned in schedule.phases):
             raise SDPConfigError("splits of a phase is for the Trainer: split the batches of your own loop yourself.")
-        optimizers = [_inner(optimizer) for optimizer in self._optimizers]
+        optimizers = [inner_optimizer(optimizer) for optimizer in self._optimizers]
         return any(
             [follow_schedule(m, step, num_steps, [o for o in optimizers if model_of(o) is m]) for m in scheduled]
         )
@@ -230,7 +230,3 @@ class SDPAccelerator(SavesState):
 def _can_learn(model: nn.Module) -> bool:
     """A patched model belongs to SDP even when all of it is frozen."""
     return find_state(model) is not None or any(p.requires_grad for p in model.parameters())
-
-
-def _inner(optimizer):
-    return getattr(optimizer, "optimizer", optimizer)

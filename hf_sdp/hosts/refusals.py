@@ -1,7 +1,5 @@
 """What an Accelerator is refused for, before anything is changed."""
 
-import os
-
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..model.state import find_state, unwrap
+from ..world.agreement import launched_workers
 
 _OTHER_ENGINES = {
     DistributedType.FSDP: "FSDP",
@@ -38,7 +37,7 @@ def refuse_models(accelerator: Accelerator, models: list[nn.Module], sdp_config:
     refuse_other_engines(accelerator.distributed_type)
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise SDPConfigError("ParallelismConfig is set, but an SDP model is sharded by hf_sdp. Remove it.")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_workers()
     if launched != accelerator.num_processes:
         raise SDPConfigError(
             f"WORLD_SIZE={launched} workers were launched, but Accelerate runs with {accelerator.num_processes}. "

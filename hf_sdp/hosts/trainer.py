@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class _TrainerAccelerator(SDPAccelerator):
-    """Leaves models that are not patched to Accelerate: :func:`enable` is for the whole process."""
+    """Leaves models that are not patched to Accelerate: :func:`install` is for the whole process."""
 
     def prepare(self, *args, device_placement=None):
         if any(isinstance(a, nn.Module) and find_state(a) is None for a in args):

@@ -1,7 +1,7 @@
-"""What :func:`hf_sdp.enable` puts under the Trainer's saving and resuming. Source: transformers/trainer.py.
+"""What ``trainer.install`` puts under the Trainer's saving and resuming. Source: transformers/trainer.py.
 
 Every wrap leaves a Trainer whose model is not sharded by SDP to the host, but for resuming from a checkpoint that SDP
-wrote. Names and signatures are those of the methods they wrap; ``enable`` compares them.
+wrote. Names and signatures are those of the methods they wrap; ``install`` compares them.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from ..checkpoint.save import save_pretrained, weights_to_save
 from ..engine.sharded import find_sharded, get_sharded
 from ..errors import SDPConfigError, SDPStateError
 from ..model.state import find_state, unwrap
-from ..world.agreement import from_rank_0, process_group_is_up, together
+from ..world.agreement import from_rank_0, launched_workers, process_group_is_up, together
 
 _ALL_ARE_HERE = "_sdp_all_are_here"
 
@@ -259,7 +259,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     Raises: on every worker: SDPConfigError when some worker may not read the newest checkpoint or does not see it.
         SDPStateError when other workers were launched and there is no process group yet.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_workers()
     if launched > 1 and not process_group_is_up():
         raise SDPStateError(
             f"last_checkpoint is a collective of the {launched} workers, which have no process group yet: make "

@@ -1,6 +1,6 @@
 """What a user calls on the Trainer is done by all workers: they come to it first, and hear of one that fails in it.
 
-Source: transformers/trainer.py. Names and signatures are those of the methods; ``enable`` compares them.
+Source: transformers/trainer.py. Names and signatures are those of the methods; ``install`` compares them.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_PARAMETERS, _BUFFERS = "_parameters", "_buffers"
+_PARAMETERS = "_parameters"
 _MISSING = object()
 
 

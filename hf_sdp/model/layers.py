@@ -151,7 +151,7 @@ class HeldRows(nn.Module):
         return shared_bias.get_parameter("bias") if own is None and shared_bias is not None else own
 
 
-class HeldTensors(nn.Module):
+class HeldInParts(nn.Module):
     """Mixed into the class of any other module of which several parts are held: its tensors are put together.
 
     Attributes:
@@ -204,7 +204,7 @@ def narrow(owner: nn.Module, regions: Sequence[dict[str, Region]], dims: dict[st
         owner.add_module("parts", nn.ModuleList(map(TensorsOfPart, parts)))
     if not multiplies:
         if has_parts and not has_experts:
-            mix_in(owner, HeldTensors)
+            mix_in(owner, HeldInParts)
             vars(owner)["sdp_dims"] = dims
             vars(owner)["sdp_sizes"] = {name: _sizes_of_ranges(regions, name, dim) for name, dim in dims.items()}
         if has_statistics(owner) and "weight" in dims:

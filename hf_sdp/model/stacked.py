@@ -168,15 +168,12 @@ class OfHolders(StackedModule):
 
     Attributes:
         holders, others: the workers that hold it, and those that do not.
+        scale: N/r.
     """
 
     holders: torch.Tensor
     others: torch.Tensor
-
-    @property
-    def scale(self) -> float:
-        """N/r."""
-        return (len(self.holders) + len(self.others)) / len(self.holders)
+    scale: float
 
     def rows(self, workers: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Numbers of the rows of some workers, of ``num_rows`` in all."""
@@ -255,6 +252,7 @@ def _stack_block(model: nn.Module, plan: Plan, module: MaskableModule) -> None:
         stacked = cast(OfHolders, member)
         stacked.holders = torch.tensor(holders)
         stacked.others = torch.tensor([k for k in range(plan.num_subnetworks) if k not in holders])
+        stacked.scale = plan.gradient_scale(holders)
 
 
 def _stack_neurons(

@@ -17,10 +17,9 @@ from ..config import SDPConfig
 from ..errors import SDPConfigError
 from ..families.layers import STATISTICS, has_statistics
 from ..plan.plan import Plan
+from ..plan.region import Ranges
 from .mixin import mix_in
 from .state import Cursor
-
-Ranges = tuple[tuple[int, int], ...]
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """FLOPs of a module in training."""
 
+from torch import nn
+
+from ..config import SDPConfig
 from ..families.flops import Flops, ModelFlops
+from ..families.inputs import LENGTH
 from .units import MaskableModule
 
 
@@ -17,3 +21,8 @@ def training_flops(module: MaskableModule, of_model: ModelFlops) -> int:
 
 def forward_flops(module: MaskableModule, of_model: ModelFlops) -> Flops:
     return of_model.within((module.name, *module.members))
+
+
+def sequence_of(model: nn.Module, config: SDPConfig) -> int:
+    """Tokens of the sequences for which FLOPs are counted: the workload's; without one all positions of the model."""
+    return config.workload.sequence if config.workload else getattr(model.config, "max_position_embeddings", LENGTH)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 
 from .holdings import Holdings
+from .plan import Plan
 
 MAX_EXACT = 2048
 """Rows of the largest matrix whose eigenvalues are computed: seconds on one core."""
@@ -26,6 +27,12 @@ def components(num_nodes: int, sets: Iterable[Collection[int]]) -> list[set[int]
                 joined |= other
         found = [*apart, joined]
     return found + [{node} for node in set(range(num_nodes)).difference(*found)]
+
+
+def groups_that_share(plan: Plan) -> list[set[int]]:
+    """Subnetworks in groups between which no unit is shared: one, where the worker graph is connected."""
+    dealt = {number for module in plan.dealt for number in plan.set_of_unit[module.name]}
+    return components(plan.num_subnetworks, (plan.holder_sets[number] for number in sorted(dealt)))
 
 
 def spectral_gap(holdings: Holdings, elements: np.ndarray) -> float | None:

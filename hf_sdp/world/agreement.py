@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -17,6 +18,11 @@ T = TypeVar("T")
 
 def process_group_is_up() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def launched_workers() -> int:
+    """How many a launcher has started, also before there is a process group; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def raised_by_all(error: Exception) -> Exception:

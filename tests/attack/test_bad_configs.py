@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sdp import SDPConfig, Workload, make_plan, patch_model
+from hf_sdp import SDPConfig, Workload, make_plan, make_plans, patch_model
 from hf_sdp.config import MAX_WORLD
 from tests.support.models import tiny_config, tiny_model
 from tests.support.refusal import assert_refused
@@ -96,7 +96,8 @@ def test_numbers_of_subnetworks(number):
 def test_configs_of_another_type(config):
     model = tiny_model()
     assert_refused("must be an SDPConfig", lambda: patch_model(model, config, rank=0, world_size=4), model)
-    assert_refused("must be an SDPConfig", lambda: make_plan(model, config, 4), model)
+    for make in (make_plan, make_plans):
+        assert_refused("must be an SDPConfig", lambda make=make: make(model, config, 4), model)
 
 
 @pytest.mark.parametrize(

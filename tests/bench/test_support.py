@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hf_sdp import SDPConfig
+from hf_sdp import SDPConfig, SDPConfigError
 from hf_sdp.bench.support import check as checks
 from hf_sdp.bench.support.page import cell, counts, markdown, ordered
 from hf_sdp.bench.support.table import MASKINGS, Row, reason_of, rows, tried, without_name
@@ -83,12 +83,34 @@ def test_the_page():
     page = markdown(ordered(found, ["causal", "masked"]), "5.0")
     assert '`hf-sdp models --task "causal" --task "masked" --output' in page  # what made it
     lines = [line for line in page.splitlines() if line.startswith("|")]
-    cells = "forward only (backward: no) | " * 3
+    cells = "forward only [1] | " * 3
     assert lines[2] == rf"| a | causal | {cells}a \| b |"
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| a", "| z", "| some"]
+    assert page.endswith("\n1. no\n2. too few: 1\n")
     assert counts(found)[1:] == [
         ("masked", "1", "0", "1", "1", "1"), ("causal", "2", "0", "0", "0", "0"), ("all", "3", "0", "1", "1", "1"),
     ]  # fmt: skip
+
+
+def test_the_page_has_each_reason_once():
+    first, second, third = (of("x is read elsewhere", "x is read elsewhere", name=name) for name in "abc")
+    first.notes = "5% of the layers is in no block; all hold x.* (2): x is read elsewhere; all hold y (1): it is; z"
+    second.notes = "all hold x.* (1): it is; z; neurons: mixer held whole"
+    third.reasons["layers"] = dict.fromkeys(MASKINGS, "not tried: it is; z")
+    page = markdown([first, second, third], "5.0")
+    no = "no [1] | no [1] | no [1]"
+    assert [line for line in page.splitlines() if line.startswith(("| a", "| b", "| c"))][:3] == [
+        rf"| a | causal | {no} | 5% of the layers is in no block; all hold x.\* (2) [1]; all hold y (1) [2] |",
+        rf"| b | causal | {no} | all hold x.\* (1) [2]; neurons: mixer held whole |",
+        r"| c | causal | no [1] | not tried [2] | no [1] | a \| b |",
+    ]
+    assert page.endswith("\n1. x is read elsewhere\n2. it is; z\n")
+
+
+def test_what_is_not_found_is_said_without_the_remedy():
+    message = "The residual blocks of X (model_type='x') cannot be found: on the meta device it raises E: no.. "
+    remedy = "hf_sdp.register_family says what is not found (hf_sdp/FAMILIES.md)."
+    assert reason_of(SDPConfigError(message + remedy)) == "not found: E: no"
 
 
 def test_a_wrong_number_is_named_as_such():

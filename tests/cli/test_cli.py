@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
         (["plan", "llama-134m", "--coverage", "0.3"], "Nearest coverage that can be met: 0.25"),
         (["plan", "llama-134m", "--seq", "-1"], "-1 is not in the range"),
         (["plan", "llama-134m", "--memory-gib", "-1"], "memory_gib must list a positive number"),
-        (["plan", "llama-134m", "--num-subnetworks", "3"], "--num-subnetworks 3 does not divide --workers 8"),
+        (["plan", "llama-134m", "--num-subnetworks", "3"], "num_subnetworks=3 does not divide the world of 8"),
         (["plan", "llama-134m", "--batch", "4"], "--batch has no effect without --memory-gib"),
         (
             ["plan", "llama-134m", "--sharding", "none", "--reshard-after-forward"],

@@ -26,14 +26,14 @@ def test_command_as_table_and_json(capsys, tmp_path):
     arguments += ["--bandwidth", "1Gbit", "--flops", "1TFLOPS", "--json"]
     engines = {e["engine"]: e for e in json.loads(run(capsys, tmp_path, *arguments))["engines"]}
     assert len(engines) == 9
-    ddp, full, none = (engines[name] for name in ("DDP", "SDP, sharding full", "SDP, sharding none"))
+    ddp, full, none = (engines[name] for name in ("DDP", "SDP", "SDP, sharding none"))
     assert full["peak_bytes"]["max"] < none["peak_bytes"]["max"] < ddp["peak_bytes"]["max"]
     assert ddp["step_time_s"]["total"] == pytest.approx(ddp["step_time_s"]["compute"] + ddp["step_time_s"]["exposed"])
     between = (full["peak_bytes"]["max"] + none["peak_bytes"]["max"]) / 2
     report = json.loads(run(capsys, tmp_path, *arguments, "--gib", between / 2**30))
     assert [e["fits"] for e in report["engines"] if e["engine"].startswith("SDP")] == [True, True, False]
     largest = report["largest_coverage_that_fits"]
-    assert largest["SDP, sharding none"] == 0.25 and largest["SDP, sharding full"] >= 0.5
+    assert largest["SDP, sharding none"] == 0.25 and largest["SDP"] >= 0.5
 
 
 def peaks_of_sdp(report: str) -> dict[str, int]:
@@ -49,12 +49,29 @@ def test_each_phase_of_a_schedule_is_estimated(capsys, tmp_path):
     whole = peaks_of_sdp(run(capsys, *arguments, "--coverage", "1", "--gradient-checkpointing"))
     assert found == {f"{name}, from 0": n for name, n in half.items()} | {f"{n}, from 0.6": whole[n] for n in whole}
     for enough in (False, True):
-        limit = max(half["SDP, sharding full"], whole["SDP, sharding full"]) / 2**30 * (1.01 if enough else 0.99)
+        limit = max(half["SDP"], whole["SDP"]) / 2**30 * (1.01 if enough else 0.99)
         memory = ["--memory-gib", ",".join([str(limit)] * 4)]
         with contextlib.suppress(SystemExit):
             main(["estimate", *map(str, arguments), *schedule, *memory])
         printed = capsys.readouterr()
         assert bool(printed.out) == enough and ("is too little for the phase" in printed.err) != enough
+
+
+def test_a_schedule_of_one_phase_is_estimated_with_its_options(capsys, tmp_path):
+    tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
+    arguments = [tmp_path, "--workers", "4", "--batch", "2", "--seq", "64", "--gib", "1", "--json"]
+    found = run(capsys, *arguments, "--coverage-schedule", "0:0.5:gradient_checkpointing=true")
+    same = run(capsys, *arguments, "--coverage", "0.5", "--gradient-checkpointing")
+    assert peaks_of_sdp(found) == peaks_of_sdp(same)
+    of_shardings = json.loads(found)["largest_coverage_that_fits"]
+    assert of_shardings == json.loads(same)["largest_coverage_that_fits"] and set(of_shardings.values()) == {1.0}
+
+
+def test_the_largest_coverage_is_also_found_of_a_depth_profile_which_ends_at_1(capsys, tmp_path):
+    tiny_config(**SMALL, num_key_value_heads=4).save_pretrained(tmp_path)
+    arguments = ["--workers", "4", "--depth-profile", "linear", "--batch", "2", "--seq", "64", "--gib", "1", "--json"]
+    report = json.loads(run(capsys, tmp_path, *arguments))
+    assert set(report["largest_coverage_that_fits"].values()) == {1.0}
 
 
 @pytest.mark.parametrize(

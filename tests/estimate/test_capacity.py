@@ -7,7 +7,7 @@ from hf_sdp import SDPConfig, SDPConfigError, Workload, make_plan
 from hf_sdp.estimate.capacity import GIB, STEPS
 from hf_sdp.estimate.memory import sdp_step
 from hf_sdp.families.meta_model import meta_model
-from hf_sdp.planner import plan_of
+from hf_sdp.plan.dealing import plan_of
 from tests.support.models import tiny_config
 
 WORKLOAD = Workload(batch=2, sequence=64)

@@ -244,7 +244,7 @@ def test_a_dry_run_prints_the_plan_and_the_estimate_and_trains_nothing(tmp_path)
     options = ["--output_dir", tmp_path / "out", "--use_cpu", "--max_steps", 4, "--report_to", "none"]
     done = launch("--level", "block", "--dry-run", SCRIPTS / "causal_trainer.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 subnetworks, block level" in done.stdout and "SDP, sharding full" in done.stdout
+    assert "2 subnetworks, block level" in done.stdout and "SDP, sharding none" in done.stdout
     assert done.stdout.count("worker graph") == 1 and "batch 8 x 64" in done.stdout  # rank 0 alone
     assert not list(tmp_path.glob("out/*.safetensors"))
 

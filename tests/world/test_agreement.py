@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import hf_sdp.patch
+import hf_sdp.preflight
 from hf_sdp import SDPAccelerator, SDPConfig, SDPConfigError, SDPStateError, from_config, patch_model
 from tests.support.models import tiny_config, tiny_model
 from tests.support.workers import run_workers
@@ -75,7 +75,7 @@ def fails_on_one_rank():
         said.append(str(error))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == ODD:
-            patch.setattr(hf_sdp.patch, "make_plans", lambda *args: {}["a key that is missing"])
+            patch.setattr(hf_sdp.preflight, "make_plans", lambda *args: {}["a key that is missing"])
         with pytest.raises((KeyError, SDPStateError)) as raised:
             patch_model(tiny_model(), SDPConfig())
     said.append(str(raised.value))

@@ -26,19 +26,21 @@ from ...engine.fsdp import fsdp_modules, fully_shard_plainly
 from ...engine.sharded import get_sharded
 from ...engine.traffic import Traffic
 from ...estimate.figures import plan_figures
+from ...estimate.names import DDP, DDP_CHECKPOINTING, FSDP2, FSDP2_NO_RESHARD, RESHARD, SDP, SHARDING_NONE
 from ...families.meta_model import meta_model
 from ...hosts.accelerator import SDPAccelerator
 from ...hosts.optimizer import VotingOptimizer
 from ...patch import patch_model
 from ...planner import make_plan
+from ...world.ring import BOTH_WAYS, sent_in_ring
 
 BASELINES = {
-    "ddp": "DDP",
-    "ddp-checkpointing": "DDP, checkpointing",
-    "fsdp2": "FSDP2",
-    "fsdp2-no-reshard": "FSDP2, no reshard",
+    "ddp": DDP,
+    "ddp-checkpointing": DDP_CHECKPOINTING,
+    "fsdp2": FSDP2,
+    "fsdp2-no-reshard": FSDP2_NO_RESHARD,
 }
-"""Name on the command line -> name in tables. FSDP2 reshards after forward, as Accelerate's default does."""
+"""Name on the command line -> name in tables."""
 MAX_NORM = 1.0
 
 
@@ -74,7 +76,7 @@ def sdp_name(config: SDPConfig) -> str:
     """``"SDP neuron C=0.5, sharding none"``: level, coverage, and every other option that is not its default."""
     shares = config.coverage if isinstance(config.coverage, tuple) else (config.coverage,)
     asked = "" if config.memory_gib else f" C={','.join(f'{c:g}' for c in shares)}"
-    words = [f"SDP {config.level}{asked}"]
+    words = [f"{SDP} {config.level}{asked}"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in ("level", "coverage", "workload") or value == field.default:
@@ -85,8 +87,8 @@ def sdp_name(config: SDPConfig) -> str:
 
 _WORDS = {
     ("masking", "backward"): "backward",
-    ("sharding", "none"): "sharding none",
-    ("reshard_after_forward", True): "reshard",
+    ("sharding", "none"): SHARDING_NONE,
+    ("reshard_after_forward", True): RESHARD,
 }
 
 
@@ -122,11 +124,11 @@ class Contender:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
             self.clip, self.traffic = accelerator.clip_grad_norm_, get_sharded(model, "A comparison").traffic
             return
-        if name in ("FSDP2", "FSDP2, no reshard"):
-            fully_shard_plainly(model, self.device.type, reshard_after_forward=name == "FSDP2")
+        if name in (FSDP2, FSDP2_NO_RESHARD):
+            fully_shard_plainly(model, self.device.type, reshard_after_forward=name == FSDP2)
             self.traffic = Traffic(model)
         else:
-            if name == "DDP, checkpointing":
+            if name == DDP_CHECKPOINTING:
                 checkpoint_activations(model)
             model = DistributedDataParallel(model)
             self.traffic = DDPTraffic(model)
@@ -182,9 +184,8 @@ class Contender:
 
 
 class DDPTraffic:
-    """Counts the bytes a worker sends for gradients, bucket by bucket: a ring all-reduce sends each one twice,
-    but for the share that stays. ``buffer_bytes``: what the buckets occupy, for as long as the model lives.
-    While ``silent`` nothing is sent."""
+    """Counts the bytes a worker sends for gradients: each bucket is all-reduced. ``buffer_bytes``: what the buckets
+    occupy, for as long as the model lives. While ``silent`` nothing is sent."""
 
     def __init__(self, model: DistributedDataParallel):
         self.bytes_sent, self.num_collectives, self.silent = 0, 0, False
@@ -203,7 +204,7 @@ class DDPTraffic:
         if self.silent:
             bucket.buffer().div_(num_workers)  # as the other hook does
             return noop_hook(process_group, bucket)
-        self.bytes_sent += 2 * (num_workers - 1) * size // num_workers
+        self.bytes_sent += int(sent_in_ring(size, num_workers, BOTH_WAYS))
         self.num_collectives += 1
         return allreduce_hook(process_group, bucket)
 
@@ -231,7 +232,7 @@ def expected_bytes(name: str, sdp: SDPConfig | None, model: PretrainedConfig, wo
     """Bytes that the worker with the most to send sends in a step, by formula, with one subnetwork a worker.
     fp32, without padding; see ``hf_sdp/estimate/figures.py``. DDP and FSDP2 are plans that hold everything.
     """
-    config = sdp if sdp is not None else SDPConfig(coverage=1.0, reshard_after_forward=name == "FSDP2")
+    config = sdp if sdp is not None else SDPConfig(coverage=1.0, reshard_after_forward=name == FSDP2)
     full = meta_model(model)
     plan = make_plan(full, config, world_size)
     figures = plan_figures(plan, full, config, num_workers=world_size, sequence=1, element_bytes=4)

@@ -19,14 +19,14 @@ def draw(result: dict, folder: Path) -> list[Path]:
     return written
 
 
-def _figure(num_panels: int, num_bars: int, share_x: bool = False):
+def _figure(num_panels: int, num_bars: int):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     size = (5.5 * num_panels + 1.5, max(3.0, 0.42 * num_bars + 1.4))
-    figure, axes = pyplot.subplots(1, num_panels, figsize=size, sharey=True, sharex=share_x, squeeze=False)
+    figure, axes = pyplot.subplots(1, num_panels, figsize=size, sharey=True, squeeze=False)
     return figure, axes[0]
 
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from ...estimate.names import DDP, FSDP2
 from .run import UNLIMITED
 
-REFERENCES = ("DDP", "FSDP2")
+REFERENCES = (DDP, FSDP2)
 """Engines that the others are divided by, where they were measured."""
 MIB, PARTS = 2**20, ("forward_s", "backward_s", "exposed_s", "optimizer_s")
 _NOTES = (

@@ -13,7 +13,7 @@ from ...config import SDPConfig
 from ...errors import SDPConfigError
 from ...families import structure_of
 from ...families.meta_model import meta_model
-from ...planner import make_plan
+from ...planner import make_plan, num_subnetworks_of
 from ...quantities import bits_per_second
 from ..network import limited_network
 from ..workers import ended_by_sigterm, launch
@@ -33,9 +33,7 @@ def check(engines: dict[str, SDPConfig | None], workplace: Workplace, bandwidths
             continue
         if workplace.workers == 1:
             raise SDPConfigError("SDP needs at least 2 workers, got 1.")
-        if workplace.workers % (sdp.num_subnetworks or 1):
-            raise SDPConfigError(f"num_subnetworks={sdp.num_subnetworks} does not divide {workplace.workers} workers.")
-        make_plan(workplace.model, sdp, sdp.num_subnetworks or workplace.workers)
+        make_plan(workplace.model, sdp, num_subnetworks_of(sdp, workplace.workers))
     if workplace.device == "cuda":
         if torch.cuda.device_count() < workplace.workers:
             raise SDPConfigError(

@@ -125,7 +125,7 @@ def mean_and_spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.3f}{spread}"
 
 
-def show(results: Results, console: Console | None = None) -> None:
+def show(results: Results) -> None:
     """The columns of the table that fit into a terminal of 80 characters."""
     table = Table(
         title="final evaluation loss of the full model (nats per token)", title_justify="left", box=box.SIMPLE
@@ -136,7 +136,7 @@ def show(results: Results, console: Console | None = None) -> None:
     for row in rows(results):
         texts = cells(row)
         table.add_row(*(texts[index] for index in shown))
-    console = console or Console()
+    console = Console()
     console.print(table)
     for warning in warnings(results.runs):
         console.print(warning, style="bold red")

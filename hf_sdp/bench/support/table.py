@@ -23,9 +23,8 @@ COLUMNS = {
 MASKINGS = ("forward", "backward")
 MOST_NUMEL = 100e6
 """Elements of a model that is still tried."""
-
-
-_NOT_TRIED = "not tried: "
+NOT_TRIED = "not tried: "
+"""Begins the reason of what says nothing of hf_sdp."""
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Row:
 
     @property
     def not_tried(self) -> bool:
-        return all(reason.startswith(_NOT_TRIED) for of_one in self.reasons.values() for reason in of_one.values())
+        return all(reason.startswith(NOT_TRIED) for of_one in self.reasons.values() for reason in of_one.values())
 
     def works(self, column: str, masking: str) -> bool:
         return self.reasons[column][masking] == ""
@@ -78,13 +77,13 @@ def tried(model_type: str, task: str) -> Row:
         with contextlib.suppress(Exception), torch.device("meta"):  # some can only be made with memory
             row.numel = sum(p.numel() for p in made(config, task).parameters())
         if row.numel > MOST_NUMEL:
-            return without(row, f"{_NOT_TRIED}{row.numel / 1e6:.0f} M parameters at the smallest sizes known here")
+            return without(row, f"{NOT_TRIED}{row.numel / 1e6:.0f} M parameters at the smallest sizes known here")
         model = tiny_model(config, task)
         loss = learn(model, tiny_batch(model, task=task)).loss
         if not torch.isfinite(loss):
-            return without(row, f"{_NOT_TRIED}the loss of a tiny model is {loss}")
+            return without(row, f"{NOT_TRIED}the loss of a tiny model is {loss}")
     except Exception as error:  # whatever the class says
-        return without(row, f"{_NOT_TRIED}no tiny model ({reason_of(error)})")
+        return without(row, f"{NOT_TRIED}no tiny model ({reason_of(error)})")
     for column, options in COLUMNS.items():
         row.reasons[column] = {}
         for masking in MASKINGS:
@@ -115,7 +114,7 @@ def reason_of(error: Exception) -> str:
 
 
 _REFUSALS = (
-    (r"cannot be found: on the meta device it raises (.*)", "not found: {}"),
+    (r"cannot be found: on the meta device it raises (.*?)\.* hf_sdp\.register_family", "not found: {}"),
     (r"has no stack of layers", "no stack of layers is found"),
     (r"Nothing in .* can be held in part at [^:]*: (.*?)(?: Use level=.*)?$", "{}"),
     (r"coverage=\S+ of (.*) is less than one unit per worker", "too few: {}"),
@@ -193,7 +192,7 @@ def rows(wanted: Sequence[tuple[str, str]], *, processes: int = 2, limit_s: floa
                 if time.monotonic() > deadline:
                     process.kill()
                     del running[own]
-                    yield without(row, f"{_NOT_TRIED}it took longer than {limit_s:g} s")
+                    yield without(row, f"{NOT_TRIED}it took longer than {limit_s:g} s")
     finally:
         for process, *_ in running.values():
             process.kill()

@@ -42,7 +42,7 @@ class Narrow:
     arguments: dict[str, OfHeads] = field(default_factory=dict)
 
 
-class DryRun:
+class TrialRun:
     """A layer with random values for all that is small, without matrices.
 
     Args:
