@@ -39,11 +39,12 @@ _ROWS = {
 
 
 def config_of(engine: str, config: SDPConfig) -> SDPConfig:
-    """FSDP2 is SDP with everything held. Under DDP the model is not patched: none has an effect."""
+    """FSDP2 is SDP with everything held, and reshards. Under DDP the model is not patched: none has an effect."""
     if engine != "fsdp2":
         return config
     everything: dict[str, Any] = dict(coverage=1.0, depth_profile="uniform", always_held=(), memory_gib=None)
-    return dataclasses.replace(config, **everything, workload=None, masking="forward")
+    as_fsdp2: dict[str, Any] = dict(sharding="full", reshard_after_forward=True)
+    return dataclasses.replace(config, **everything, **as_fsdp2, workload=None, masking="forward")
 
 
 class _Gradients:
@@ -138,7 +139,7 @@ def table(results: dict[str, dict]) -> Table:
     """One column for each engine; of the workers the one that stores or sends most."""
     grid = Table(
         title=f"{os.environ.get('WORLD_SIZE', '1')} workers, {STEPS} optimizer steps",
-        caption="FSDP2: SDP with coverage 1, resharded as SDP is. With forward masking SDP's training loss is of the "
+        caption="FSDP2: SDP with coverage 1, resharded after forward. With forward masking SDP's training loss is of the "
         "subnetworks. So few steps compare costs, not quality.",
     )
     grid.add_column("per worker")
