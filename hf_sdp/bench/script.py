@@ -139,8 +139,8 @@ def table(results: dict[str, dict]) -> Table:
     """One column for each engine; of the workers the one that stores or sends most."""
     grid = Table(
         title=f"{os.environ.get('WORLD_SIZE', '1')} workers, {STEPS} optimizer steps",
-        caption="FSDP2: SDP with coverage 1, resharded after forward. With forward masking SDP's training loss is of the "
-        "subnetworks. So few steps compare costs, not quality.",
+        caption="FSDP2: SDP with coverage 1, resharded after forward. With forward masking SDP's training loss is "
+        "of the subnetworks. So few steps compare costs, not quality.",
     )
     grid.add_column("per worker")
     for engine in results:
