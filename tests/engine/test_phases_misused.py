@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, global_norm, patch_model
+from hf_sdp import (
+    SDPAccelerator,
+    SDPConfig,
+    SDPStateError,
+    consolidate,
+    follow_schedule,
+    global_norm,
+    patch_model,
+    phases,
+)
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
 
@@ -68,8 +77,21 @@ def with_zero_gradients():
 
 
 def without_the_optimizer():
+    """It has taken a step, and its moments would be lost: an error at the next one, and nothing is changed."""
     accelerator, model, optimizer = prepared()
     step(accelerator, model, optimizer)
+    for num_steps in (100, 2):  # within the phase, and at the boundary
+        for _ in range(2):
+            with pytest.raises(
+                SDPStateError, match="SGD trains LlamaForCausalLM, and follow_schedule was not given it"
+            ):
+                follow_schedule(model, 1, num_steps)
+    follow_schedule(model, 1, 2, [optimizer])
+    step(accelerator, model, optimizer)
+
+
+def with_parameters_of_before():
+    accelerator, model, optimizer = prepared()
     parameters = list(model.parameters())
     follow_schedule(model, 1, 2)
     backward(accelerator, model)
@@ -139,8 +161,25 @@ def with_a_forward_of_its_own():
     assert len(calls) == 2
 
 
+def without_an_accelerator():
+    """Where nothing is accumulated, loops call ``backward`` themselves."""
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
+    model = accelerator.prepare(model)
+    with pytest.raises(SDPStateError, match="has a coverage_schedule that nobody follows"):
+        model(**batch(dist.get_rank())).loss.backward()
+
+
 def with_a_hook():
+    """It is said at the second step, and an error when the phase begins."""
     accelerator, model, optimizer = prepared()
+    warned: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases.logger, "warning", lambda message, *values: warned.append(message % values))
+        hook = model.lm_head.weight.register_hook(lambda grad: None)
+        assert not accelerator.follow_schedule(1, 100) and not accelerator.follow_schedule(2, 100)
+        hook.remove()
+    assert [message[:26] for message in warned] == ["lm_head.weight has a hook "] * (dist.get_rank() == 0)
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         hook = getattr(model.lm_head.weight, register)(lambda *args: None)
         with pytest.raises(SDPStateError, match="lm_head.weight has a hook"):
@@ -169,6 +208,8 @@ def on_one_worker():
         with_gradients_that_are_zeroed_too_late,
         with_zero_gradients,
         without_the_optimizer,
+        with_parameters_of_before,
+        without_an_accelerator,
         with_a_hook,
         on_one_worker,
     ],
