@@ -14,6 +14,7 @@ from hf_sdp import (
     patch_model,
     phases,
 )
+from hf_sdp.engine.gradients import GlobalGradScaler
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
 
@@ -201,6 +202,50 @@ def on_one_worker():
     step(accelerator, model, optimizer)
 
 
+def of_two_models():
+    """Each with an optimizer of its own, one of them compared with one that trains alone."""
+    losses = []
+    for alone in (True, False):
+        accelerator = SDPAccelerator()
+        models = [patch_model(tiny_model(seed), SDPConfig(coverage_schedule=GROWS)) for seed in range(2 - alone)]
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+        prepared = accelerator.prepare(*models, *optimizers)
+        models, optimizers = prepared[: len(models)], prepared[len(models) :]
+        for number in range(4):
+            assert accelerator.follow_schedule(number, 4) == (number == 2)
+            for model, optimizer in zip(models, optimizers, strict=True):
+                loss = model(**batch(number * dist.get_world_size() + dist.get_rank())).loss
+                losses += [loss.item()] if model is models[0] else []
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert losses[:4] == losses[4:] and len({*losses}) == 4
+
+
+def with_a_loss_scaler():
+    """Of powers of two: it changes nothing. The last step before the boundary and the first one after it overflow on
+    one worker, and are taken again."""
+    weights = []
+    for scales in (False, True):
+        accelerator = SDPAccelerator()
+        if scales:
+            accelerator.scaler = GlobalGradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        for number in range(4):
+            assert accelerator.follow_schedule(number, 4) == (number == 2)
+            for overflows in (True, False) if scales and number in (1, 2) else (False,):
+                backward(accelerator, model)
+                if overflows and dist.get_rank() == 1:
+                    next(p for p in model.parameters()).grad.to_local()[0, 0] = torch.inf
+                optimizer.step()
+                optimizer.zero_grad()
+        weights.append(consolidate(model))
+    assert accelerator.scaler.get_scale() == 2.0**8
+    plain, scaled = weights
+    assert plain is None or all(torch.allclose(scaled[name], plain[name], atol=1e-6) for name in plain)
+
+
 @pytest.mark.parametrize(
     "misuse",
     [
@@ -218,6 +263,15 @@ def test_misuse_is_an_error(misuse):
     run_workers(misuse, world_size=2)
 
 
-@pytest.mark.parametrize("unusual", [after_a_forward_alone, frozen_since_it_was_patched, with_a_forward_of_its_own])
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        after_a_forward_alone,
+        frozen_since_it_was_patched,
+        with_a_forward_of_its_own,
+        of_two_models,
+        with_a_loss_scaler,
+    ],
+)
 def test_unusual_ways_to_a_boundary(unusual):
     run_workers(unusual, world_size=2)

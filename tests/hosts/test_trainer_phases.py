@@ -93,6 +93,22 @@ def test_a_longer_training_goes_back_to_the_phase_before_and_says_so(tmp_path):
     assert longer[0][:4] == half and half[:3] == losses[:3] and half[3] != losses[3]
 
 
+def train_worse_and_worse(folder):
+    arguments = dict(
+        learning_rate=5.0, optim="sgd", save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer = make_trainer(folder, dict(level="block", coverage_schedule=GROWS), arguments)
+    trainer.train()
+    best, coverage = trainer.state.best_metric, [e["sdp/coverage"] for e in trainer.state.log_history if "loss" in e]
+    return coverage, trainer.state.best_global_step, best, trainer.evaluate()["eval_loss"]
+
+
+def test_the_best_checkpoint_may_be_of_an_earlier_phase(tmp_path):
+    for coverage, step, best, evaluated in run_workers(train_worse_and_worse, tmp_path, world_size=2):
+        assert coverage == [0.5, 0.5, 1, 1] and step <= 2 and evaluated == pytest.approx(best, abs=1e-6)
+
+
 def train_twice(folder, sdp, arguments=None):
     """Without a checkpoint: the second training begins in the first phase again."""
     trainer = make_trainer(folder, sdp, dict(max_steps=4, optim="sgd", learning_rate=0.0, **(arguments or {})))
