@@ -131,9 +131,11 @@ def train_as(folder, sdp, arguments=None):
 
 
 def test_phases_that_hold_everything_are_ddp(tmp_path):
+    """Moments, the learning rate and the order of the data go on."""
     sdp = dict(coverage_schedule=["0:1:level=neuron", "0.5:1:masking=backward"])
-    scheduled = run_workers(train_as, tmp_path / "sdp", sdp, world_size=2)
-    ddp = run_workers(train_as, tmp_path / "ddp", None, world_size=2)
+    options = dict(optim_args="momentum=0.9", lr_scheduler_type="linear", warmup_steps=2)
+    scheduled = run_workers(train_as, tmp_path / "sdp", sdp, options, world_size=2)
+    ddp = run_workers(train_as, tmp_path / "ddp", None, options, world_size=2)
     for mine, theirs in zip(scheduled[0], ddp[0], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
