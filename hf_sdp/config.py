@@ -55,10 +55,14 @@ class SDPConfig:
         default=None,
     )
     coverage_schedule_unit: Literal["steps", "flops"] = option(
-        "Of what the phases of coverage_schedule are shares.", default="steps"
+        "Of what the phases of coverage_schedule are shares. flops: of sequences as long as the workload's, without "
+        "one as long as the model has positions.",
+        default="steps",
     )
     workload: Workload | None = option(
-        "What memory_gib has to be enough for, as batch=4,sequence=1024,dtype=bfloat16,optimizer=adamw.", default=None
+        "What memory_gib has to be enough for, as batch=4,sequence=1024,dtype=bfloat16,optimizer=adamw. Its sequence "
+        "also decides FLOPs.",
+        default=None,
     )
     min_replication: int = option("Unequal workers: the fewest holders a unit may have.", default=1, positive=True)
     balance: Literal["memory", "compute"] = option(
@@ -262,8 +266,9 @@ class SDPConfig:
             refuse(f"coverage_schedule_unit={self.coverage_schedule_unit!r}", "coverage_schedule=None", "Leave it out.")
         if self.memory_gib is not None and self.coverage != _DEFAULTS["coverage"]:
             refuse(f"coverage={self.coverage!r}", "memory_gib, which decides the coverage", "Leave one of them out.")
-        if self.workload is not None and self.memory_gib is None and self.balance == "memory":
-            refuse(f"workload={self.workload}", "memory_gib=None and balance='memory'", "Leave it out.")
+        counts_flops = self.balance == "compute" or self.coverage_schedule_unit == "flops"
+        if self.workload is not None and self.memory_gib is None and not counts_flops:
+            refuse(f"workload={self.workload}", "memory_gib=None, and nothing that counts FLOPs", "Leave it out.")
         if self.simulate is not None:
             for name in (
                 "sharding",

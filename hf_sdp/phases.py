@@ -15,12 +15,13 @@ from torch import nn
 
 from .compat import forget_fsdp
 from .engine.fsdp import reshard
-from .engine.handover import Handover, refuse_gradients
+from .engine.handover import Handover, refuse_gradients, refuse_lost_state, said_of_hook
+from .engine.optimizer import inner_optimizer
 from .engine.presence import come_to
 from .engine.shard import shard
 from .engine.sharded import Sharded, control_group, find_sharded, get_sharded
 from .engine.statistics import average_statistics
-from .errors import SDPStateError
+from .errors import SDPConfigError, SDPStateError
 from .model.phases import Schedule
 from .model.state import find_state, get_state, local_tensor, unwrap
 from .patch import become_subnetwork
@@ -42,19 +43,26 @@ def follow_schedule(
         optimizers: all that train the model. They keep their groups, state and schedulers.
     Returns: whether the model was rebuilt; then it was a collective, as at the second step. Without a schedule it is
         False.
-    Raises: SDPStateError on every worker before the model is prepared, or while it has gradients or its parameters have
-        hooks; SDPConfigError when a phase has no step. Nothing is changed then. SDPStateError, too, when something
-        fails on the way (memory): then the model is lost.
+    Raises: SDPStateError on every worker before the model is prepared, while it has gradients or its parameters have
+        hooks, or when an optimizer that trains it is not given; SDPConfigError when a phase has no step, or splits that
+        the host knows nothing of. Nothing is changed then. SDPStateError, too, when something fails on the way
+        (memory): then the model is lost.
     """
     model = unwrap(model)
     state = find_state(model)
     schedule = None if state is None else state.schedule
     if schedule is None:
         return False
+    if not schedule.host_splits and any(planned.phase.splits > 1 for planned in schedule.phases):
+        raise SDPConfigError("splits of a phase is for the Trainer: split the batches of your own loop yourself.")
+    sharded = find_sharded(model)
+    optimizers = [inner_optimizer(optimizer) for optimizer in optimizers]
     number = schedule.phase_at(step, num_steps)
     if number == schedule.number and schedule.asked not in (None, step) and not schedule.is_between_steps:
-        _refuse_gradients_in_time(model, schedule)
-    schedule.asked = step
+        _refuse_in_time(model, schedule, sharded, optimizers)
+    if number == schedule.number and sharded is not None:
+        sharded.stepped.clear()
+    schedule.asked, schedule.is_followed = step, True
     if schedule.resumed is not None and number < schedule.resumed:
         logger.warning(
             "The checkpoint is of phase %d of the coverage schedule. Step %d of %d is of phase %d, to which the "
@@ -68,7 +76,7 @@ def follow_schedule(
         refuse_gradients(model, dict(model.named_parameters()))
         _patch_again(model, schedule, number)
     else:
-        sharded = get_sharded(model, "The next phase of coverage_schedule")
+        sharded = get_sharded(model, "The next phase of coverage_schedule")  # or an error
         come_to(model, f"phase {number} of the coverage schedule")
         began = time.perf_counter()
         average_statistics(model, sharded)
@@ -84,29 +92,19 @@ def follow_schedule(
     return True
 
 
-def _refuse_gradients_in_time(model: nn.Module, schedule: Schedule) -> None:
+def _refuse_in_time(
+    model: nn.Module, schedule: Schedule, sharded: Sharded | None, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     """What would be an error when the next phase begins is one at the second step, hours before. Collective."""
-    sharded = find_sharded(model)
     come_to(model, "the second step of the coverage schedule")
     with together(control_group(model)):
         refuse_gradients(model, dict(model.named_parameters()) if sharded is None else sharded.parameters)
+        if sharded is not None:
+            refuse_lost_state(sharded, optimizers)
     schedule.is_between_steps = True
-
-
-def refuse_schedule_unfollowed(model: nn.Module) -> None:
-    """Raises SDPStateError for a model whose ``coverage_schedule`` was never followed, when it begins to learn: it
-    would stay in its first phase. To be called on all workers."""
-    state = find_state(model)
-    schedule = None if state is None else state.schedule
-    if state is None or schedule is None or schedule.asked is not None or len(schedule.phases) == 1:
-        return
-    raise raised_by_all(
-        SDPStateError(
-            f"{state.held.model_name} has a coverage_schedule that nobody follows: it would stay in its first phase. "
-            "A Trainer needs SDPCallback(). A loop of your own, or of a script, has to call "
-            "accelerator.follow_schedule(step, num_steps) before each step."
-        )
-    )
+    if sharded is not None and sharded.held.rank == 0 and schedule.current is not schedule.phases[-1]:
+        if (hook := said_of_hook(sharded)) is not None:
+            logger.warning("%s", hook)
 
 
 def _hand_over(model: nn.Module, schedule: Schedule, number: int, sharded: Sharded, handover: Handover) -> None:

@@ -88,8 +88,12 @@ class Phase:
         given = {name: getattr(self, name) for name in ("coverage", "level", "masking", "depth_profile")}
         return {name: value for name, value in given.items() if value is not None}
 
+    def pieces_of(self, workload: Workload) -> int:
+        """In how many pieces a worker computes its micro-batch in this phase."""
+        return min(self.splits, workload.batch)
+
     def workload_of(self, workload: Workload) -> Workload:
-        """What a worker computes at a time in this phase."""
+        """What a worker computes at a time in this phase: the largest piece."""
         checkpoints = workload.gradient_checkpointing or self.gradient_checkpointing
         return dataclasses.replace(
             workload, batch=-(-workload.batch // self.splits), gradient_checkpointing=checkpoints

@@ -4,7 +4,9 @@ import pytest
 
 from hf_sdp import SDPConfig, SDPConfigError, Workload
 from hf_sdp.model.phases import Planned, Schedule
+from hf_sdp.planner import make_plans
 from hf_sdp.schedule import Phase, first_steps
+from tests.support.models import tiny_config
 
 GROWS = (Phase(0.0, 0.5), Phase(0.6, 1.0))
 
@@ -102,6 +104,16 @@ def test_a_phase_keeps_the_checkpointing_of_the_workload():
 )
 def test_first_steps_are_at_shares_of_what_all_steps_cost(starts, costs, num_steps, expected):
     assert first_steps(starts, costs, num_steps) == expected
+
+
+def test_flops_of_a_schedule_are_of_sequences_of_the_workload():
+    """Attention is cut as the rest is, the head is not: the longer a sequence, the cheaper a subnetwork."""
+    costs = []
+    for workload in (None, Workload(batch=1, sequence=64), Workload(batch=1, sequence=4)):
+        config = SDPConfig(coverage_schedule=GROWS, coverage_schedule_unit="flops", workload=workload)
+        half, whole = make_plans(tiny_config(max_position_embeddings=64), config, 4)
+        costs.append(half.cost / whole.cost)
+    assert costs[0] == costs[1] < costs[2] < 1
 
 
 def schedule_of(*phases: Phase) -> Schedule:

@@ -161,7 +161,7 @@ def _seconds(seconds: float) -> str:
 def _print_notes(console, workers, workload, phases: Sequence[Planned], gib, coverages, times) -> None:
     checkpointing = ", activation checkpointing" if workload.gradient_checkpointing else ""
     stored = " and ".join(dict.fromkeys([workload.param_dtype, workload.dtype_of_frozen]))
-    sdp = "; ".join(_said_of(planned, len(phases) > 1) for planned in phases)
+    sdp = "; ".join(_said_of(planned, workload, len(phases) > 1) for planned in phases)
     console.print(
         f"{workers} workers, batch {workload.batch} x {workload.sequence} each, {workload.dtype} (stored "
         f"{stored}), {workload.optimizer}{checkpointing}. SDP: {sdp}.",
@@ -194,11 +194,12 @@ def _print_notes(console, workers, workload, phases: Sequence[Planned], gib, cov
         console.print(f"{name}: {found} {gib:g} GiB", highlight=False)
 
 
-def _said_of(planned: Planned, many: bool) -> str:
-    plan, phase = planned.plan, planned.phase
+def _said_of(planned: Planned, workload: Workload, many: bool) -> str:
+    plan, phase, pieces = planned.plan, planned.phase, planned.phase.pieces_of(workload)
     checkpointing = ", activation checkpointing" if phase.gradient_checkpointing else ""
     start = f"from {phase.start:g} of the training on: " if many else ""
-    return f"{start}{plan.level}, {plan.masking} masking, coverage {plan.coverage:.3g}{checkpointing}"
+    split = f", in {pieces} pieces" if pieces > 1 else ""
+    return f"{start}{plan.level}, {plan.masking} masking, coverage {plan.coverage:.3g}{checkpointing}{split}"
 
 
 def _report(

@@ -118,9 +118,10 @@ def pop_workload(options: dict) -> Workload:
 def sdp_config(*, workload: Workload | None = None, **options) -> SDPConfig:
     """The config of ``sdp_options`` and further fields. None keeps a default.
 
-    ``workload`` is dropped where neither ``memory_gib`` nor ``balance`` uses it.
+    ``workload`` is dropped where neither ``memory_gib`` nor what counts FLOPs uses it.
     """
-    if options.get("memory_gib") is not None or options.get("balance") == "compute":
+    counts_flops = options.get("balance") == "compute" or options.get("coverage_schedule_unit") == "flops"
+    if options.get("memory_gib") is not None or counts_flops:
         options["workload"] = workload
         if options.get("memory_gib") is not None and workload:
             if {workload.param_dtype, workload.dtype_of_frozen} != {workload.dtype}:

@@ -172,9 +172,12 @@ def guard_forward(model: nn.Module, sharded: Sharded, shadow: Shadow | None) -> 
         awaited = gathered_modules(module)
         trains = module.training and sharded.run.computes != "full"
         if trains:
-            refuse_unsafe_checkpointing(module, get_state(module))
+            state = get_state(module)
+            refuse_unsafe_checkpointing(module, state)
             if torch.is_grad_enabled():
                 sharded.refuse_other_learners()
+                if state.schedule is not None:
+                    state.schedule.refuse_unfollowed(held.model_name)
             sharded.has_new_statistics = True
         if roll_call is None:
             return

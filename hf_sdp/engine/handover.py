@@ -21,7 +21,7 @@ from ..plan.region import Region, rows_of_shard
 from ..world.agreement import of_everyone, together
 from .exchange import Owned, find_route, move
 from .fsdp import fsdp_modules
-from .optimizer import inner_optimizer, local_shards, train_from_now_on
+from .optimizer import local_shards, train_from_now_on
 from .sharded import Sharded
 
 _Kind = tuple[int, str] | None
@@ -43,13 +43,12 @@ class Handover:
     taken back.
 
     ``bytes_sent``: by this worker to others, so far.
-    Raises: SDPStateError on every worker, and nothing is changed then: gradients or hooks of parameters, which would
-        be lost, or state that is neither a number nor of its parameter's shape. Making one is a collective on the
-        control group.
+    Raises: SDPStateError on every worker, and nothing is changed then: gradients or hooks of parameters, or state of an
+        optimizer, which would be lost. Making one is a collective on the control group.
     """
 
     def __init__(self, model: nn.Module, sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]):
-        self.optimizers = [inner_optimizer(optimizer) for optimizer in optimizers]
+        self.optimizers = list(optimizers)
         self.bytes_sent = 0
         self.old = list(sharded.parameters.values())
         held = self.held = sharded.held
@@ -60,23 +59,18 @@ class Handover:
         numbers: dict[tuple[int, str], dict[str, Any]] = {}
         with together(sharded.control_group):
             refuse_gradients(model, sharded.parameters)
-            _refuse_hooks(sharded)
+            refuse_lost_state(sharded, self.optimizers)
+            hook = said_of_hook(sharded)
+            if hook is not None:
+                raise SDPStateError(hook)
             names = {p: held.subnetwork.tensors[n].region.name for n, p in sharded.parameters.items()}
             for local_name, parameter in sharded.parameters.items():
                 self._take(local_name, None, local_tensor(parameter.detach()))
             for number, optimizer in enumerate(self.optimizers):
-                with local_shards(optimizer):
-                    pass  # after a step that raised, its state is by shards
                 for local_name, parameter in sharded.parameters.items():
                     for key, value in optimizer.state.get(parameter, {}).items():
                         if not isinstance(value, torch.Tensor) or value.dim() == 0:
                             numbers.setdefault((number, names[parameter]), {})[key] = _sent(value)
-                        elif value.shape != local_tensor(parameter).shape:
-                            raise SDPStateError(
-                                f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for "
-                                f"{local_name}, of which this worker stores {tuple(local_tensor(parameter).shape)}: it "
-                                "cannot go to others."
-                            )
                         else:
                             self._take(local_name, (number, key), local_tensor(value))
             groups = [[{names[p] for p in g["params"]} for g in o.param_groups] for o in self.optimizers]
@@ -180,13 +174,38 @@ def refuse_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
         )
 
 
-def _refuse_hooks(sharded: Sharded) -> None:
-    for name, p in sharded.parameters.items():
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
-            raise SDPStateError(
-                f"{name} has a hook for its gradient, which would never be called in the next phase: parameters are "
-                "new ones. Remove it before the phase begins, and register it again after that."
-            )
+def refuse_lost_state(sharded: Sharded, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raises SDPStateError when an optimizer that trains the model is none of these, or keeps for a parameter what is
+    neither a number nor of its shape."""
+    name = next((type(other).__name__ for other in sharded.stepped if other not in optimizers), None)
+    if name is not None:
+        raise SDPStateError(
+            f"{name} trains {sharded.held.model_name}, and follow_schedule was not given it: its state would be lost. "
+            "Give follow_schedule all optimizers that train the model."
+        )
+    for optimizer in optimizers:
+        with local_shards(optimizer):
+            pass  # after a step that raised, its state is by shards
+        for local_name, parameter in sharded.parameters.items():
+            stored = tuple(local_tensor(parameter).shape)
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and value.dim() > 0 and tuple(value.shape) != stored:
+                    raise SDPStateError(
+                        f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for {local_name}, of "
+                        f"which this worker stores {stored}: it cannot go to others."
+                    )
+
+
+def said_of_hook(sharded: Sharded) -> str | None:
+    """Of the first parameter with a hook for its gradient, what becomes of that where a phase begins."""
+    hooked = (n for n, p in sharded.parameters.items() if p._backward_hooks or p._post_accumulate_grad_hooks)
+    name = next(hooked, None)
+    if name is None:
+        return None
+    return (
+        f"{name} has a hook for its gradient, which would never be called in the next phase: parameters are new ones. "
+        "Remove it before the phase begins, and register it again after that."
+    )
 
 
 def _sent(value: Any) -> tuple[Any, str | None]:

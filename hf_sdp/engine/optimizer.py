@@ -219,4 +219,6 @@ def _leave(optimizer: torch.optim.Optimizer, *, stepped: bool) -> None:
         group["params"] = parameters
     repointed.replaced = []
     if stepped:
-        get_sharded(repointed.model, "An optimizer's step").weights_changed()
+        sharded = get_sharded(repointed.model, "An optimizer's step")
+        sharded.stepped.add(optimizer)
+        sharded.weights_changed()

@@ -132,13 +132,23 @@ def _dtypes(held: Held, parameters: dict[str, nn.Parameter], group: dist.Process
 def no_sync(model: FSDPModule) -> Iterator[None]:
     """Accumulate gradients locally. Parts stay gathered between the micro-batches (unless
     ``reshard_after_forward``), so a window of any length gathers and reduces once."""
-    keep = not get_state(model).held.config.reshard_after_forward
     model.set_requires_gradient_sync(False)
+    try:
+        with kept_gathered(model):
+            yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+@contextlib.contextmanager
+def kept_gathered(model: FSDPModule) -> Iterator[None]:
+    """Parts stay gathered after a backward within, unless ``reshard_after_forward``: the next forward is with the same
+    weights."""
+    keep = not get_state(model).held.config.reshard_after_forward
     if keep:
         model.set_reshard_after_backward(False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
         if keep:
             model.set_reshard_after_backward(True)

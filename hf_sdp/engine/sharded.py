@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ class Sharded:
         on_change: called when weights have changed.
         has_new_statistics: whether batch norms have seen batches since their statistics were averaged; the same on all
             workers.
+        stepped: the optimizers that have taken a step since a ``coverage_schedule`` was last followed.
     """
 
     held: Held
@@ -45,6 +47,7 @@ class Sharded:
     roll_call: RollCall | None
     on_change: list[Callable[[], None]] = field(default_factory=list)
     has_new_statistics: bool = False
+    stepped: WeakSet[torch.optim.Optimizer] = field(default_factory=WeakSet)
 
     def __post_init__(self) -> None:
         self._learners = {name for name, p in self.parameters.items() if p.requires_grad}

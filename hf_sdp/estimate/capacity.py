@@ -60,7 +60,8 @@ def refuse_what_does_not_fit(model: Model, planned: Planned, config: SDPConfig) 
         raise _other_number(config.memory_gib, plan.num_subnetworks)
     capacities = np.array(config.memory_gib) * GIB
     of_phase = dataclasses.replace(config, workload=planned.phase.workload_of(config.workload))
-    search = _Search(model, of_phase, capacities, lambda steps: plan)
+    pieces = planned.phase.pieces_of(config.workload)
+    search = _Search(model, of_phase, capacities, lambda steps: plan, pieces)
     need = search.need(np.full(plan.num_subnetworks, STEPS))
     if (need > capacities).any():
         raise SDPConfigError(
@@ -89,8 +90,11 @@ def _shortage(
 
 
 class _Search:
-    def __init__(self, model: Model, config: SDPConfig, capacities: np.ndarray, plan_of):
+    """``pieces``: as of ``sdp_step``."""
+
+    def __init__(self, model: Model, config: SDPConfig, capacities: np.ndarray, plan_of, pieces: int = 1):
         self.model, self.config, self.capacities, self.plan_of = model, config, capacities, plan_of
+        self.pieces = pieces
 
     def need(self, steps: np.ndarray) -> np.ndarray:
         """Peak bytes of each worker; of many with one capacity, the largest of some."""
@@ -111,6 +115,7 @@ class _Search:
             self.config.workload,
             sharding=self.config.sharding,
             reshard_after_forward=self.config.reshard_after_forward,
+            pieces=self.pieces,
         ).memory.peak
 
     def fits(self, steps: np.ndarray) -> bool:

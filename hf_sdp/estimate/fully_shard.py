@@ -15,6 +15,7 @@ class FullyShard(Allocator):
     Args:
         prefetches: in backward, as FSDP2 does by default.
         with_root: modules whose groups are gathered when forward begins (``engine.fsdp.gather_with_root``).
+        accumulates: there are reduced gradients already, to which those of this micro-batch are added.
     """
 
     def __init__(
@@ -25,9 +26,10 @@ class FullyShard(Allocator):
         *,
         prefetches: bool,
         with_root: Iterable[str] = (),
+        accumulates: bool = False,
     ):
         super().__init__()
-        self.groups = groups
+        self.groups, self.accumulates = groups, accumulates
         self.prefetches = prefetches
         self.with_root = tuple(with_root)
         self.reshards = reshard_after_forward  # also the root: only reshard_after_forward=None makes an exception of it
@@ -37,6 +39,7 @@ class FullyShard(Allocator):
         frozen_numel = sum(group.stored_numel - group.learned_numel for group in groups)
         self.parameters = self.gradients_stored + frozen_numel * self.frozen_bytes
         self.optimizer = self.gradients_stored * OPTIMIZER_STATES[workload.optimizer]
+        self.gradients = self.gradients_stored if accumulates else 0
         self._by_module: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
             for module in group.group.modules:
@@ -181,3 +184,5 @@ class FullyShard(Allocator):
                 self._kept_for_all_reduce += shard  # until the end of backward
             else:
                 self.gradients -= shard
+        if self.accumulates:
+            self.gradients -= group.reduced_numel * self.stored_bytes

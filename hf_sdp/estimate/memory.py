@@ -47,6 +47,7 @@ def sdp_step(
     sharding: str = "full",
     reshard_after_forward: bool = False,
     world_size: int | None = None,
+    pieces: int = 1,
 ) -> Step:
     """What a worker that holds ``subnetwork`` of ``plan`` does in a step.
 
@@ -56,6 +57,7 @@ def sdp_step(
         model: full, not patched; ``plan``, made for it, may give each unit its own number of holders.
         sharding, reshard_after_forward: as in ``SDPConfig``.
         world_size: workers; default: one for each subnetwork.
+        pieces: in which the micro-batch is computed, each as large as ``workload`` says, and reduced by itself.
     """
     placement = Placement(world_size or plan.num_subnetworks, plan.num_subnetworks, sharding)
     local = subnetwork_of(plan, subnetwork) if plan.masking == "forward" else whole_model(plan)
@@ -64,8 +66,12 @@ def sdp_step(
     groups = stored_groups(sharding_groups(local, structure), placement, subnetwork, shapes.frozen)
     layers, outside = trace_subnetwork(shapes, workload, plan, subnetwork)
     with_root = [modules[0] for modules in structure.outer]
-    allocator = FullyShard(groups, workload, reshard_after_forward, prefetches=False, with_root=with_root)
-    return _walk(structure, layers, outside, allocator)
+    allocator = FullyShard(
+        groups, workload, reshard_after_forward, prefetches=False, with_root=with_root, accumulates=pieces > 1
+    )
+    step = _walk(structure, layers, outside, allocator)
+    again = tuple(a for a in step.actions if reshard_after_forward or a.kind in ("compute", "reduce"))
+    return Step(step.memory, step.actions + again * (pieces - 1))  # parts stay gathered between the pieces
 
 
 def fsdp_step(model: Model, workload: Workload, world_size: int, *, reshard_after_forward: bool = True) -> Step:

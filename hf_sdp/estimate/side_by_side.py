@@ -40,14 +40,14 @@ def subnetworks(plan: Plan) -> list[int]:
     return [i * plan.num_subnetworks // number for i in range(number)]
 
 
-def sdp_rows(model: Model, plan: Plan, workload: Workload, world_size: int) -> list[Row]:
-    """One row for each sharding that the engine runs."""
+def sdp_rows(model: Model, plan: Plan, workload: Workload, world_size: int, pieces: int = 1) -> list[Row]:
+    """One row for each sharding that the engine runs. ``pieces``: as of ``sdp_step``."""
     rows = []
     for name, sharding in SHARDINGS.items():
         gathers_again = sharding.get("reshard_after_forward") and workload.gradient_checkpointing
         if not (gathers_again and recomputation_reorders(plan)):  # which the engine refuses
             steps = tuple(
-                sdp_step(model, plan, subnetwork, workload, world_size=world_size, **sharding)
+                sdp_step(model, plan, subnetwork, workload, world_size=world_size, pieces=pieces, **sharding)
                 for subnetwork in subnetworks(plan)
             )
             rows.append(Row(name, steps))
@@ -59,7 +59,8 @@ def rows_of_phases(model: Model, phases: Sequence[Planned], workload: Workload, 
     rows = []
     for planned in phases:
         start = f", from {planned.phase.start:g}" if len(phases) > 1 else ""
-        for row in sdp_rows(model, planned.plan, planned.phase.workload_of(workload), world_size):
+        largest, pieces = planned.phase.workload_of(workload), planned.phase.pieces_of(workload)
+        for row in sdp_rows(model, planned.plan, largest, world_size, pieces):
             rows.append(dataclasses.replace(row, engine=row.engine + start))
     return rows
 

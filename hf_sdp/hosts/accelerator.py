@@ -16,9 +16,9 @@ from ..engine.shard import shard
 from ..engine.sharded import find_sharded, refuse_parameters_of_before
 from ..engine.vote import Watch
 from ..errors import SDPConfigError
-from ..model.state import find_state, get_state, unwrap
+from ..model.state import find_state, unwrap
 from ..patch import patch_model
-from ..phases import follow_schedule, refuse_schedule_unfollowed
+from ..phases import follow_schedule
 from ..world.agreement import together
 from ..world.groups import end_groups
 from .accelerator_state import SavesState
@@ -105,8 +105,6 @@ class SDPAccelerator(SavesState):
         return prepared
 
     def backward(self, loss, **kwargs):
-        for model in self._models:
-            refuse_schedule_unfollowed(model)
         if self._has_sharded_model():
             self._watch.saw_loss(loss)
         super().backward(loss, **kwargs)
@@ -154,9 +152,6 @@ class SDPAccelerator(SavesState):
         scheduled = [model for model in models if (state := find_state(model)) is not None and state.schedule]
         if not scheduled:
             raise SDPConfigError("follow_schedule: no model was prepared that has an SDPConfig(coverage_schedule=...).")
-        schedules = [schedule for model in scheduled if (schedule := get_state(model).schedule) is not None]
-        if any(planned.phase.splits > 1 for schedule in schedules for planned in schedule.phases):
-            raise SDPConfigError("splits of a phase is for the Trainer: split the batches of your own loop yourself.")
         optimizers = [inner_optimizer(optimizer) for optimizer in self._optimizers]
         return any(
             [follow_schedule(m, step, num_steps, [o for o in optimizers if model_of(o) is m]) for m in scheduled]

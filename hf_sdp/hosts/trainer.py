@@ -120,6 +120,7 @@ class SDPCallback(TrainerCallback):
         schedule = get_state(model).schedule
         if schedule is not None:
             schedule.first_steps(state.max_steps)  # raises when a phase has none
+            schedule.host_splits = True
         self.meter = None
         if sharded is not None:
             self._measure(args, model)

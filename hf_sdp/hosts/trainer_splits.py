@@ -9,33 +9,65 @@ from typing import Any
 import torch
 
 from ..compat import tree_leaves
+from ..engine.presence import announce
+from ..engine.shard import kept_gathered
 from ..engine.sharded import find_sharded
-from ..model.state import find_state
-from ..world.agreement import of_everyone
+from ..errors import SDPConfigError
+from ..model.phases import Schedule
+from ..model.state import find_state, unwrap
+from ..world.agreement import of_everyone, raised_by_all
 
 
 def _training_step(original):
     def training_step(self, model, inputs, num_items_in_batch=None):
+        _refuse_rows_that_may_belong_together(self, inputs)
         pieces = _pieces(model, inputs)
         if len(pieces) == 1:
             return original(self, model, inputs, num_items_in_batch)
         rows, losses = sum(number for number, _ in pieces), []
         for index, (number, piece) in enumerate(pieces):
-            syncs = index == len(pieces) - 1 or not self.accelerator.sync_gradients  # else nobody does anyway
-            with contextlib.nullcontext() if syncs else self.accelerator.no_sync(model):
-                with _of_a_piece(self, number / rows):
-                    losses.append(original(self, model, piece, num_items_in_batch))
+            # Reduced at once: gradients that are not are as large as all that is gathered.
+            goes_on = index < len(pieces) - 1 and self.accelerator.sync_gradients
+            with _kept_gathered(model) if goes_on else contextlib.nullcontext(), _of_a_piece(self, number / rows):
+                losses.append(original(self, model, piece, num_items_in_batch))
         return torch.stack(losses).sum()
 
     return training_step
 
 
+def _refuse_rows_that_may_belong_together(trainer: Any, inputs: dict[str, Any]) -> None:
+    """Pairs of a preference, negatives within a batch: their loss is not the mean of what it is of each piece. Such
+    batches have no labels. Raises SDPConfigError in the first step, whichever phase it is that splits."""
+    schedule = _schedule(trainer.model)
+    if schedule is None or all(planned.phase.splits == 1 for planned in schedule.phases):
+        return
+    if not any(name in inputs for name in trainer.label_names):
+        raise raised_by_all(
+            SDPConfigError(
+                f"splits of a phase: a batch has none of the labels {trainer.label_names}, but {sorted(inputs)}. Its "
+                "rows may belong together (pairs of a preference), and the loss be another one in pieces. Use "
+                "gradient_checkpointing of the phase, or name in TrainingArguments(label_names=[...]) what has a row "
+                "for each row of the batch."
+            )
+        )
+
+
+def _schedule(model: Any) -> Schedule | None:
+    state = find_state(model)
+    return None if state is None else state.schedule
+
+
+def _kept_gathered(model: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if find_sharded(model) is None else kept_gathered(unwrap(model))  # type: ignore[arg-type]
+
+
 def _pieces(model: Any, inputs: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """Of a batch, in the phase that the model is in: on all workers as many, since a forward may be a collective."""
-    state, sharded = find_state(model), find_sharded(model)
-    splits = 1 if state is None or state.schedule is None else state.schedule.current.phase.splits
+    schedule, sharded = _schedule(model), find_sharded(model)
+    splits = 1 if schedule is None else schedule.current.phase.splits
     pieces = split(inputs, splits)
     if splits > 1 and sharded is not None:
+        announce(model, "splitting a micro-batch")
         pieces = split(inputs, min(of_everyone(len(pieces), sharded.control_group)))  # some may have fewer rows
     return pieces
 

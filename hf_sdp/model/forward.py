@@ -36,6 +36,9 @@ class PatchedModel(nn.Module):
                 refuse_changed(self, held)
                 run.is_simulated_as_patched = True
             if trains and torch.is_grad_enabled():
+                schedule = get_state(self).schedule
+                if schedule is not None:
+                    schedule.refuse_unfollowed(held.model_name)
                 run.cursor.begin_forward(held.plan.num_subnetworks)
             try:
                 return super().__call__(*args, **kwargs)

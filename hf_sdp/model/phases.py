@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import SDPConfig
-from ..errors import SDPConfigError
+from ..errors import SDPConfigError, SDPStateError
 from ..plan.plan import Plan
 from ..schedule import Phase, first_steps
+from ..world.agreement import raised_by_all
 from .changes import Changes
 
 
@@ -34,9 +35,10 @@ class Schedule:
         number: of the phase that the model is in.
         changes: what was done to its modules for this phase, newest last.
         recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
-        asked: for which step anybody has asked for the phase last; None: for none.
+        asked: for which step anybody has asked for the phase last; None: for none, and ``is_followed`` is False.
         resumed: phase of the checkpoint of this schedule that was loaded last, on rank 0, until the next step.
-        is_between_steps: whether it was seen that a step leaves no gradients to the next one.
+        is_between_steps: whether it was seen that a step leaves nothing to the next one that a boundary would lose.
+        host_splits: whether the host computes micro-batches in the pieces that a phase says.
     """
 
     config: SDPConfig
@@ -46,11 +48,26 @@ class Schedule:
     recomputes: Any = None
     asked: int | None = None
     resumed: int | None = None
+    is_followed: bool = False
     is_between_steps: bool = False
+    host_splits: bool = False
 
     @property
     def current(self) -> Planned:
         return self.phases[self.number]
+
+    def refuse_unfollowed(self, model_name: str) -> None:
+        """Raises SDPStateError when the model learns and nobody has asked for the phase: it would stay in its first
+        one. To be called on all workers."""
+        if self.is_followed or len(self.phases) == 1:
+            return
+        raise raised_by_all(
+            SDPStateError(
+                f"{model_name} has a coverage_schedule that nobody follows: it would stay in its first phase. A "
+                "Trainer needs SDPCallback(). A loop of your own, or of a script, has to call "
+                "accelerator.follow_schedule(step, num_steps), or hf_sdp.follow_schedule, before each step."
+            )
+        )
 
     def first_steps(self, num_steps: int) -> list[int]:
         """Of each phase, counted from 0. Raises: SDPConfigError when a phase has no step."""

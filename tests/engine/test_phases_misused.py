@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_sdp import SDPAccelerator, SDPConfig, SDPStateError, consolidate, follow_schedule, global_norm, patch_model
+from hf_sdp import (
+    SDPAccelerator,
+    SDPConfig,
+    SDPStateError,
+    consolidate,
+    follow_schedule,
+    global_norm,
+    patch_model,
+    phases,
+)
+from hf_sdp.engine.gradients import GlobalGradScaler
 from tests.support.models import batch, tiny_model
 from tests.support.workers import run_workers
 
@@ -68,8 +78,21 @@ def with_zero_gradients():
 
 
 def without_the_optimizer():
+    """It has taken a step, and its moments would be lost: an error at the next one, and nothing is changed."""
     accelerator, model, optimizer = prepared()
     step(accelerator, model, optimizer)
+    for num_steps in (100, 2):  # within the phase, and at the boundary
+        for _ in range(2):
+            with pytest.raises(
+                SDPStateError, match="SGD trains LlamaForCausalLM, and follow_schedule was not given it"
+            ):
+                follow_schedule(model, 1, num_steps)
+    follow_schedule(model, 1, 2, [optimizer])
+    step(accelerator, model, optimizer)
+
+
+def with_parameters_of_before():
+    accelerator, model, optimizer = prepared()
     parameters = list(model.parameters())
     follow_schedule(model, 1, 2)
     backward(accelerator, model)
@@ -139,8 +162,25 @@ def with_a_forward_of_its_own():
     assert len(calls) == 2
 
 
+def without_an_accelerator():
+    """Where nothing is accumulated, loops call ``backward`` themselves."""
+    accelerator = SDPAccelerator()
+    model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
+    model = accelerator.prepare(model)
+    with pytest.raises(SDPStateError, match="has a coverage_schedule that nobody follows"):
+        model(**batch(dist.get_rank())).loss.backward()
+
+
 def with_a_hook():
+    """It is said at the second step, and an error when the phase begins."""
     accelerator, model, optimizer = prepared()
+    warned: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases.logger, "warning", lambda message, *values: warned.append(message % values))
+        hook = model.lm_head.weight.register_hook(lambda grad: None)
+        assert not accelerator.follow_schedule(1, 100) and not accelerator.follow_schedule(2, 100)
+        hook.remove()
+    assert [message[:26] for message in warned] == ["lm_head.weight has a hook "] * (dist.get_rank() == 0)
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         hook = getattr(model.lm_head.weight, register)(lambda *args: None)
         with pytest.raises(SDPStateError, match="lm_head.weight has a hook"):
@@ -162,6 +202,50 @@ def on_one_worker():
     step(accelerator, model, optimizer)
 
 
+def of_two_models():
+    """Each with an optimizer of its own, one of them compared with one that trains alone."""
+    losses = []
+    for alone in (True, False):
+        accelerator = SDPAccelerator()
+        models = [patch_model(tiny_model(seed), SDPConfig(coverage_schedule=GROWS)) for seed in range(2 - alone)]
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in models]
+        prepared = accelerator.prepare(*models, *optimizers)
+        models, optimizers = prepared[: len(models)], prepared[len(models) :]
+        for number in range(4):
+            assert accelerator.follow_schedule(number, 4) == (number == 2)
+            for model, optimizer in zip(models, optimizers, strict=True):
+                loss = model(**batch(number * dist.get_world_size() + dist.get_rank())).loss
+                losses += [loss.item()] if model is models[0] else []
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert losses[:4] == losses[4:] and len({*losses}) == 4
+
+
+def with_a_loss_scaler():
+    """Of powers of two: it changes nothing. The last step before the boundary and the first one after it overflow on
+    one worker, and are taken again."""
+    weights = []
+    for scales in (False, True):
+        accelerator = SDPAccelerator()
+        if scales:
+            accelerator.scaler = GlobalGradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        model = patch_model(tiny_model(), SDPConfig(coverage_schedule=GROWS))
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        for number in range(4):
+            assert accelerator.follow_schedule(number, 4) == (number == 2)
+            for overflows in (True, False) if scales and number in (1, 2) else (False,):
+                backward(accelerator, model)
+                if overflows and dist.get_rank() == 1:
+                    next(p for p in model.parameters()).grad.to_local()[0, 0] = torch.inf
+                optimizer.step()
+                optimizer.zero_grad()
+        weights.append(consolidate(model))
+    assert accelerator.scaler.get_scale() == 2.0**8
+    plain, scaled = weights
+    assert plain is None or all(torch.allclose(scaled[name], plain[name], atol=1e-6) for name in plain)
+
+
 @pytest.mark.parametrize(
     "misuse",
     [
@@ -169,6 +253,8 @@ def on_one_worker():
         with_gradients_that_are_zeroed_too_late,
         with_zero_gradients,
         without_the_optimizer,
+        with_parameters_of_before,
+        without_an_accelerator,
         with_a_hook,
         on_one_worker,
     ],
@@ -177,6 +263,15 @@ def test_misuse_is_an_error(misuse):
     run_workers(misuse, world_size=2)
 
 
-@pytest.mark.parametrize("unusual", [after_a_forward_alone, frozen_since_it_was_patched, with_a_forward_of_its_own])
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        after_a_forward_alone,
+        frozen_since_it_was_patched,
+        with_a_forward_of_its_own,
+        of_two_models,
+        with_a_loss_scaler,
+    ],
+)
 def test_unusual_ways_to_a_boundary(unusual):
     run_workers(unusual, world_size=2)

@@ -1,15 +1,18 @@
 """Estimates against what the real engines allocate, store and send, on torch's fake process group."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_sdp import SDPConfig, make_plan
-from hf_sdp.bench.fake_world import fake_world
+from hf_sdp.bench.fake_world import fake_world, parallelize
 from hf_sdp.bench.predicted import predicted_step
 from hf_sdp.engine.fsdp import fsdp_modules
-from hf_sdp.engine.shard import shard
+from hf_sdp.engine.metrics import measured_peak, state_bytes
+from hf_sdp.engine.shard import kept_gathered, shard
 from hf_sdp.engine.sharded import find_sharded
 from hf_sdp.estimate.groups import stored_groups
 from hf_sdp.estimate.memory import Action, Step, _stream, fsdp_step, sdp_step
@@ -146,6 +149,50 @@ def test_memory_grows_with_coverage_and_shrinks_with_sharding():
     }
     assert of["reshard"].peak < of["full"].peak < of["none"].peak
     assert of["none"].parameters == plans[0.5].numel(0) * 4
+
+
+@pytest.mark.parametrize("reshards", [False, True])
+def test_a_micro_batch_in_pieces_computes_as_much_in_less_memory(reshards):
+    config = tiny_config(**SMALL, num_key_value_heads=8)
+    plan = make_plan(config, SDPConfig(level="neuron"), 4)
+
+    def step(batch: int, pieces: int) -> Step:
+        workload = Workload(batch=batch, sequence=128)
+        return sdp_step(config, plan, 0, workload, reshard_after_forward=reshards, pieces=pieces)
+
+    whole, parted, piece = step(4, 1), step(2, 2), step(2, 1)
+    assert parted.flops == pytest.approx(whole.flops, rel=1e-3)  # the angles of positions are computed again
+    assert piece.memory.peak < parted.memory.peak <= piece.memory.peak + piece.memory.gradients < whole.memory.peak
+    reduced = sum(action.amount for action in piece.actions if action.kind == "reduce")
+    assert parted.bytes_sent == piece.bytes_sent + (piece.bytes_sent if reshards else reduced)
+
+
+@pytest.mark.parametrize("reshards", [False, True])
+def test_the_memory_of_pieces_is_what_is_predicted(reshards):
+    """The state to the byte. Without resharding the second piece gathers nothing, and has no buffers of it."""
+    config = tiny_config(**SMALL, num_key_value_heads=8)
+    sdp, workload = SDPConfig(coverage=1.0, reshard_after_forward=reshards), Workload(batch=2, sequence=64)
+    plan = make_plan(config, sdp, 4)
+    predicted = sdp_step(config, plan, 0, workload, reshard_after_forward=reshards, pieces=2).memory
+    with fake_world(4):
+        model, optimizer = parallelize(AutoModelForCausalLM.from_config(config), sdp, CPU)
+
+        def step() -> None:
+            for goes_on in (True, False):
+                ids = torch.zeros(workload.batch, workload.sequence, dtype=torch.long)
+                with kept_gathered(model) if goes_on else contextlib.nullcontext():
+                    model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        step()
+        stored = state_bytes(model, optimizer)
+        with measured_peak(CPU) as above:
+            step()
+    assert (stored["parameters"], stored["optimizer"]) == (predicted.parameters, predicted.optimizer)
+    peak = stored["parameters"] + stored["optimizer"] + above[0]
+    assert peak <= 1.01 * predicted.peak and predicted.peak < (1.01 if reshards else 1.06) * peak
 
 
 def rotary_flops(config, sequence: int) -> int:

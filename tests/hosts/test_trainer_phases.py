@@ -7,9 +7,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator
 
 import hf_sdp
-from hf_sdp import SDPCallback, SDPConfig, SDPConfigError, SDPStateError, patch_model, verify
+from hf_sdp import SDPCallback, SDPConfig, SDPConfigError, SDPStateError, Workload, make_plan, patch_model, verify
 from hf_sdp.engine import handover
-from tests.support.models import tiny_model
+from hf_sdp.estimate.memory import sdp_step
+from tests.support.models import tiny_config, tiny_model
 from tests.support.resume import assert_equal, optimizer_of, train, weights_of
 from tests.support.runs import train_resume_and_reload
 from tests.support.trainer import losses_of, make_trainer, norms_of
@@ -92,6 +93,22 @@ def test_a_longer_training_goes_back_to_the_phase_before_and_says_so(tmp_path):
     assert longer[0][:4] == half and half[:3] == losses[:3] and half[3] != losses[3]
 
 
+def train_worse_and_worse(folder):
+    arguments = dict(
+        learning_rate=5.0, optim="sgd", save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer = make_trainer(folder, dict(level="block", coverage_schedule=GROWS), arguments)
+    trainer.train()
+    best, coverage = trainer.state.best_metric, [e["sdp/coverage"] for e in trainer.state.log_history if "loss" in e]
+    return coverage, trainer.state.best_global_step, best, trainer.evaluate()["eval_loss"]
+
+
+def test_the_best_checkpoint_may_be_of_an_earlier_phase(tmp_path):
+    for coverage, step, best, evaluated in run_workers(train_worse_and_worse, tmp_path, world_size=2):
+        assert coverage == [0.5, 0.5, 1, 1] and step <= 2 and evaluated == pytest.approx(best, abs=1e-6)
+
+
 def train_twice(folder, sdp, arguments=None):
     """Without a checkpoint: the second training begins in the first phase again."""
     trainer = make_trainer(folder, sdp, dict(max_steps=4, optim="sgd", learning_rate=0.0, **(arguments or {})))
@@ -114,9 +131,11 @@ def train_as(folder, sdp, arguments=None):
 
 
 def test_phases_that_hold_everything_are_ddp(tmp_path):
+    """Moments, the learning rate and the order of the data go on."""
     sdp = dict(coverage_schedule=["0:1:level=neuron", "0.5:1:masking=backward"])
-    scheduled = run_workers(train_as, tmp_path / "sdp", sdp, world_size=2)
-    ddp = run_workers(train_as, tmp_path / "ddp", None, world_size=2)
+    options = dict(optim_args="momentum=0.9", lr_scheduler_type="linear", warmup_steps=2)
+    scheduled = run_workers(train_as, tmp_path / "sdp", sdp, options, world_size=2)
+    ddp = run_workers(train_as, tmp_path / "ddp", None, options, world_size=2)
     for mine, theirs in zip(scheduled[0], ddp[0], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
 
@@ -203,6 +222,37 @@ def test_workers_have_as_many_pieces_as_the_one_with_the_fewest_rows(tmp_path, r
 
 def split_unevenly(folder, splits: int, options: dict):
     return train_split(folder, splits, {}, **options)
+
+
+def bytes_sent(folder, options: dict, accumulation: int):
+    """By a step of the last phase."""
+    sdp = dict(coverage_schedule=["0:0.5", "0.5:1:splits=2"], **options)
+    trainer = make_trainer(folder, sdp, dict(gradient_accumulation_steps=accumulation))
+    trainer.train()
+    return trainer.state.log_history[-2]["sdp/bytes_sent_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation"), [({}, 2), pytest.param(dict(reshard_after_forward=True), 1, marks=pytest.mark.long)]
+)
+def test_each_piece_is_reduced_at_once(tmp_path, options, accumulation):
+    """Gradients that are not reduced yet are as large as all that is gathered. In an accumulation window the last
+    micro-batch reduces, and the others keep what is gathered."""
+    plan = make_plan(tiny_config(), SDPConfig(coverage=1.0), 2)
+    step = sdp_step(tiny_config(), plan, 0, Workload(batch=1, sequence=16), pieces=2, **options)
+    assert run_workers(bytes_sent, tmp_path, options, accumulation, world_size=2) == [step.bytes_sent] * 2
+
+
+def pairs(folder):
+    """Rows of a batch may belong together, as the two of a preference; it has no labels then."""
+    trainer = make_trainer(folder, dict(coverage_schedule=["0:0.5", "0.5:1:splits=2"]), dict(label_names=["pairs"]))
+    with pytest.raises(SDPConfigError, match=r"splits of a phase: a batch has none of the labels \['pairs'\]"):
+        trainer.train()
+    return trainer.state.global_step
+
+
+def test_a_batch_whose_rows_may_belong_together_is_refused_in_the_first_step(tmp_path):
+    assert run_workers(pairs, tmp_path, world_size=2) == [0, 0]
 
 
 def train_stored(folder, from_pretrained: bool):

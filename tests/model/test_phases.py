@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from torch import nn
 
 from hf_sdp import SDPConfig, SDPConfigError, SDPStateError, follow_schedule, patch_model
@@ -59,9 +60,27 @@ def test_a_copy_has_phases_of_its_own(masking):
 
 def test_gradients_of_another_plan_are_refused_in_a_simulation_too():
     model = simulated([(0.0, 0.5), (0.5, 1.0)])
+    follow_schedule(model, 0, 2)
     model(**batch(0)).loss.backward()
     with pytest.raises(SDPStateError, match="has a gradient, which would be lost"):
         follow_schedule(model, 1, 2)
+
+
+def test_a_loop_that_would_stay_in_the_first_phase_is_an_error_in_its_first_forward():
+    model = simulated([(0.0, 0.5), (0.5, 1.0)])
+    model.eval()(**batch(0))
+    with torch.no_grad():
+        model.train()(**batch(0))
+    with pytest.raises(SDPStateError, match="LlamaForCausalLM has a coverage_schedule that nobody follows"):
+        model(**batch(0))
+    follow_schedule(model, 0, 2)
+    model(**batch(0))
+
+
+def test_splits_in_a_loop_of_ones_own_are_refused():
+    model = simulated(["0:0.5", "0.5:1:splits=2"])
+    with pytest.raises(SDPConfigError, match="splits of a phase is for the Trainer"):
+        follow_schedule(model, 0, 2)
 
 
 def norms_in_float32() -> nn.Module:
