@@ -57,6 +57,9 @@ def test_the_table_names_the_rate_and_says_loudly_that_it_is_at_the_edge(swept):
     assert "| 0.004 | 0.8: 4.050 |" in table
     assert "AT THE EDGE OF THE SWEEP: small@0.5 (0.016 of 0.002, 0.004, 0.008, 0.016)." in table
     assert "NOT TUNED" not in table
+    assert "| final losses by learning rate | 0.002 | 0.004 | 0.008 | 0.016 |" in table
+    assert "| data-parallel | 4.200 | 4.000, 4.300 | 4.100 |  |" in table
+    assert "| small@0.5 | 4.400 | 4.300 | nan | 3.900 |" in table
 
 
 def test_a_method_with_one_rate_beside_a_sweep_is_said_to_be_untuned(tmp_path):

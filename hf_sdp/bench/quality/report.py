@@ -145,7 +145,22 @@ def show(results: Results) -> None:
 def markdown(results: Results) -> str:
     lines = ["| " + " | ".join(HEADER) + " |", "| --- " + "| ---: " * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(results)]
-    return "\n".join([*lines, *(f"\n**{warning}**" for warning in warnings(results.runs))]) + "\n"
+    lines += [f"\n**{warning}**" for warning in warnings(results.runs)]
+    return "\n".join([*lines, *_of_all_rates(results.runs)]) + "\n"
+
+
+def _of_all_rates(runs: dict[str, dict[str, dict]]) -> list[str]:
+    """Lines of a table of every final loss, seed by seed; none where no method has a learning rate of its own."""
+    rates = sorted({float(rate) for name in runs if (rate := name.partition("/")[2])})
+    if not rates:
+        return []
+    lines = [f"\n| final losses by learning rate | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    lines.append("| --- " * (len(rates) + 1) + "|")
+    for method in sorted_runs(at_best_rates(runs)):
+        by_rate = (runs.get(f"{method}/{rate:g}", {}) for rate in rates)
+        final = ([f"{seeds[seed]['curve'][-1][1]:.3f}" for seed in sorted(seeds, key=int)] for seeds in by_rate)
+        lines.append(f"| {method} | {' | '.join(map(', '.join, final))} |")
+    return lines
 
 
 def write_report(results: Results) -> list[Path]:
