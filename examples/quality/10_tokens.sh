@@ -28,7 +28,7 @@ smaller() {
     runs --hidden 32 --mlp 96 --steps 1110 --lr-sweep 0.004,0.008,0.016 --output "${OUTPUT}_smaller" "$@"
 }
 SIZES=data-parallel,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.4,forward-block-linear@0.5+1:0.4
-SIZES=$SIZES,forward-neuron-linear@0.5+1:0.6
+SIZES=$SIZES,forward-neuron-linear@0.5+1:0.6,forward-neuron-linear@0.5+1:0.8
 FIRST=data-parallel,forward-neuron-linear@0.5+1:0.6,forward-neuron-linear@0.5+1:0.4,small@0.5,forward-neuron-linear@0.5,forward-neuron-linear@0.5+1:0.2
 FIRST=$FIRST,forward-block-linear@0.5+1:0.4,small@0.25
 THEN=forward-neuron@0.5,forward-neuron@0.5+1:0.6,forward-neuron-linear@0.5+1:0.8,forward-neuron-linear@0.5+1:0.1
@@ -39,10 +39,12 @@ simulate --seeds 0 --methods "$FIRST"
 # Beyond the edge of the sweep, for those whose best rate is there.
 simulate --seeds 0 --methods data-parallel/0.016,small@0.5/0.001,forward-block-linear@0.5+1:0.4/0.016
 smaller --seeds 0,1,2 --methods "$SIZES"
-smaller --seeds 0 --methods forward-neuron-linear@0.5+1:0.6/0.032
+smaller --seeds 0 --methods forward-neuron-linear@0.5+1:0.6/0.032,forward-neuron-linear@0.5/0.032,forward-neuron-linear@0.5+1:0.4/0.002
 simulate --seeds 0,1,2 --methods "$FIRST"
 simulate --seeds 0,1,2 --methods "$THEN"
-simulate --seeds 0,1,2 --methods forward-neuron@0.5~rolling50/0.004
+simulate --seeds 0 --methods forward-neuron@0.25+0.5:0.6+1:0.2/0.001
+simulate --seeds 0,1,2 --methods forward-neuron@0.5~rolling50/0.004,forward-neuron@0.5~rolling10/0.004
+simulate --seeds 0 --methods forward-neuron-linear@0.5~rolling10+1:0.6/0.004
 for k in 10 50 200; do
     simulate --seeds 0 --methods "forward-neuron@0.5~random$k,forward-neuron@0.5~rolling$k"
 done
