@@ -62,7 +62,7 @@ def follow_schedule(
         _refuse_in_time(model, schedule, sharded, optimizers)
     if number == schedule.number and sharded is not None:
         sharded.stepped.clear()
-    schedule.asked, schedule.is_followed = step, True
+    schedule.asked = step
     if schedule.resumed is not None and number < schedule.resumed:
         logger.warning(
             "The checkpoint is of phase %d of the coverage schedule. Step %d of %d is of phase %d, to which the "

@@ -35,7 +35,7 @@ class Schedule:
         number: of the phase that the model is in.
         changes: what was done to its modules for this phase, newest last.
         recomputes: what a phase's ``gradient_checkpointing`` has set in the model to recompute its layers.
-        asked: for which step anybody has asked for the phase last; None: for none, and ``is_followed`` is False.
+        asked: for which step anybody has asked for the phase last; None: for none.
         resumed: phase of the checkpoint of this schedule that was loaded last, on rank 0, until the next step.
         is_between_steps: whether it was seen that a step leaves nothing to the next one that a boundary would lose.
         host_splits: whether the host computes micro-batches in the pieces that a phase says.
@@ -48,7 +48,6 @@ class Schedule:
     recomputes: Any = None
     asked: int | None = None
     resumed: int | None = None
-    is_followed: bool = False
     is_between_steps: bool = False
     host_splits: bool = False
 
@@ -59,7 +58,7 @@ class Schedule:
     def refuse_unfollowed(self, model_name: str) -> None:
         """Raises SDPStateError when the model learns and nobody has asked for the phase: it would stay in its first
         one. To be called on all workers."""
-        if self.is_followed or len(self.phases) == 1:
+        if self.asked is not None or len(self.phases) == 1:
             return
         raise raised_by_all(
             SDPStateError(
